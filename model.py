@@ -1,0 +1,243 @@
+"""LLaVA-VR: a picture becomes few vision tokens, and between decoder layers those tokens look at the picture again.
+
+    B samples, T tokens, d width of the LLM, V vocabulary rows       t tiles of all pictures, N = g*g features of width C
+    p tokens along a side of a tile                                  n vision tokens of the batch, newlines included
+
+    CLIPVision -> projector (4x fewer tokens) -> place among the text -> Qwen2 with Vision Remember between layers
+
+A folder written by `save_pretrained` holds config.json, model.safetensors and tokenizer.json.
+"""
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+from clip import CLIPConfig, CLIPVision
+from projectors import PROJECTORS
+from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config
+from sela import VisionRemember
+from weights import load_weights, read_config, save_weights
+
+
+@dataclass
+class LLaVAVRConfig:
+    """What joins the two parts. The defaults are the paper's (Sec. 5.1); raises ValueError for what cannot be joined."""
+    vision: CLIPConfig
+    text: Qwen2Config
+    layers: tuple = (13, 18, 23)        # hidden states of the ViT that are remembered; the projector reads the deepest
+    projector: str = "aap"              # "mlp" keeps all tokens: LLaVA-NeXT
+    side: int = 12                      # p; 24 -> 12 is the paper's ratio of 1/4
+    remember: tuple = (1, 4)            # 0-based decoder layers that vision tokens remember before; () is off
+    window: int = 2                     # tokens along a side of a window; paper silent (see sela.py)
+    saliency: str = "sigmoid"           # Eq. 3; see clip.saliency_from
+    image_mode: str = "a4"              # AnyRes of phase 2 and of generation; see data.plan_image
+
+    def __post_init__(self):
+        self.layers, self.remember = tuple(self.layers), tuple(self.remember)
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers {self.layers}: list each hidden layer once, the deepest last")
+        for index in self.remember:
+            if not 0 <= index < self.text.num_hidden_layers:
+                raise ValueError(f"remember {index} is out of range: the decoder has layers 0 to {self.text.num_hidden_layers - 1}")
+        if self.projector not in PROJECTORS:
+            raise ValueError(f"projector {self.projector!r} is unknown: use one of {', '.join(PROJECTORS)}")
+        if self.image_mode not in data.MODES:
+            raise ValueError(f"image_mode {self.image_mode!r} is unknown: use one of {', '.join(data.MODES)}")
+
+    @property
+    def feature_side(self):
+        return self.vision.image_size // self.vision.patch_size        # g
+
+
+CLIP_L = CLIPConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
+CLIP_TINY = CLIPConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, image_size=112, patch_size=14)
+QWEN2_TINY = Qwen2Config(1024, 192, 512, 6, 6, 2, tie_word_embeddings=True, max_position_embeddings=4096)
+PRESETS = {
+    "tiny": LLaVAVRConfig(CLIP_TINY, QWEN2_TINY, layers=(2, 4, 6), side=4),
+    "0.5b": LLaVAVRConfig(CLIP_L, QWEN2["0.5b"]),
+    "1.5b": LLaVAVRConfig(CLIP_L, QWEN2["1.5b"]),
+    "7b": LLaVAVRConfig(CLIP_L, QWEN2["7b"]),
+}
+
+
+class LLaVAVR(nn.Module):
+    """The whole model of a LLaVAVRConfig, with random weights where no part is given. `from_parts` joins pre-trained
+    parts, `from_pretrained` reads a trained model; both bring the tokenizer that generating and saving need."""
+
+    def __init__(self, config, vision=None, text=None):
+        super().__init__()
+        c, self.config = config, config
+        self.vision_tower = vision or CLIPVision(c.vision, c.layers, c.saliency)
+        self.mm_projector = PROJECTORS[c.projector](c.vision.hidden_size, c.text.hidden_size, c.feature_side, c.side)
+        self.image_newline = nn.Parameter(torch.randn(c.text.hidden_size) / c.text.hidden_size ** 0.5)
+        self.vision_remember = nn.ModuleDict({str(index): VisionRemember(
+            c.text.hidden_size, c.vision.hidden_size, len(c.layers), c.side, c.feature_side, c.window) for index in c.remember})
+        self.language_model = text or Qwen2(c.text)
+
+    def forward(self, batch, denominator=None):
+        """A data.Batch -> the loss, cross-entropy over trained tokens (Eq. 2), summed and divided by `denominator`.
+
+        denominator: trained tokens of the whole global batch, so that ranks and micro-batches add up to the same
+        gradient however it is split; None divides by those of this batch.
+        """
+        x, remember = self.embed(batch)                                          # (B, T, d)
+        targets = batch.labels[:, 1:]                                            # a token is predicted by the one before
+        keep = F.pad(targets != data.IGNORE, (0, 1))                             # (B, T) where a logit row is needed
+        logits = self.language_model(inputs_embeds=x, hook=remember, keep=keep)  # (kept, V)
+        loss = F.cross_entropy(logits.float(), targets[keep[:, :-1]], reduction="sum")
+        return loss / (denominator or keep.sum().clamp(min=1)) + self.unused(batch)
+
+    def embed(self, batch):
+        """A batch -> (embeddings (B, T, d) with vision tokens in place, the hook that remembers before decoder layers)."""
+        is_vision = batch.input_ids == data.IMAGE                                # (B, T)
+        x = self.language_model.model.embed_tokens(batch.input_ids.masked_fill(is_vision, 0))
+        if batch.pixels is None:
+            return x, None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_tower.pre_layrnorm.weight.requires_grad):
+            features, saliency = self.vision_tower(batch.pixels)                 # L x (t, N, C), (t, N)
+        tokens = self.mm_projector(features[-1])                                 # (t, p*p, d)
+        tokens, cells = self.place(tokens, batch.plans)                          # (n, d), (n, 3)
+        x = x.masked_scatter(is_vision.unsqueeze(-1), tokens.to(x.dtype))
+        seen = is_vision.flatten().nonzero().squeeze(1)[cells[:, 0] >= 0]        # places of vision tokens; newlines bypass
+        cells = cells[cells[:, 0] >= 0]
+
+        def remember(index, h):
+            """Before decoder layer `index`: vision tokens re-read their windows (Sec. 4.3); all else passes unchanged."""
+            if index not in self.config.remember:
+                return h
+            flat = h.flatten(0, 1)                                               # (B*T, d)
+            new = self.vision_remember[str(index)](flat[seen], features, saliency, cells)
+            return flat.index_copy(0, seen, new.to(h.dtype)).view_as(h)
+        return x, remember
+
+    def place(self, tokens, plans):
+        """Tokens of tiles (t, p*p, d) -> (sequence (n, d), cells (n, 3) of (tile of the batch, row, column), -1 newline).
+
+        The plans decide the order, the un-padding and the newlines; windows are found through the same cells.
+        """
+        pieces, cells, first = [], [], 0
+        for plan in plans:
+            where = torch.from_numpy(plan.cells()).to(tokens.device)             # (tokens of the picture, 3)
+            mine = tokens[first:first + plan.tiles]                              # (tiles of the picture, p*p, d)
+            index = (where[:, 0] * plan.side + where[:, 1]) * plan.side + where[:, 2]
+            newline = (where[:, 0] < 0).unsqueeze(1)
+            piece = torch.where(newline, self.image_newline.to(tokens.dtype), mine.flatten(0, 1)[index.clamp(min=0)])
+            if plan.crop[2:] != plan.map:                                        # anyres_max_9 over its budget
+                piece = torch.cat([piece[:plan.side ** 2], self.shrink(mine[1:], plan)])
+            pieces.append(piece)
+            cells.append(torch.where(newline, where, where + where.new_tensor([first, 0, 0])))
+            first += plan.tiles
+        return torch.cat(pieces), torch.cat(cells)
+
+    def shrink(self, crops, plan):
+        """Crop tokens (t, p*p, d) of a picture over its budget -> bilinearly smaller map with newlines (h*(w+1), d)."""
+        (gw, gh), p, (top, left, full_h, full_w), (h, w) = plan.grid, plan.side, plan.crop, plan.map
+        grid = crops.view(gh, gw, p, p, -1).permute(4, 0, 2, 1, 3).reshape(-1, gh * p, gw * p)     # (d, gh*p, gw*p)
+        grid = grid[:, top:top + full_h, left:left + full_w].float()
+        grid = F.interpolate(grid[None], size=(h, w), mode="bilinear")[0].to(crops.dtype)          # (d, h, w)
+        newline = self.image_newline.to(crops.dtype)[:, None, None].expand(-1, h, 1)
+        return torch.cat([grid, newline], 2).flatten(1).T
+
+    def unused(self, batch):
+        """Zero, but with a gradient for whatever this batch did not touch: DDP waits for every parameter on every rank."""
+        idle = [self.image_newline] if batch.pixels is not None else [*self.mm_projector.parameters(), self.image_newline,
+                                                                      *self.vision_remember.parameters()]
+        return sum(p.sum() for p in idle if p.requires_grad) * 0
+
+    @torch.inference_mode()
+    def generate(self, images, prompts, max_new_tokens=64, on_token=None):
+        """Greedy answers to a list of prompts, decoded together as if each were alone.
+
+        images: per prompt None, a PIL image or a list of them. prompts: str, or turns [{"from", "value"}] that end with
+        a human one; `<image>` marks may be left out, the pictures then stand first. on_token(row, text) is called with
+        every new piece of text. Returns a list of str. Raises ValueError where marks and pictures disagree.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} image entries for {len(prompts)} prompts: give one entry (or None) for each")
+        end = [self.tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
+        batch = data.collate([self.question(*pair) for pair in zip(images, prompts)], end[1]).to(self.image_newline.device)
+        rows = torch.arange(len(prompts), device=batch.lengths.device)
+        x, remember = self.embed(batch)                                          # (B, T, d)
+        cache = KVCache(self.config.text, len(prompts), x.shape[1] + max_new_tokens, x.dtype, x.device)
+        last = rows.new_zeros(x.shape[:2], dtype=torch.bool)
+        last[rows, batch.lengths - 1] = True
+        logits = self.language_model(inputs_embeds=x, cache=cache, hook=remember, keep=last)       # (B, V)
+        cache.lengths = batch.lengths.clone()                                    # padding on the right will be overwritten
+        answers, texts = [[] for _ in prompts], [""] * len(prompts)
+        done = [False] * len(prompts)
+        for step in range(max_new_tokens):
+            token = logits.argmax(-1)                                            # (B,)
+            for row, value in enumerate(token.tolist()):
+                done[row] = done[row] or value in end
+                if not done[row]:
+                    answers[row].append(value)
+                    texts[row] = self.speak(row, answers[row], texts[row], on_token)
+            if all(done) or step == max_new_tokens - 1:
+                break
+            logits = self.language_model(token.unsqueeze(1), cache=cache)[:, -1]  # (B, V); no vision token, no remembering
+        return [self.tokenizer.decode(ids).strip() for ids in answers]
+
+    def speak(self, row, ids, said, on_token):
+        """Pass on what the newest token adds to the text, unless it ends inside a character; returns the text so far."""
+        if on_token is None:
+            return said
+        text = self.tokenizer.decode(ids)
+        if text.endswith("\ufffd"):
+            return said
+        on_token(row, text[len(said):])
+        return text
+
+    def question(self, images, prompt):
+        """One prompt with its pictures -> a sample that data.collate takes, ending where the answer begins."""
+        pictures = [data.load_image(image) for image in (images if isinstance(images, (list, tuple)) else [images]) if image is not None]
+        turns = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+        if pictures and not any(data.MARK in turn["value"] for turn in turns):
+            turns[0]["value"] = " ".join([data.MARK] * len(pictures)) + "\n" + turns[0]["value"]
+        mode = self.config.image_mode if len(pictures) < 2 else "pad"
+        plans = [data.plan_image(picture.size, mode, self.config.side, self.config.vision.image_size) for picture in pictures]
+        ids, labels = data.encode_chat(self.tokenizer, turns, [plan.tokens for plan in plans], generate=True)
+        tiles = [tile for picture, plan in zip(pictures, plans) for tile in data.cut_tiles(picture, plan)]
+        return {"id": "", "ids": ids, "labels": labels, "tiles": tiles, "plans": plans}
+
+    @classmethod
+    def from_parts(cls, clip, llm, preset="0.5b", **changes):
+        """Join a CLIP folder and a Qwen2 folder under a fresh projector and Vision Remember.
+
+        preset names the joining choices (PRESETS); changes override them. Sizes come from the folders' config.json.
+        Raises ValueError or FileNotFoundError, naming folder and key.
+        """
+        base = PRESETS[preset]
+        joint = {name: getattr(base, name) for name in ("layers", "projector", "side", "remember", "window", "saliency", "image_mode")}
+        joint.update(changes)
+        vision, text = CLIPVision.from_pretrained(clip, joint["layers"], joint["saliency"]), Qwen2.from_pretrained(llm)
+        model = cls(LLaVAVRConfig(vision.config, text.config, **joint), vision, text)
+        model.read_tokenizer(llm)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read a folder of `save_pretrained`. Raises ValueError or FileNotFoundError in one line: see weights.py."""
+        stored = read_config(folder)
+        if stored.pop("model_type", None) != "llava_vr":
+            raise ValueError(f"{folder}/config.json is not of a LLaVA-VR model: give a folder that train.py wrote")
+        config = LLaVAVRConfig(CLIPConfig(**stored.pop("vision")), Qwen2Config(**stored.pop("text")), **stored)
+        with torch.device("meta"):                                               # shapes only, soon overwritten
+            model = cls(config)
+        model.to_empty(device="cpu").language_model.tie()
+        load_weights(model, folder, lambda key: key)
+        model.read_tokenizer(folder)
+        return model.eval()
+
+    def read_tokenizer(self, folder):
+        self.tokenizer, self.tokenizer_file = data.load_tokenizer(folder), Path(folder) / "tokenizer.json"
+
+    def save_pretrained(self, folder, extra=None):
+        """Write config.json, model.safetensors, tokenizer.json and copies of extra {name: path}, whole or not at all."""
+        tensors = self.state_dict()
+        if self.config.text.tie_word_embeddings:
+            del tensors["language_model.lm_head.weight"]
+        save_weights(folder, tensors, {"model_type": "llava_vr", **asdict(self.config)},
+                     {"tokenizer.json": self.tokenizer_file, **(extra or {})})

@@ -1,0 +1,346 @@
+"""Makes the embedded parts, tiny/clip and tiny/qwen2, from nothing: only from drawn pictures, on a laptop.
+
+    python pretrain.py                        # all stages in order, about three hours on 2 cores; resumes if stopped
+    python pretrain.py --stage vision         # tokenizer | vision | language | joint
+
+The real CLIP and Qwen2 knew much before LLaVA joined them, so the tiny ones must too, or the paper's two phases would
+start from noise. Four stages, each checkpointed under runs/pretrain and logged as JSON lines:
+
+tokenizer   byte-level BPE with Qwen2's splitting rule and special tokens, on the drawn captions and questions
+vision      the ViT alone: every patch says which glyphs, word, number, colour and owner lie in it (the drawing program
+            knows), the CLS token says which words and colours the tile holds. Stands in for CLIP's contrastive training
+language    the decoder alone: the caption in place of the picture, then the questions: to copy, recall and compare
+joint       both as an uncompressed LLaVA-NeXT (2-layer MLP, AnyRes, no Vision Remember); projector thrown away after
+"""
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, IterableDataset
+
+import data
+import synth
+from clip import CLIPVision
+from model import CLIP_TINY, QWEN2_TINY, LLaVAVR
+from qwen2 import Qwen2
+
+CLIP_FOLDER, LLM_FOLDER, RUNS = "tiny/clip", "tiny/qwen2", "runs/pretrain"
+TILE, PATCH, SIDE = 112, 14, 8                                     # one tile is 8 x 8 patches
+LAYERS = (2, 4, 6)
+GLYPHS = "0123456789:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+WORDS = [""] + synth.NAMES + ("Fruit Country Month Animal Food Travel City Sport sales score votes share Receipt Bill Shop "
+                              "Invoice Form Letter Ticket Total Name Date Team Number Seat Trip").split()
+WORDS = list(dict.fromkeys(WORDS))
+COLOURS = [""] + list(synth.COLOURS)
+
+
+# ---- vision: what each patch should know ----------------------------------------------------------------------------
+
+def words_of(mark):
+    """The words written in a text mark -> (word, x0, x1); a colon is not part of a word."""
+    at = 0
+    for word in mark.text.split():
+        yield word.rstrip(":"), mark.glyphs[at][1], mark.glyphs[at + len(word) - 1][2]
+        at += len(word)
+
+
+def digits(text):
+    """"47" -> (0, 5, 8): three right-aligned digits as classes 1..10, 0 where there is none."""
+    return tuple("_0123456789".index(c) for c in text.rjust(3, "_")[-3:])
+
+
+def patch_targets(drawing, plan):
+    """-> dict of arrays over (tiles, 64 patches): what lies in each patch; -100 = not to be known from this tile."""
+    n = (plan.tiles, SIDE * SIDE)
+    target = {"glyphs": np.zeros((*n, len(GLYPHS)), np.float32), "word": np.zeros(n, np.int64), "number": np.zeros((*n, 3), np.int64),
+              "owner": np.zeros(n, np.int64), "value": np.zeros((*n, 3), np.int64), "colour": np.zeros(n, np.int64),
+              "length": np.full(n, -1, np.float32), "tile": np.zeros((plan.tiles, len(WORDS) + len(COLOURS)), np.float32)}
+    (width, height), (rw, rh), (px, py), columns = plan.size, plan.resized, plan.paste, plan.grid[0]
+    for t in range(plan.tiles):
+        row, column = divmod(t - 1, columns)
+        sx, sy, ox, oy = (rw / width, rh / height, px, py) if plan.mode == "square" else \
+                         (TILE / width, TILE / height, 0, 0) if t == 0 else \
+                         (rw / width, rh / height, px - column * TILE, py - row * TILE)
+        place = lambda x0, y0, x1, y1: (x0 * sx + ox, y0 * sy + oy, x1 * sx + ox, y1 * sy + oy)
+        fill_tile({k: v[t] for k, v in target.items()}, [(place(*m.box), m, lambda x: x * sx + ox) for m in drawing.marks])
+    return target
+
+
+def covered(box, share):
+    """Flat indices of the patches of which a box covers at least `share` of its width and height (or of the box's)."""
+    def span(lo, hi):
+        least = share * min(PATCH, hi - lo)
+        return [i for i in range(max(0, int(lo // PATCH)), min(SIDE, int(hi // PATCH) + 1))
+                if min(hi, (i + 1) * PATCH) - max(lo, i * PATCH) >= least]
+    x0, y0, x1, y1 = box
+    columns = span(x0, x1)
+    return [row * SIDE + column for row in span(y0, y1) for column in columns]
+
+
+def fill_tile(target, placed):
+    whole = lambda b: b[0] > -2 and b[1] > -2 and b[2] < TILE + 2 and b[3] < TILE + 2
+    seen = [(box, mark) for box, mark, _ in placed if whole(box)]
+    named = {m.name for _, m in seen if m.text and m.text.rstrip(":") == m.name}
+    valued = {(m.name, m.value) for _, m in seen if m.text and m.text == str(m.value)}
+    for box, mark, to_x in placed:
+        if box[2] <= 0 or box[3] <= 0 or box[0] >= TILE or box[1] >= TILE:
+            continue
+        patches = covered(box, 0.25)
+        if mark.name in WORDS and mark.name:
+            target["owner"][patches] = WORDS.index(mark.name) if mark.name in named else -100
+        if mark.value is not None:
+            target["value"][patches] = digits(str(mark.value)) if (mark.name, mark.value) in valued else -100
+        if mark.kind != "text":
+            patches = covered(box, 0.5)
+            target["colour"][patches] = COLOURS.index(mark.colour)
+            target["tile"][len(WORDS) + COLOURS.index(mark.colour)] = 1
+            if mark.value is not None and whole(box):
+                target["length"][patches] = mark.value / 100
+            continue
+        for character, x0, x1 in mark.glyphs:
+            target["glyphs"][covered((to_x(x0), box[1], to_x(x1), box[3]), 0.35), GLYPHS.index(character)] = 1
+        for word, x0, x1 in words_of(mark):
+            where = (to_x(x0), box[1], to_x(x1), box[3])
+            if word.isdigit():
+                target["number"][covered(where, 0.25)] = digits(word) if whole(where) else -100
+            else:
+                target["word"][covered(where, 0.25)] = WORDS.index(word) if whole(where) else -100
+                target["tile"][WORDS.index(word)] = float(whole(where))
+
+
+class Tiles(IterableDataset):
+    """Endless small batches of (tiles, targets): five pages full of text and one drawing. Many small steps leave the
+    first plateau sooner than few large ones. Drawing costs as much as learning, so two pages and one drawing are new in
+    each step and the rest comes from the last 400 of each (a resumed run starts with an empty pool)."""
+
+    def __init__(self, seed, start):
+        self.seed, self.start = seed, start
+
+    def __iter__(self):
+        step, pools, rng = self.start, ([], []), random.Random(self.start)
+        while True:
+            for new in (3 * step, 3 * step + 1, 3 * step + 2):
+                is_page = new % 3 < 2
+                pool, item = pools[is_page], self.lesson(self.seed + new, is_page)
+                pool.append(item) if len(pool) < 400 else pool.__setitem__(rng.randrange(400), item)
+            chosen = [rng.choice(pools[1]) for _ in range(5)] + [rng.choice(pools[0])]
+            tiles, targets = zip(*chosen)
+            yield np.concatenate(tiles), {k: torch.from_numpy(np.concatenate([t[k] for t in targets])) for k in targets[0]}
+            step += 1
+
+    def lesson(self, number, is_page):
+        drawing = synth.draw(number, kinds=("page",), sizes=((126, 126),)) if is_page else synth.draw(number)
+        plan = data.plan_image(drawing.image.size, "square" if is_page else "a4", SIDE, TILE)
+        target = patch_targets(drawing, plan)
+        busy = target["glyphs"].any((1, 2)) | (target["colour"] > 0).any(1)            # blank paper teaches little
+        return data.cut_tiles(drawing.image, plan)[busy], {name: values[busy] for name, values in target.items()}
+
+
+class PatchHeads(nn.Module):
+    """Linear readouts of the last features, thrown away after the stage."""
+
+    def __init__(self, width):
+        super().__init__()
+        sizes = {"glyphs": len(GLYPHS), "word": len(WORDS), "number": 33, "owner": len(WORDS), "value": 33,
+                 "colour": len(COLOURS), "length": 1}
+        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+        self.tile = nn.Linear(width, len(WORDS) + len(COLOURS))
+
+    def forward(self, features, cls, target):
+        """features (B, N, C), cls (B, C) -> dict of losses and dict of accuracies on what is not background."""
+        out = {name: head(features) for name, head in self.heads.items()}
+        losses = {"glyphs": 60 * F.binary_cross_entropy_with_logits(out["glyphs"], target["glyphs"]),
+                  "tile": 5 * F.binary_cross_entropy_with_logits(self.tile(cls), target["tile"])}
+        right = {"glyphs": ((out["glyphs"] > 0) == (target["glyphs"] > 0)).all(-1)[target["glyphs"].any(-1)].float().mean()}
+        for name in ("word", "owner", "colour", "number", "value"):
+            logits, truth = out[name], target[name]
+            if truth.dim() == 3:
+                logits = logits.unflatten(-1, (3, 11))
+            weight = torch.ones(logits.shape[-1])
+            weight[0] = 0.2                                        # background is most of a picture
+            losses[name] = F.cross_entropy(logits.flatten(0, -2), truth.flatten(), weight, ignore_index=-100)
+            hit, known = logits.argmax(-1) == truth, truth > 0
+            right[name] = hit[known].float().mean() if truth.dim() == 2 else hit.all(-1)[known.any(-1)].float().mean()
+        known = target["length"] >= 0
+        losses["length"] = 5 * (out["length"].squeeze(-1).sigmoid() - target["length"])[known].abs().mean() if known.any() else out["length"].sum() * 0
+        return losses, right
+
+
+@torch.no_grad()
+def widen(module):
+    """The official deviation of 0.02 is meant for widths near 1000; narrow layers start slowly with it."""
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            fan_in = part.weight[0].numel()
+            last = name.endswith(("out_proj", "fc2", "o_proj", "down_proj"))       # what a block adds to the residual stream
+            part.weight.normal_(std=fan_in ** -0.5 * (0.3 if last else 1))
+        if name.endswith("position_embedding"):
+            part.weight.normal_(std=0.3)
+    return module
+
+
+def pretrain_vision(args):
+    torch.manual_seed(args.seed)
+    vision = widen(CLIPVision(CLIP_TINY, LAYERS))
+    heads = PatchHeads(CLIP_TINY.hidden_size)
+
+    def step(batch):
+        tiles, target = batch
+        hidden, _ = vision.encode(data.normalise(tiles))
+        losses, right = heads(hidden[LAYERS[-1]][:, 1:], hidden[LAYERS[-1]][:, 0], target)
+        return sum(losses.values()), {**{f"loss {k}": v.item() for k, v in losses.items()}, **{k: v.item() for k, v in right.items()}}
+
+    fit("vision", nn.ModuleList([vision, heads]), lambda start: Tiles(args.seed, start), step, args.vision_steps, 1.5e-3, args)
+    vision.save_pretrained(CLIP_FOLDER)
+
+
+# ---- tokenizer, language, joint ------------------------------------------------------------------------------------
+
+def pretrain_tokenizer(args):
+    """tiny/qwen2/tokenizer.json: Qwen2's normaliser, splitting rule, byte alphabet and specials over 1024 ids."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    rule = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer, level = Tokenizer(models.BPE()), {"add_prefix_space": False, "use_regex": False}
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rule), "isolated"), pre_tokenizers.ByteLevel(**level)])
+    tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
+    texts = (text for i in range(6000) for _, caption, qa, _ in [synth.compose(args.seed + i)]
+             for text in [caption, synth.SHORT, *(part for pair in qa for part in pair[:2])])
+    names = data.SPECIALS[2], data.SPECIALS[0], data.SPECIALS[1]                 # in Qwen2's order, behind the ordinary ids
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=QWEN2_TINY.vocab_size - len(names), show_progress=False,
+                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    os.makedirs(LLM_FOLDER, exist_ok=True)
+    tokenizer.save(f"{LLM_FOLDER}/tokenizer.json")
+    print(f"tokenizer: {tokenizer.get_vocab_size()} ids")
+
+
+class Conversations(IterableDataset):
+    """Endless batches of `size` conversations about drawings. as_text: the caption stands in for the picture;
+    otherwise pictures at `side` tokens per tile side, a fifth of them single tiles with the plain caption of phase 1."""
+
+    def __init__(self, seed, start, size, as_text, side=SIDE):
+        self.seed, self.start, self.size, self.as_text, self.side = seed, start, size, as_text, side
+
+    def __iter__(self):
+        tokenizer, step = data.load_tokenizer(LLM_FOLDER), self.start
+        while True:
+            numbers = range(self.seed + step * self.size, self.seed + (step + 1) * self.size)
+            yield data.collate([self.sample(tokenizer, i) for i in numbers], tokenizer.token_to_id("<|endoftext|>"))
+            step += 1
+
+    def sample(self, tokenizer, i):
+        rng = random.Random(i)
+        if self.as_text:
+            kind, caption, qa, _ = synth.compose(i)
+            turns = synth.conversation(synth.Drawing(None, kind, caption, qa, []), rng.randint(4, 10))
+            turns[0]["value"] = turns[0]["value"].replace(data.MARK, caption)
+            ids, labels = data.encode_chat(tokenizer, turns, [])
+            return {"id": str(i), "ids": ids, "labels": labels, "tiles": [], "plans": []}
+        if rng.random() < 0.2:
+            drawing, template, mode = synth.draw(i, sizes=synth.SIZES[:1]), "plain", "square"
+            turns = [{"from": "human", "value": data.MARK}, {"from": "gpt", "value": drawing.caption}]
+        else:
+            drawing, template, mode = synth.draw(i), "chat", "a4"
+            turns = synth.conversation(drawing, 10)
+        record = {"id": str(i), "conversations": turns, "images": [drawing.image]}
+        return data.encode_sample(record, tokenizer, template, mode, self.side, TILE)
+
+
+def pretrain_language(args):
+    torch.manual_seed(args.seed)
+    llm = Qwen2(QWEN2_TINY)
+    widen(llm.model.layers)
+
+    def step(batch):
+        targets = batch.labels[:, 1:]
+        keep = F.pad(targets != data.IGNORE, (0, 1))
+        logits, targets = llm(batch.input_ids, keep=keep), targets[keep[:, :-1]]
+        return F.cross_entropy(logits, targets), {"right": (logits.argmax(-1) == targets).float().mean().item()}
+
+    fit("language", llm, lambda start: Conversations(args.seed, start, 24, True), step, args.language_steps, 2e-3, args)
+    save_llm(llm)
+
+
+def pretrain_joint(args):
+    torch.manual_seed(args.seed)
+    model = LLaVAVR.from_parts(CLIP_FOLDER, LLM_FOLDER, "tiny", projector="mlp", side=SIDE, remember=())
+    fit("joint", model, lambda start: Conversations(args.seed + 5_000_000, start, 12, False), lambda batch: (model(batch), {}),
+        args.joint_steps, 1e-3, args)
+    half(model.vision_tower).save_pretrained(CLIP_FOLDER)
+    save_llm(half(model.language_model))
+
+
+def half(module):
+    """Stored in bfloat16, as Qwen2 is published, both parts stay small enough for a repository."""
+    return module.to(torch.bfloat16)
+
+
+def save_llm(llm):
+    with tempfile.TemporaryDirectory() as folder:                                # save_pretrained replaces the whole folder
+        llm.save_pretrained(LLM_FOLDER, {"tokenizer.json": shutil.copy(f"{LLM_FOLDER}/tokenizer.json", folder)})
+
+
+# ---- the loop all stages share --------------------------------------------------------------------------------------
+
+def fit(name, module, batches, loss_of, steps, peak, args):
+    """AdamW, cosine with 3 % warm-up, a checkpoint every 500 steps; goes on from the newest one."""
+    os.makedirs(RUNS, exist_ok=True)
+    path, log = f"{RUNS}/{name}.pt", open(f"{RUNS}/{name}.jsonl", "a")
+    decay = [p for p in module.parameters() if p.dim() > 1]
+    plain = [p for p in module.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0}], lr=peak, betas=(0.9, 0.98), fused=True)
+    start = 0
+    if os.path.exists(path):
+        state = torch.load(path, weights_only=True)
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    loader = iter(DataLoader(batches(start), batch_size=None, num_workers=1, prefetch_factor=4))
+    clock, notes = time.time(), {}
+    for i in range(start, steps):
+        warm = min(300, int(0.03 * steps) + 1)
+        lr = peak * min((i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, i - warm) / (steps - warm))) + 0.01)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        with sdpa_kernel(SDPBackend.MATH):                         # at these sizes twice as fast as the fused one
+            loss, seen = loss_of(next(loader))
+            loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        for key, value in {"loss": loss.item(), **seen}.items():
+            if value == value:
+                notes.setdefault(key, []).append(value)
+        if (i + 1) % 100 == 0:
+            line = {"step": i + 1, "seconds": round(time.time() - clock, 1), "lr": lr, **{k: round(float(np.mean(v)), 4) for k, v in notes.items()}}
+            print(name, json.dumps(line), flush=True)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            notes = {}
+        if (i + 1) % 500 == 0 or i + 1 == steps:
+            torch.save({"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": i + 1}, path + ".new")
+            os.replace(path + ".new", path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("tokenizer", "vision", "language", "joint", "all"), default="all")
+    parser.add_argument("--seed", type=int, default=10_000_000, help="first drawing; apart from those of --preset tiny")
+    parser.add_argument("--vision-steps", type=int, default=12000)
+    parser.add_argument("--language-steps", type=int, default=1500)
+    parser.add_argument("--joint-steps", type=int, default=3000)
+    args = parser.parse_args()
+    stages = {"tokenizer": pretrain_tokenizer, "vision": pretrain_vision, "language": pretrain_language, "joint": pretrain_joint}
+    for stage in stages if args.stage == "all" else [args.stage]:
+        stages[stage](args)

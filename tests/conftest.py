@@ -1,0 +1,11 @@
+"""Let the tests import the files at the root, and leave the machine some cores."""
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))

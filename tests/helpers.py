@@ -1,0 +1,65 @@
+"""What several test files share: small random models, pictures, batches. No weights to fetch, no network."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
+
+import data  # noqa: E402
+from clip import CLIPConfig  # noqa: E402
+from model import LLaVAVR, LLaVAVRConfig  # noqa: E402
+from qwen2 import Qwen2Config  # noqa: E402
+
+TOKENIZER = ROOT / "tiny/qwen2"
+
+
+def randomise(module, std=0.2, seed=0):
+    """Random values for every parameter, also those that start as zeros or ones: nothing may cancel by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(noise + 1 if "norm" in name and name.endswith("weight") else noise)
+    return module
+
+
+def wake(model, std=0.2, seed=1):
+    """Give Vision Remember's last linear random weights, as if trained; it starts from zero and is then invisible."""
+    for remember in model.vision_remember.values():
+        randomise(remember.down, std, seed)
+    return model
+
+
+def tiny_model(std=0.2, **changes):
+    """A whole LLaVA-VR of 8x8 features and 4x4 tokens a tile of 32 pixels, remembering before layers 1 and 2 of 3."""
+    tokenizer = data.load_tokenizer(TOKENIZER)
+    vision = CLIPConfig(hidden_size=64, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=4)
+    text = Qwen2Config(tokenizer.get_vocab_size(), 32, 24, 3, 4, 2, tie_word_embeddings=True)
+    joint = {"layers": (1, 2), "side": 4, "remember": (1, 2), **changes}
+    model = randomise(LLaVAVR(LLaVAVRConfig(vision, text, **joint)), std)
+    for remember in model.vision_remember.values():
+        torch.nn.init.zeros_(remember.down.weight)
+        torch.nn.init.zeros_(remember.down.bias)
+    model.read_tokenizer(TOKENIZER)
+    return model
+
+
+def picture(width, height, seed=0):
+    """Noise, in which every misplaced pixel shows."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def sample(model, pictures=(), question="What is the value of Apple?", answer="12", name="one", template="chat", mode=None):
+    """One encoded training sample of one round, pictures first."""
+    turns = [{"from": "human", "value": "<image>\n" * len(pictures) + question}, {"from": "gpt", "value": answer}]
+    record = {"id": name, "conversations": turns, "images": list(pictures)}
+    c = model.config
+    return data.encode_sample(record, model.tokenizer, template, mode or c.image_mode, c.side, c.vision.image_size)
+
+
+def batch_of(model, *samples):
+    return data.collate(samples, model.tokenizer.token_to_id("<|endoftext|>"))

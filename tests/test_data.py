@@ -1,0 +1,612 @@
+"""data.py: AnyRes plans and cells, tiles, chat template and label masks, readers, batches."""
+import io
+import json
+import math
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
+from data import IGNORE, IMAGE, encode_chat, encode_sample, plan_image  # noqa: E402
+
+CASES = json.loads((Path(__file__).parent / "cases/anyres.json").read_text())
+SIZES = [(1, 1), (1, 3000), (3000, 1), (1, 336), (2, 1009), (13, 900), (79, 336), (47, 47), (335, 337), (336, 336),
+         (337, 336), (531, 97), (640, 480), (1023, 1469), (1469, 1023), (2016, 2016), (1920, 1080), (65535, 3)]
+
+
+# -------------------------------------------------------------------------------------------- AnyRes
+
+@pytest.mark.parametrize("side", (24, 12))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['width']}x{case['height']}-{case['mode']}")
+def test_anyres_cases_hold(case, side):
+    """Canvas, tiles and token counts computed independently of this code from LLaVA-NeXT's rules."""
+    plan = plan_image((case["width"], case["height"]), case["mode"], side)
+    for name, expected in case[f"p{side}"].items():
+        assert plan[name] == (tuple(expected) if isinstance(expected, list) else expected), name
+
+
+# size -> canvas, grid, resized, paste, tiles, map at p=24, N at p=24, map at p=12, N at p=12
+WORKED = {
+    (640, 480): ((672, 672), (2, 2), (672, 504), (0, 84), 5, (36, 48), 2340, (18, 24), 594),
+    (1000, 300): ((1008, 336), (3, 1), (1008, 303), (0, 16), 4, (22, 72), 2182, (10, 36), 514),
+    (300, 1000): ((336, 1008), (1, 3), (303, 1008), (16, 0), 4, (72, 22), 2232, (36, 10), 540),
+    (336, 336): ((336, 672), (1, 2), (336, 336), (0, 168), 3, (24, 24), 1176, (12, 12), 300),
+    (1920, 1080): ((672, 672), (2, 2), (672, 378), (0, 147), 5, (28, 48), 1948, (14, 24), 494),
+    (200, 150): ((336, 672), (1, 2), (336, 252), (0, 210), 3, (18, 24), 1026, (10, 12), 274),
+    (2480, 3508): ((672, 672), (2, 2), (476, 672), (98, 0), 5, (48, 34), 2256, (24, 16), 552)}
+
+
+@pytest.mark.parametrize("size", WORKED, ids=str)
+def test_worked_examples_of_anyres_four(size):
+    """The same table a reader can check by hand: 1000x300 keeps 24 - 2*1 rows, 22 * 73 + 576 = 2182 tokens."""
+    fine, coarse = plan_image(size, "a4", 24), plan_image(size, "a4", 12)
+    assert WORKED[size] == (fine.canvas, fine.grid, fine.resized, fine.paste, fine.tiles,
+                            fine.map, fine.tokens, coarse.map, coarse.tokens)
+
+
+def test_candidate_order_decides_ties():
+    """Phase 2's list has no 1x1: a square image ties 1x2 with 2x1, and the first of the list must win."""
+    assert data.CANVASES["a4"] == ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    assert len(data.CANVASES["max9"]) == 36 and data.CANVASES["max9"][:2] == ((1, 1), (1, 2))
+    assert plan_image((336, 336), "a4").grid == (1, 2)
+
+
+def check_cells(plan):
+    """The claims of the next two tests on one plan."""
+    cells = plan.cells()
+    assert cells.shape == (plan.tokens, 3) and cells.dtype == np.int64
+    newline = (cells == -1).all(1)
+    seen = cells[~newline]
+    assert len(np.unique(seen, axis=0)) == len(seen), "two tokens share a cell"
+    assert (seen >= 0).all() and (seen[:, 0] < plan.tiles).all() and (seen[:, 1:] < plan.side).all()
+    base = plan.side**2
+    raster = [(0, row, column) for row in range(plan.side) for column in range(plan.side)]
+    assert cells[:base].tolist() == [list(cell) for cell in raster], "the base comes first, without newlines"
+    if plan.mode in data.CANVASES:
+        h, w = plan.map
+        rows = newline[base:].reshape(h, w + 1)
+        assert rows[:, -1].all() and not rows[:, :-1].any(), "every row ends in one newline"
+        top, left, full_h, full_w = plan.crop
+        tile = seen[base:, 0] - 1
+        down = tile // plan.grid[0] * plan.side + seen[base:, 1]   # back to the merged map
+        across = tile % plan.grid[0] * plan.side + seen[base:, 2]
+        assert (down >= top).all() and (down < top + full_h).all()
+        assert (across >= left).all() and (across < left + full_w).all()
+        assert (np.diff(down.reshape(h, w), axis=0) > 0).all() and (np.diff(across.reshape(h, w), axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("mode", data.MODES)
+def test_every_token_has_its_own_cell_inside_a_tile(mode):
+    """The index map is what lets Vision Remember find a token's window; slivers and single pixels are no exception."""
+    for size in SIZES:
+        for side in (24, 12, 2):
+            check_cells(plan_image(size, mode, side))
+
+
+def test_random_sizes_keep_every_invariant():
+    """Sizes nobody thought of: the resized picture fits its canvas, and lengths stay below those of llava_next 1.7."""
+    rng = np.random.default_rng(0)
+    longest = {"a4": 744, "max9": 1764}
+    for size in np.exp(rng.uniform(0, math.log(5000), (150, 2))).astype(int).tolist():
+        for mode, limit in longest.items():
+            plan = plan_image(tuple(size), mode, 12)
+            check_cells(plan)
+            assert plan.tokens <= limit and plan.tiles == 1 + plan.grid[0] * plan.grid[1]
+            for axis in (0, 1):
+                assert 1 <= plan.resized[axis] <= plan.canvas[axis] == plan.grid[axis] * 336
+                assert plan.paste[axis] == (plan.canvas[axis] - plan.resized[axis]) // 2
+
+
+def test_shrunken_tokens_take_the_cell_under_their_centre():
+    """Paper silent: 48x72 shrunk to 29x44 puts the centre of token (1, 1) at (2.48, 2.45), so cell (2, 2) of tile 1."""
+    plan = plan_image((3000, 2000), "max9", 12)
+    assert plan.crop == (0, 0, 48, 72) and plan.map == (29, 44)
+    assert plan.cells()[144 + 45 + 1].tolist() == [1, 2, 2]
+
+
+def test_slivers_keep_one_pixel():
+    """1x3000 rounds to zero pixels on every canvas: the smallest canvas then wins, and the resize rounds up to one."""
+    assert plan_image((1, 3000), "a4").canvas == (336, 672) and plan_image((1, 3000), "a4").resized == (1, 672)
+    assert plan_image((3000, 1), "max9").canvas == (336, 336) and plan_image((3000, 1), "max9").resized == (336, 1)
+    tiles = data.cut_tiles(Image.new("RGB", (1, 3000), "white"), plan_image((1, 3000), "a4"))
+    assert tiles[1:].sum() == 672 * 3 * 255, "one white column on black"
+
+
+def test_planner_refuses_nonsense():
+    """One clear line instead of a crash inside the arithmetic."""
+    with pytest.raises(ValueError, match="'anyres' is unknown: use one of a4, max9, square, pad"):
+        plan_image((10, 10), "anyres")
+    with pytest.raises(ValueError, match="0x10"):
+        plan_image((0, 10))
+
+
+# ------------------------------------------------------------------------------------------ pictures
+
+def noise(width, height, seed=0):
+    """A picture in which every misplaced pixel shows."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png(image):
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_tiles_equal_direct_pillow_with_odd_padding():
+    """1000x300 leaves 33 padded rows: 16 above and 17 below. HF's port was one pixel short there for a year."""
+    image = noise(1000, 300)
+    tiles = data.cut_tiles(image, plan_image(image.size, "a4"))
+    canvas = np.zeros((336, 1008, 3), np.uint8)
+    canvas[16:16 + 303] = np.asarray(image.resize((1008, 303), Image.BICUBIC))
+    assert tiles.shape == (4, 336, 336, 3) and tiles.dtype == np.uint8
+    assert (tiles[0] == np.asarray(image.resize((336, 336), Image.BICUBIC))).all(), "the base is squashed"
+    for n in range(3):
+        assert (tiles[1 + n] == canvas[:, 336 * n:336 * n + 336]).all()
+
+
+def test_tiles_come_row_by_row():
+    """Tile 2 is right of tile 1, not below it; width and height have been swapped in every port at least once."""
+    image = noise(96, 64)
+    plan = plan_image(image.size, "max9", 2, 32)
+    tiles = data.cut_tiles(image, plan)
+    assert plan.grid == (3, 2) and plan.resized == (96, 64)
+    pixels = np.asarray(image)
+    assert (tiles[2] == pixels[:32, 32:64]).all() and (tiles[4] == pixels[32:, :32]).all()
+
+
+def test_square_resizes_the_short_side_and_crops_the_centre():
+    """Phase 1 is CLIP's processor alone: the longer side is truncated, and the crop offset is floored."""
+    image = noise(101, 64)
+    plan = plan_image(image.size, "square", 2, 32)
+    assert plan.resized == (50, 32) and plan.paste == (-9, 0) and plan.tokens == 4
+    expected = np.asarray(image.resize((50, 32), Image.BICUBIC))[:, 9:41]
+    assert (data.cut_tiles(image, plan)[0] == expected).all()
+
+
+def test_square_survives_slivers():
+    """A 1x3000 picture resized whole would take a gigabyte; only the window is computed."""
+    image = Image.fromarray(np.repeat(np.arange(3000, dtype=np.uint16)[:, None, None] // 12, 3, 2).astype(np.uint8))
+    tile = data.cut_tiles(image, plan_image(image.size, "square"))[0]
+    assert tile.shape == (336, 336, 3) and set(np.unique(tile)) <= {124, 125}
+
+
+def test_pad_centres_on_the_mean_colour():
+    """Several pictures: each on a square of int(255 * mean), the odd row below, then resized; one newline."""
+    image = noise(64, 31)
+    plan = plan_image(image.size, "pad", 2, 32)
+    square = np.empty((64, 64, 3), np.uint8)
+    square[:] = (122, 116, 104)
+    square[16:47] = np.asarray(image)
+    expected = np.asarray(Image.fromarray(square).resize((32, 32), Image.BICUBIC))
+    assert (data.cut_tiles(image, plan)[0] == expected).all()
+    assert plan.tokens == 5 and plan.cells()[-1].tolist() == [-1, -1, -1]
+
+
+def test_black_normalises_to_the_documented_values():
+    """Padding is black before normalisation: (-1.7923, -1.7521, -1.4802) after it."""
+    pixels = data.normalise(np.zeros((2, 4, 4, 3), np.uint8))
+    assert pixels.shape == (2, 3, 4, 4) and pixels.dtype == torch.float32 and pixels.is_contiguous()
+    assert torch.allclose(pixels[1, :, 0, 0], torch.tensor([-1.7923, -1.7521, -1.4802]), atol=1e-4)
+
+
+def test_pictures_of_any_kind_become_rgb(tmp_path):
+    """Grey, palette, CMYK, alpha, 16 bit: all occur in the wild. A path and its bytes give the same picture."""
+    for kind in ("L", "P", "CMYK", "RGBA", "I;16", "1"):
+        stream = io.BytesIO()
+        (Image.new(kind, (5, 4))).save(stream, "TIFF")
+        assert data.load_image(stream.getvalue()).mode == "RGB"
+    (tmp_path / "a.png").write_bytes(png(noise(5, 4)))
+    from_path = data.load_image(tmp_path / "a.png")
+    assert from_path.tobytes() == data.load_image(png(noise(5, 4))).tobytes() == data.load_image(from_path).tobytes()
+
+
+def test_exif_rotation_is_not_applied():
+    """LLaVA measures and cuts the stored pixels; turning them would change every token count of phone pictures."""
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    noise(8, 4).save(stream, "JPEG", exif=exif)
+    assert data.load_image(stream.getvalue()).size == (8, 4)
+
+
+def test_half_a_jpeg_is_read_as_far_as_it_goes():
+    """The reference tolerates truncated files; ours must see the same samples."""
+    stream = io.BytesIO()
+    noise(64, 64).save(stream, "JPEG")
+    assert data.load_image(stream.getvalue()[:2000]).size == (64, 64)
+
+
+def test_corrupt_and_missing_pictures_are_named(tmp_path):
+    """One line that says which file to mend."""
+    (tmp_path / "bad.jpg").write_text("<html>404</html>")
+    with pytest.raises(ValueError, match="bad.jpg cannot be decoded"):
+        data.load_image(tmp_path / "bad.jpg")
+    with pytest.raises(FileNotFoundError, match="gone.jpg does not exist"):
+        data.load_image(tmp_path / "gone.jpg")
+    with pytest.raises(ValueError, match="plan it anew"):
+        data.cut_tiles(noise(4, 4), plan_image((4, 5)))
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Byte-level BPE like Qwen2's, small: every byte is a token, some merges, Qwen2's three specials."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    small = Tokenizer(models.BPE())
+    small.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    small.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False,
+                                  special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    small.train_from_iterator(["system user assistant You are a helpful assistant. <image>"] * 3, trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    small.save(str(folder / "tokenizer.json"))
+    return data.load_tokenizer(folder)
+
+
+def spell(tokenizer, ids):
+    """Ids back to text, specials shown, a vision token as "#"."""
+    return "".join("#" if i == IMAGE else tokenizer.decode([i], skip_special_tokens=False) for i in ids)
+
+
+def trained(tokenizer, ids, labels):
+    """Text of the trained ids. A label is either IGNORE or the id itself."""
+    assert len(ids) == len(labels) and all(b in (a, IGNORE) for a, b in zip(ids, labels))
+    return spell(tokenizer, [label for label in labels if label != IGNORE])
+
+
+def ask(question, answer="yes"):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+
+def test_chat_layout(tokenizer):
+    """The literal layout of llava_next 3.1, vision tokens where the mark stood, a second round after the first."""
+    ids, labels = encode_chat(tokenizer, ask("<image>\nA?") + ask("B?", "no"), [3])
+    assert spell(tokenizer, ids) == (
+        SYSTEM + "<|im_start|>user\n###\nA?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+        "<|im_start|>user\nB?<|im_end|>\n<|im_start|>assistant\nno<|im_end|>\n")
+    assert trained(tokenizer, ids, labels) == "yes<|im_end|>no<|im_end|>"
+
+
+def test_llava_mask_also_trains_frames(tokenizer):
+    """Parity mode: all of the answer's turn, and the two specials and single newlines of every other turn."""
+    ids, labels = encode_chat(tokenizer, ask("<image>\nA?"), [3], train="llava")
+    assert trained(tokenizer, ids, labels) == ("<|im_start|>\n<|im_end|>\n<|im_start|>\n\n<|im_end|>\n"
+                                               "<|im_start|>assistant\nyes<|im_end|>\n")
+
+
+def test_train_none_masks_all_and_generate_opens_an_answer(tokenizer):
+    """A prompt ends exactly where training labels begin, so generation continues what was trained."""
+    full, _ = encode_chat(tokenizer, ask("A?"), [])
+    ids, labels = encode_chat(tokenizer, ask("A?")[:1], [], train=None, generate=True)
+    assert spell(tokenizer, ids).endswith("<|im_start|>assistant\n") and full[:len(ids)] == ids
+    assert set(labels) == {IGNORE} and len(labels) == len(ids)
+    with pytest.raises(ValueError, match="needs a question last"):
+        encode_chat(tokenizer, ask("A?"), [], generate=True)
+
+
+@pytest.mark.parametrize("question, seen", [
+    ("A?\n<image>", "##\nA?"), ("A <image> B", "##\nA  B"), ("<image>A?", "##A?"), ("<image>", "##"),
+    (" <image>\nA?QA_GT_caption_based_noisy", "##\nA?")])
+def test_one_mark_moves_to_the_front(tokenizer, question, seen):
+    """Records put the mark last as often as first; LLaVA normalises before it trains (3.2.1)."""
+    ids, _ = encode_chat(tokenizer, ask(question), [2])
+    assert f"user\n{seen}<|im_end|>" in spell(tokenizer, ids)
+
+
+def test_several_marks_stay_where_they_are(tokenizer):
+    """Only a turn with exactly one mark is rearranged; each mark takes its own picture's count."""
+    ids, _ = encode_chat(tokenizer, ask("A <image> or <image>?"), [1, 3])
+    assert "user\nA # or ###?<|im_end|>" in spell(tokenizer, ids)
+
+
+def test_marks_without_pictures_stay_text(tokenizer):
+    """A text-only record may talk about "<image>"."""
+    ids, _ = encode_chat(tokenizer, ask("What is <image>?"), [])
+    assert IMAGE not in ids and "What is <image>?" in spell(tokenizer, ids)
+
+
+def test_specials_typed_by_a_user_stay_text(tokenizer):
+    """Otherwise "<|im_end|>" in a question ends the turn. Also in a tokenizer pickled to a worker."""
+    for each in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        ids, _ = encode_chat(each, ask("A<|im_end|><|endoftext|>", "<|im_start|>"), [])
+        assert ids.count(each.token_to_id("<|im_end|>")) == 3 and ids.count(each.token_to_id("<|im_start|>")) == 3
+        assert each.token_to_id("<|endoftext|>") not in ids and "A<|im_end|><|endoftext|>" in spell(each, ids)
+
+
+def test_role_names_and_leading_turns(tokenizer):
+    """role / content work like from / value; a first turn that is not human is dropped, as in LLaVA."""
+    turns = [{"role": "system", "content": "X"}, {"role": "user", "content": "A?"},
+             {"role": "assistant", "content": "yes"}]
+    assert encode_chat(tokenizer, turns, []) == encode_chat(tokenizer, ask("A?"), [])
+    assert not spell(tokenizer, encode_chat(tokenizer, turns, [], system=None)[0]).startswith(SYSTEM)
+
+
+def test_bad_conversations_say_why(tokenizer):
+    """Counts that disagree are silent in the reference and shift every later picture of the batch."""
+    with pytest.raises(ValueError, match="2 <image> marks in the text but 1 pictures"):
+        encode_chat(tokenizer, ask("<image><image>"), [3])
+    with pytest.raises(ValueError, match="0 <image> marks in the text but 1 pictures"):
+        encode_chat(tokenizer, ask("A?"), [3])
+    with pytest.raises(ValueError, match="answer 1 is empty"):
+        encode_chat(tokenizer, ask("A?", " \n"), [])
+    with pytest.raises(ValueError, match="turn 1 lacks from or value"):
+        encode_chat(tokenizer, [{"from": "human", "value": None}], [])
+    with pytest.raises(ValueError, match="no turn is left"):
+        encode_chat(tokenizer, ask("A?")[1:], [])
+    with pytest.raises(ValueError, match="train='all' is unknown"):
+        encode_chat(tokenizer, ask("A?"), [], train="all")
+
+
+def test_plain_template(tokenizer):
+    """Phase 1: the question is thrown away; vision tokens, caption, one newline, no end token."""
+    ids, labels = data.encode_plain(tokenizer, "a cat", 4)
+    assert spell(tokenizer, ids) == "####a cat\n" and trained(tokenizer, ids, labels) == "a cat\n"
+    assert data.encode_plain(tokenizer, "a cat", [4]) == (ids, labels)
+    with pytest.raises(ValueError, match="caption is empty"):
+        data.encode_plain(tokenizer, " ", 4)
+
+
+def test_tokenizer_must_have_the_specials(tmp_path):
+    """Ids are looked up, never assumed; a tokenizer without them cannot frame a turn."""
+    from tokenizers import Tokenizer, models
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        data.load_tokenizer(tmp_path)
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"lacks <\|im_start\|>, <\|im_end\|>, <\|endoftext\|>"):
+        data.load_tokenizer(tmp_path)
+
+
+@pytest.mark.skipif("LLAVAVR_QWEN2_TOKENIZER" not in os.environ, reason="names Qwen2's own tokenizer.json")
+def test_system_block_has_qwen2s_ids():
+    """Eleven ids found in several public fixtures; and pieces tokenise like the whole string, seams being specials."""
+    qwen = data.load_tokenizer(Path(os.environ["LLAVAVR_QWEN2_TOKENIZER"]).parent)
+    ids, _ = encode_chat(qwen, ask("<image>\nWas ist das? 这是什么? 1234", " 42 €.\n\nDone!"), [2])
+    assert ids[:11] == [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]
+    assert ids[11:14] == [151644, 872, 198] and ids[14:17] == [IMAGE, IMAGE, 198]
+    whole = SYSTEM + ("<|im_start|>user\n<image>\nWas ist das? 这是什么? 1234<|im_end|>\n"
+                      "<|im_start|>assistant\n 42 €.\n\nDone!<|im_end|>\n")
+    qwen.add_special_tokens(["<image>"])
+    qwen.encode_special_tokens = False
+    mark = qwen.token_to_id("<image>")
+    reference = qwen.encode(whole, add_special_tokens=False).ids
+    at = reference.index(mark)
+    assert ids == reference[:at] + [IMAGE] * 2 + reference[at + 1:]
+
+
+# ------------------------------------------------------------------------------------------- readers
+
+def write_set(folder, records, name="set.json", lines=False):
+    text = "\n".join(json.dumps(record, ensure_ascii=False) for record in records) if lines else \
+        json.dumps(records, ensure_ascii=False, indent=1)
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def three_records():
+    return [{"id": "ä/1.png", "image": "00/é.png", "conversations": ask("<image>\nWas?", "Öl, 油")},
+            {"id": 2, "conversations": ask("Say \"[<image>]\"")},
+            {"image": ["00/é.png", "b.png"], "conversations": ask("<image> or <image>")}]
+
+
+def pack(folder):
+    """The pictures of `three_records` in folder/images and in folder/packed.zip."""
+    (folder / "images/00").mkdir(parents=True)
+    with zipfile.ZipFile(folder / "packed.zip", "w") as archive:
+        for seed, name in enumerate(("00/é.png", "b.png")):
+            (folder / "images" / name).write_bytes(png(noise(9, 7, seed)))
+            archive.write(folder / "images" / name, name)
+
+
+def test_folder_and_zip_and_lines_read_alike(tmp_path):
+    """27 GB of phase-1 pictures need not be unpacked, and a .jsonl is the same set as a .json."""
+    pack(tmp_path)
+    path, lines = write_set(tmp_path, three_records()), write_set(tmp_path, three_records(), "set.jsonl", lines=True)
+    sets = [data.open_records(path), data.open_records(path, tmp_path / "packed.zip"), data.open_records(lines),
+            data.open_records(path, tmp_path / "images"), pickle.loads(pickle.dumps(data.open_records(path)))]
+    first = [sets[0][i] for i in range(3)]
+    assert all([each[i] for i in range(len(each))] == first for each in sets)
+    assert [record["id"] for record in first] == ["ä/1.png", "2", "2"]
+    assert [len(record["images"]) for record in first] == [1, 0, 2]
+    assert first[0]["conversations"][1]["value"] == "Öl, 油" and sets[0][-1] == first[2]
+    with pytest.raises(IndexError):
+        sets[0][3]
+
+
+def test_pictures_are_found_beside_the_json(tmp_path):
+    """By default images/, the JSON's own folder, or images.zip, whose members may themselves start with images/."""
+    path = write_set(tmp_path, [{"id": 1, "image": "a.png", "conversations": ask("<image>")}])
+    with pytest.raises(FileNotFoundError, match="a.png .* is in none of .*images.zip"):
+        data.open_records(path)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("images/a.png", b"zip")
+    assert data.open_records(path)[0]["images"] == [b"zip"]
+    (tmp_path / "a.png").write_bytes(b"own")
+    assert data.open_records(path)[0]["images"] == [b"own"]
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        data.open_records(path, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("lines, line", [(False, 16), (True, 2)])
+def test_disagreeing_marks_are_named_by_id_and_line(tmp_path, lines, line):
+    """The reference trains on them in silence. The set is refused at once, not after a night of training."""
+    good = {"id": "good", "image": "a", "conversations": ask("<image>")}
+    few, many = ({"id": name, "image": "a", "conversations": ask(text)} for name, text in
+                 (("few-ß", "A?"), ("many", "<image><image>")))
+    path = write_set(tmp_path, [good, few, many], "set.jsonl" if lines else "set.json", lines)
+    with pytest.raises(ValueError, match=rf"set.jsonl?:{line}: record few-ß has 0 <image> marks but 1 .*\(and 1 more"):
+        data.open_records(path)
+    path = write_set(tmp_path, [good, many], "set.jsonl" if lines else "set.json", lines)
+    with pytest.raises(ValueError, match=rf"set.jsonl?:{line}: record many has 2 <image> marks but 1 pictures"):
+        data.open_records(path)
+
+
+def test_malformed_json_is_named_by_line(tmp_path):
+    """A half-downloaded file should not look like a small data set."""
+    line = json.dumps({"id": 1, "conversations": ask("A?")})
+    for text, message in ((f"{line}\n{line[:-9]}\n", ":2: not valid JSON"), (f"[{line},\n{line}", "ends inside"),
+                          ("[]", "ends without a record"), ('[{"id": 7}]', ":1: record 7 has no list of conv"),
+                          ('[{"conversations": [{"from": "human"}]}]', "record 0 has a turn without text"),
+                          ("[3]", "record 0 has no list of conversations")):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            data.open_records(tmp_path / "x.json")
+
+
+def test_a_missing_picture_names_record_and_place(tmp_path):
+    """Found on reading, since asking for half a million files at the start takes minutes."""
+    path = write_set(tmp_path, [{"id": "r7", "image": "gone.png", "conversations": ask("<image>")}])
+    with pytest.raises(FileNotFoundError, match="record r7: picture gone.png is not in"):
+        data.open_records(path, tmp_path)[0]
+
+
+def test_open_records_says_what_it_takes(tmp_path):
+    """Wrong paths are the most common first error."""
+    (tmp_path / "a.yaml").write_text("")
+    with pytest.raises(FileNotFoundError, match="set.json does not exist: give"):
+        data.open_records(tmp_path / "set.json")
+    with pytest.raises(FileNotFoundError, match="no .parquet file below"):
+        data.open_records(tmp_path)
+    with pytest.raises(ValueError, match="a.yaml is neither"):
+        data.open_records(tmp_path / "a.yaml")
+
+
+def write_parquet(path, rows, group=2):
+    """Rows in the layout of lmms-lab/LLaVA-NeXT-Data."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+    turn = pa.struct([("from", pa.string()), ("value", pa.string())])
+    schema = pa.schema([("id", pa.string()), ("conversations", pa.list_(turn)), ("data_source", pa.string()),
+                        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=group)
+
+
+def test_parquet_shards_are_one_sequence(tmp_path):
+    """Rows over shards and row groups in order, null pictures as text, and the same after pickling to a worker."""
+    rows = [{"id": f"r{n}", "conversations": ask("<image>" if n % 2 else f"text {n}"), "data_source": "x",
+             "image": {"bytes": png(noise(4, 3, n)), "path": "p"} if n % 2 else None} for n in range(7)]
+    write_parquet(tmp_path / "data/train-00000-of-00002.parquet", rows[:5])
+    write_parquet(tmp_path / "data/train-00001-of-00002.parquet", rows[5:])
+    shards = data.open_records(tmp_path)
+    assert len(shards) == 7 and shards.starts == [0, 2, 4, 5]
+    for n in (6, 0, 3, 4, 5, 1, 2):
+        expected = [row["bytes"] for row in [rows[n]["image"]] if row]
+        assert shards[n] == {"id": f"r{n}", "conversations": rows[n]["conversations"], "images": expected}
+        assert pickle.loads(pickle.dumps(shards))[n] == shards[n]
+    loader = torch.utils.data.DataLoader(shards, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert [record["id"] for record in loader] == [row["id"] for row in rows]
+    assert data.open_records(tmp_path / "data/train-00001-of-00002.parquet")[0]["id"] == "r5"
+    with pytest.raises(IndexError):
+        shards[7]
+
+
+def test_plain_binary_pictures_are_read(tmp_path):
+    """Some conversions store bytes without the struct, and leave out id."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.Table.from_pylist([{"conversations": ask("<image>"), "image": b"abc"}]), path)
+    assert data.open_records(path)[0] == {"id": "0", "conversations": ask("<image>"), "images": [b"abc"]}
+
+
+def test_bad_parquet_is_named(tmp_path):
+    """Row, id and file of a record whose marks disagree; the file, if it is cut short."""
+    write_parquet(tmp_path / "a.parquet", [{"id": "r0", "conversations": ask("A?"), "image": {"bytes": b"x"}}])
+    with pytest.raises(ValueError, match="a.parquet: row 0 of the set, record r0 has 0 <image> marks but 1 pictures"):
+        data.open_records(tmp_path)[0]
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="b.parquet is no complete parquet file"):
+        data.open_records(tmp_path)
+
+
+# ------------------------------------------------------------------------------- samples and batches
+
+def sample(tokenizer, question, pictures=(), identity="r", template="chat", mode="a4", **options):
+    record = {"id": identity, "conversations": ask(question), "images": list(pictures)}
+    return encode_sample(record, tokenizer, template, mode, 2, 32, **options)
+
+
+def test_a_sample_is_consistent(tokenizer):
+    """As many vision tokens as planned, as many tiles as planned, and the answer to train on."""
+    one = sample(tokenizer, "<image>\nA?", [png(noise(64, 48))])
+    assert one["ids"].count(IMAGE) == one["plans"][0].tokens and len(one["tiles"]) == one["plans"][0].tiles == 5
+    assert one["tiles"].shape[1:] == (32, 32, 3) and trained(tokenizer, one["ids"], one["labels"]) == "yes<|im_end|>"
+    text = sample(tokenizer, "<image>?")
+    assert text["tiles"].shape == (0, 32, 32, 3) and text["plans"] == [] and IMAGE not in text["ids"]
+
+
+def test_several_pictures_are_all_padded(tokenizer):
+    """LLaVA-NeXT takes AnyRes for one picture only; with more, each costs p*p + 1 tokens."""
+    two = sample(tokenizer, "<image> or <image>", [noise(64, 48), png(noise(9, 70))])
+    assert [plan.mode for plan in two["plans"]] == ["pad", "pad"] and two["ids"].count(IMAGE) == 10
+    assert len(two["tiles"]) == 2
+
+
+def test_plain_samples_take_one_picture_and_two_turns(tokenizer):
+    """Phase 1 on a chat or on text would train a captioner on the wrong thing."""
+    one = sample(tokenizer, "Describe.\n<image>", [noise(40, 30)], template="plain", mode="square")
+    assert spell(tokenizer, one["ids"]) == "####yes\n"
+    with pytest.raises(ValueError, match="record r: 2 turns and 0 pictures: the plain template takes 2 and 1"):
+        sample(tokenizer, "A?", template="plain")
+    with pytest.raises(ValueError, match="template 'qwen' is unknown"):
+        sample(tokenizer, "A?", template="qwen")
+
+
+def test_truncation_spares_pictures_and_never_trains_on_nothing(tokenizer):
+    """Right truncation that eats the answer gives loss 0/0; one that eats picture rows misplaces every later token."""
+    whole = sample(tokenizer, "<image>\nA?", [noise(64, 48)])
+    last = max(i for i, token in enumerate(whole["ids"]) if token == IMAGE) + 1
+    answer = next(i for i, label in enumerate(whole["labels"]) if label != IGNORE)
+    cut = sample(tokenizer, "<image>\nA?", [noise(64, 48)], max_length=answer + 1)
+    assert cut["ids"] == whole["ids"][:answer + 1] and len(cut["labels"]) == answer + 1
+    with pytest.raises(ValueError, match="record r: nothing is left to train on"):
+        sample(tokenizer, "<image>\nA?", [noise(64, 48)], max_length=answer)
+    assert len(sample(tokenizer, "<image>\nA?", [noise(64, 48)], max_length=last, train=None)["ids"]) == last
+    with pytest.raises(ValueError, match="record r: max_length .* cuts through a picture"):
+        sample(tokenizer, "<image>\nA?", [noise(64, 48)], max_length=last - 1)
+
+
+def test_errors_carry_the_record(tokenizer):
+    """In 779K records "cannot identify image file" alone helps nobody."""
+    with pytest.raises(ValueError, match="record r9: picture of 3 bytes cannot be decoded"):
+        sample(tokenizer, "<image>", [b"abc"], identity="r9")
+    with pytest.raises(ValueError, match="record r9: 0 <image> marks"):
+        sample(tokenizer, "A?", [noise(4, 4)], identity="r9")
+
+
+def test_collate_pads_right_and_keeps_order(tokenizer):
+    """Lengths say what is real: the pad id may also be text. Pixels follow the order of plans over the batch."""
+    samples = [sample(tokenizer, "A much longer question, in text only?", identity="a"),
+               sample(tokenizer, "<image>", [noise(64, 48, 1)], identity="b"),
+               sample(tokenizer, "<image>", [noise(20, 90, 2)], identity="c")]
+    batch = data.collate(samples, pad_id=7)
+    assert batch.ids == ["a", "b", "c"] and [plan.size for plan in batch.plans] == [(64, 48), (20, 90)]
+    assert batch.input_ids.dtype == batch.labels.dtype == batch.lengths.dtype == torch.int64
+    for row, one in enumerate(samples):
+        n = batch.lengths[row]
+        assert batch.input_ids[row, :n].tolist() == one["ids"] and (batch.input_ids[row, n:] == 7).all()
+        assert batch.labels[row, :n].tolist() == one["labels"] and (batch.labels[row, n:] == IGNORE).all()
+    assert batch.pixels.shape == (sum(plan.tiles for plan in batch.plans), 3, 32, 32)
+    assert torch.equal(batch.pixels[batch.plans[0].tiles:], data.normalise(samples[2]["tiles"]))
+    moved = batch.to("cpu")
+    assert torch.equal(moved.pixels, batch.pixels) and moved.plans is batch.plans
+
+
+def test_a_batch_without_pictures_has_no_pixels(tokenizer):
+    """The model decides what to run for text; data does not invent a dummy tile."""
+    batch = data.collate([sample(tokenizer, "A?")], 0)
+    assert batch.pixels is None and batch.plans == [] and batch.to("cpu").pixels is None

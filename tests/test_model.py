@@ -1,0 +1,347 @@
+"""What model.py promises: one forward gives the loss, pictures stand where the plan says, and Vision Remember touches
+vision tokens only. B samples, T tokens, d width, n vision tokens; see helpers.py for the sizes of the random model.
+"""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import train
+from clip import CLIPVision
+from helpers import TOKENIZER, batch_of, picture, sample, tiny_model, wake
+from model import PRESETS, LLaVAVR, LLaVAVRConfig
+from qwen2 import Qwen2
+
+WIDE, TALL, SMALL = (70, 31), (20, 64), (32, 30)                    # AnyRes grids 2x1 (un-padded), 1x2 (un-padded), 1x2
+
+
+def logits(model, batch):
+    """All logits (B, T, V), as the loss sees them."""
+    x, remember = model.embed(batch)
+    return model.language_model(inputs_embeds=x, hook=remember)
+
+
+def mixed(model):
+    """A picture, text alone, two pictures: three rows of unequal length."""
+    return [sample(model, [picture(*WIDE)], answer="forty seven", name="one"),
+            sample(model, [], "Say no.", "no", name="text"),
+            sample(model, [picture(*TALL, 1), picture(*SMALL, 2)], "Which is larger?", "The second", name="two")]
+
+
+# ---- the forward pass
+
+def test_the_loss_takes_one_forward_of_each_part():
+    """Three pictures of several tiles in one batch: the tower runs once, the decoder once, each insertion once."""
+    model, calls = tiny_model(), {}
+    parts = {"vision": model.vision_tower, "projector": model.mm_projector, "decoder": model.language_model,
+             **{f"remember {index}": part for index, part in model.vision_remember.items()}}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
+    model(batch_of(model, *mixed(model)))
+    assert calls == {"vision": 1, "projector": 1, "decoder": 1, "remember 1": 1, "remember 2": 1}
+
+
+@torch.no_grad()
+def test_the_loss_is_the_cross_entropy_of_the_next_trained_token():
+    """Written out over all logits: label t is predicted at t - 1. Shifted twice or never, training still runs."""
+    model = wake(tiny_model())
+    batch = batch_of(model, *mixed(model))
+    expected = F.cross_entropy(logits(model, batch)[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+    assert torch.allclose(model(batch), expected, rtol=1e-5)
+    count = (batch.labels[:, 1:] != data.IGNORE).sum()
+    assert torch.allclose(model(batch, denominator=10), expected * count / 10, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_vision_remember_starts_invisible():
+    """With its last linear at zero, logits and loss are bit for bit those of the model without it; awake, they differ."""
+    model, without = tiny_model(), tiny_model(remember=())
+    missing = without.load_state_dict(model.state_dict(), strict=False)
+    assert not missing.missing_keys and all(key.startswith("vision_remember.") for key in missing.unexpected_keys)
+    batch = batch_of(model, *mixed(model))
+    assert torch.equal(logits(model, batch), logits(without, batch)) and torch.equal(model(batch), without(batch))
+    wake(model)
+    assert not torch.allclose(logits(model, batch), logits(without, batch), atol=1e-2)
+
+
+@torch.no_grad()
+def test_only_vision_tokens_remember_and_only_before_the_named_layers():
+    """Text, padding and newlines pass the hook bit for bit; every token of every picture is changed by it."""
+    model = wake(tiny_model(remember=(2,)))
+    batch = batch_of(model, *mixed(model))
+    x, remember = model.embed(batch)
+    assert remember(0, x) is x and remember(1, x) is x
+    changed = (remember(2, x) != x).any(-1)                                     # (B, T)
+    cells = torch.cat([torch.from_numpy(plan.cells()) for plan in batch.plans])
+    expected = torch.zeros_like(changed)
+    expected[batch.input_ids == data.IMAGE] = cells[:, 0] >= 0
+    assert (cells[:, 0] < 0).any() and torch.equal(changed, expected)
+
+
+@torch.no_grad()
+def test_a_padded_batch_gives_every_sample_the_loss_it_has_alone():
+    """Neither padding nor neighbours matter; relative tolerance 1e-5, for sums in another order."""
+    model = wake(tiny_model())
+    samples = mixed(model)
+    for row, one in enumerate(samples):
+        batch = batch_of(model, *samples)
+        batch.labels[[other for other in range(3) if other != row]] = data.IGNORE
+        assert torch.allclose(model(batch), model(batch_of(model, one)), rtol=1e-5)
+
+
+@torch.no_grad()
+def test_micro_batches_of_one_denominator_add_up_to_the_batch():
+    """Each loss divided by the trained tokens of all, not by its own: short answers weigh as much as in one batch."""
+    model = wake(tiny_model())
+    samples = mixed(model)
+    whole = batch_of(model, *samples)
+    count = int((whole.labels[:, 1:] != data.IGNORE).sum())
+    parts = [model(batch_of(model, *some), count) for some in (samples[:1], samples[1:])]
+    assert torch.allclose(model(whole), sum(parts), rtol=1e-5)
+    own = [model(batch_of(model, *some)) for some in (samples[:1], samples[1:])]
+    assert not torch.allclose(model(whole), sum(own) / 2, rtol=1e-3), "equal counts would prove nothing"
+
+
+@torch.no_grad()
+def test_a_picture_reaches_its_own_sample_only():
+    """Another picture in row 0 changes row 0 and leaves the others bit for bit: tiles and windows are counted per batch."""
+    model = wake(tiny_model())
+    samples = mixed(model)
+    before = logits(model, batch_of(model, *samples))
+    samples[0] = sample(model, [picture(*WIDE, seed=9)], answer="forty seven")
+    after = logits(model, batch_of(model, *samples))
+    assert torch.equal(before[1:], after[1:]) and not torch.allclose(before[0], after[0], atol=1e-2)
+
+
+# ---- placing
+
+def stitched(tokens, plan, newline):
+    """LLaVA's way, on the map itself: merge the crops, un-pad, perhaps shrink, a newline behind every row."""
+    (gw, gh), p, (top, left, h, w) = plan.grid, plan.side, plan.crop
+    merged = tokens[1:].view(gh, gw, p, p, -1).permute(0, 2, 1, 3, 4).reshape(gh * p, gw * p, -1)[top:top + h, left:left + w]
+    if (h, w) != plan.map:
+        merged = F.interpolate(merged.permute(2, 0, 1)[None], plan.map, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+    merged = torch.cat([merged, newline.expand(len(merged), 1, -1)], 1)
+    return torch.cat([tokens[0], merged.flatten(0, 1)])
+
+
+@torch.no_grad()
+def test_tokens_stand_where_the_plans_say():
+    """Base, crops row by row, newlines: equal to stitching maps, and to looking up cell by cell, over two pictures."""
+    model, plans = tiny_model(), [data.plan_image(size, "a4", 4, 32) for size in (WIDE, TALL)]
+    tokens = torch.randn(sum(plan.tiles for plan in plans), 16, 32)
+    sequence, cells = model.place(tokens, plans)
+    split = plans[0].tiles
+    assert torch.equal(sequence, torch.cat([stitched(tokens[:split], plans[0], model.image_newline),
+                                            stitched(tokens[split:], plans[1], model.image_newline)]))
+    for token, (tile, row, column) in zip(sequence, cells.tolist(), strict=True):
+        assert torch.equal(token, model.image_newline if tile < 0 else tokens[tile, row * 4 + column])
+    second = torch.from_numpy(plans[1].cells())
+    assert torch.equal(cells[plans[0].tokens:], second + (second >= 0) * torch.tensor([split, 0, 0]))
+
+
+@torch.no_grad()
+def test_the_text_keeps_its_place_around_the_pictures():
+    """What the decoder reads: embeddings of the ids, and at the marks the placed tokens, in order."""
+    model = tiny_model()
+    batch = batch_of(model, *mixed(model))
+    x, _ = model.embed(batch)
+    where = batch.input_ids == data.IMAGE
+    features, _ = model.vision_tower(batch.pixels)
+    sequence, _ = model.place(model.mm_projector(features[-1]), batch.plans)
+    assert torch.equal(x[where], sequence)
+    assert torch.equal(x[~where], model.language_model.model.embed_tokens(batch.input_ids[~where]))
+
+
+@pytest.mark.parametrize("size", [(160, 128), (150, 113)])
+@torch.no_grad()
+def test_a_picture_over_its_budget_is_shrunk_as_planned(size):
+    """anyres_max_9: the merged map is interpolated to the planned size, and remembering still finds one cell each."""
+    model, plan = wake(tiny_model(image_mode="max9")), data.plan_image(size, "max9", 4, 32)
+    assert plan.map != plan.crop[2:], "no shrink, no proof"
+    tokens = torch.randn(plan.tiles, 16, 32)
+    sequence, cells = model.place(tokens, [plan])
+    assert len(sequence) == len(cells) == plan.tokens
+    assert torch.allclose(sequence, stitched(tokens, plan, model.image_newline), atol=1e-6)
+    assert torch.isfinite(model(batch_of(model, sample(model, [picture(*size)]))))
+
+
+# ---- gradients
+
+@pytest.mark.parametrize("phase", (1, 2))
+@pytest.mark.parametrize("kind", ("picture", "text"))
+def test_gradients_reach_all_that_is_trained_and_nothing_frozen(phase, kind):
+    """Also where a batch holds no picture: DDP waits for a gradient of every parameter, if only of zero."""
+    model, recipe = wake(tiny_model()), train.TINY[phase]
+    optimizer = train.build_optimizer(model, recipe)
+    pictures = [picture(*WIDE)] if kind == "picture" else []
+    batch = batch_of(model, sample(model, pictures, template=recipe.template if pictures else "chat", mode=recipe.mode))
+    model(batch).backward()
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        if part not in recipe.trains:
+            assert parameter.grad is None and not parameter.requires_grad, name
+        elif kind == "picture" or part == "language_model":
+            assert parameter.grad.abs().max() > 0, name
+        else:
+            assert (parameter.grad == 0).all(), name
+    handed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert handed == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+# ---- answering
+
+QUESTIONS = [([picture(*WIDE)], "What is this?"), (None, "Say something."), (picture(*TALL, 1), "How many?"),
+             ([picture(*SMALL, 2), picture(*WIDE, 3)], "Which of <image> and <image> is it?"),
+             (picture(*SMALL, 4), [{"from": "human", "value": "<image>\nOne?"}, {"from": "gpt", "value": "Two"},
+                                   {"from": "human", "value": "Three?"}])]
+
+
+def test_answers_in_a_batch_are_those_given_one_by_one():
+    """A picture, text alone, two pictures with marks, a conversation: prompts of five lengths decode together."""
+    model = wake(tiny_model())
+    images, prompts = zip(*QUESTIONS)
+    together = model.generate(list(images), list(prompts), max_new_tokens=12)
+    assert together == [model.generate([image], [prompt], max_new_tokens=12)[0] for image, prompt in QUESTIONS]
+    assert len(set(together)) > 2, "equal answers would prove nothing"
+
+
+@pytest.mark.parametrize("images, prompt", QUESTIONS, ids=["picture", "text", "tall", "two", "turns"])
+@torch.no_grad()
+def test_answers_with_a_cache_are_those_without(images, prompt):
+    """The whole prompt anew for every token, vision and remembering included, picks the same tokens."""
+    model = wake(tiny_model())
+    question, ids = model.question(images, prompt), []
+    for _ in range(10):
+        grown = {**question, "ids": question["ids"] + ids, "labels": question["labels"] + [data.IGNORE] * len(ids)}
+        ids.append(int(logits(model, batch_of(model, grown))[0, -1].argmax()))
+    end = [i for i, token in enumerate(ids) if token in (model.tokenizer.token_to_id(s) for s in ("<|im_end|>", "<|endoftext|>"))]
+    ids = ids[:end[0]] if end else ids
+    assert len(ids) > 2, "nothing was said"
+    assert model.generate([images], [prompt], max_new_tokens=10) == [model.tokenizer.decode(ids).strip()]
+
+
+def test_marks_may_be_left_out_and_must_otherwise_agree():
+    """A mark where the picture goes by default changes nothing; more marks than pictures is a mistake, in one line."""
+    model = wake(tiny_model())
+    image = picture(*WIDE)
+    assert model.question(image, "<image>\nWhat?")["ids"] == model.question([image], "What?")["ids"]
+    one, other = picture(*SMALL), picture(*TALL)
+    assert model.question([one, other], "<image> <image>\nWhat?")["ids"] == model.question([one, other], "What?")["ids"]
+    with pytest.raises(ValueError, match="2 <image> marks in the text but 1 pictures"):
+        model.generate([image], ["<image> and <image>?"])
+    with pytest.raises(ValueError, match="2 image entries for 1 prompts"):
+        model.generate([image, image], ["What?"])
+
+
+def test_the_callers_turns_are_not_changed():
+    """sample.py sends its growing conversation again and again; marks set in place would pile up."""
+    model, turns = tiny_model(), [{"from": "human", "value": "What?"}]
+    model.question(picture(*SMALL), turns)
+    assert turns == [{"from": "human", "value": "What?"}]
+
+
+def recite(model, monkeypatch, text):
+    """Let the decoder say `text` whatever it is asked: one-hot logits, token after token."""
+    ids = iter(data.text_ids(model.tokenizer, text) + [model.tokenizer.token_to_id("<|im_end|>")])
+
+    def forward(input_ids=None, *, keep=None, **_):
+        row = F.one_hot(torch.tensor([next(ids)]), model.config.text.vocab_size).float()     # (1, V)
+        return row if keep is not None else row.unsqueeze(1)
+    monkeypatch.setattr(model.language_model, "forward", forward)
+
+
+@pytest.mark.parametrize("text", ["What is the value of Apple?", "Zürich 東京 🙂 ok"])
+def test_the_pieces_that_are_passed_on_make_the_answer(text, monkeypatch):
+    """Characters of several tokens come whole or not yet: no piece holds half a character."""
+    model, pieces = tiny_model(), []
+    recite(model, monkeypatch, text)
+    answer, = model.generate([None], ["Hi"], on_token=lambda row, piece: pieces.append(piece))
+    assert answer == "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) > 3
+
+
+def test_an_answer_ends_at_its_end_token_or_its_limit(monkeypatch):
+    """Neither the end token nor anything after it is part of the answer; max_new_tokens is a number of tokens."""
+    model = tiny_model()
+    recite(model, monkeypatch, "twelve<|im_end|>")                              # spelled out in letters: ordinary text
+    assert model.generate([None], ["Hi"]) == ["twelve<|im_end|>"]
+    ids = data.text_ids(model.tokenizer, "What is the value of Apple?")
+    recite(model, monkeypatch, "What is the value of Apple?")
+    assert model.generate([None], ["Hi"], max_new_tokens=3) == [model.tokenizer.decode(ids[:3])]
+
+
+# ---- folders
+
+@torch.no_grad()
+def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
+    """Weights, sizes, tokenizer and every choice of the config; a copied log lies beside them."""
+    model = wake(tiny_model(image_mode="max9", saliency="standardised", window=4))
+    (tmp_path / "log").write_text("a line\n")
+    model.save_pretrained(tmp_path / "m", {"log.jsonl": tmp_path / "log"})
+    again = LLaVAVR.from_pretrained(tmp_path / "m")
+    assert again.config == model.config and (tmp_path / "m/log.jsonl").read_text() == "a line\n"
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    batch = batch_of(model, *mixed(model))
+    assert torch.equal(logits(model, batch), logits(again, batch)) and again.vision_tower.saliency == "standardised"
+    assert again.generate([None], ["Hi"], 5) == model.generate([None], ["Hi"], 5)
+
+
+def test_parts_keep_the_weights_they_came_with(tmp_path):
+    """from_parts reads sizes from the folders; a fresh Vision Remember is added at zero."""
+    whole = tiny_model()
+    whole.vision_tower.save_pretrained(tmp_path / "clip")
+    whole.language_model.save_pretrained(tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
+    joined = LLaVAVR.from_parts(tmp_path / "clip", tmp_path / "llm", "tiny", layers=(1, 2), remember=(1, 2))
+    assert joined.config.text == whole.config.text and joined.config.side == PRESETS["tiny"].side
+    ours, theirs = whole.state_dict(), joined.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours if key.startswith(("vision_tower", "language_model")))
+    assert all((remember.down.weight == 0).all() for remember in joined.vision_remember.values())
+
+
+@pytest.mark.parametrize("edit, complaint", [
+    (lambda c: c["text"].update(hidden_size=40), r"has shape \(.*but .* has shape"), (lambda c: c["text"].update(num_hidden_layers=4), "missing key language_model"),
+    (lambda c: c["vision"].update(image_size=48), "does config.json belong to these weights"), (lambda c: c.update(remember=[1]), "unknown key vision_remember.2"),
+    (lambda c: c.update(side=8), "vision_remember.1.position_bias has shape"), (lambda c: c.update(remember=[1, 7]), "remember 7 is out of range: the decoder has layers 0 to 2"),
+    (lambda c: c.update(model_type="qwen2"), "not of a LLaVA-VR model")])
+def test_a_checkpoint_of_another_size_is_refused(edit, complaint, tmp_path):
+    """A folder whose config.json does not belong to its weights: one line that names the key, not a stack of 40."""
+    tiny_model().save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    edit(config)
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=complaint) as caught:
+        LLaVAVR.from_pretrained(tmp_path / "m")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes, complaint", [
+    (dict(remember=(3,)), "remember 3 is out of range: the decoder has layers 0 to 2"), (dict(remember=(-1,)), "remember -1 is out of range"),
+    (dict(layers=(1, 4)), "layer 4 is out of range: hidden layers are 0 to 3"), (dict(layers=(2, 1)), "the deepest last"),
+    (dict(layers=()), "layers is empty"), (dict(projector="qformer"), "projector 'qformer' is unknown: use one of aap, mlp"),
+    (dict(projector="mlp"), "set side=8"), (dict(image_mode="a5"), "image_mode 'a5' is unknown"),
+    (dict(saliency="max"), "saliency 'max'"), (dict(window=3), "windows of 3x3")])
+def test_choices_that_cannot_be_joined_are_refused(changes, complaint):
+    """In one line that says what would do."""
+    with pytest.raises(ValueError, match=complaint) as caught:
+        tiny_model(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_uncompressed_baseline_is_a_choice_of_the_config():
+    """LLaVA-NeXT: all 8x8 tokens through the 2-layer MLP, without Vision Remember."""
+    model = tiny_model(projector="mlp", side=8, remember=())
+    batch = batch_of(model, sample(model, [picture(*WIDE)]))
+    assert batch.plans[0].side == 8 and (batch.input_ids == data.IMAGE).sum() == batch.plans[0].tokens > 3 * 64
+    assert torch.isfinite(model(batch))
+
+
+@pytest.mark.parametrize("preset, billions", [("0.5b", 0.9), ("1.5b", 2.0)])
+def test_presets_have_the_sizes_of_the_paper(preset, billions):
+    """Table 3 gives 0.9B and 2.0B parameters; shapes only, nothing is allocated."""
+    with torch.device("meta"):
+        model = LLaVAVR(PRESETS[preset])
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 1) == billions

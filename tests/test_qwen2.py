@@ -1,0 +1,150 @@
+"""What qwen2.py promises. B rows, T tokens, V vocabulary rows; padding is on the right."""
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config, attention
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = ("qwen2_tied", "qwen2_untied", "qwen2_shards")
+SHAPE = Qwen2Config(vocab_size=31, hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=6,
+                    num_key_value_heads=2, tie_word_embeddings=True)
+
+
+def off_by(ours, theirs):
+    """Largest error, relative to the largest output."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = Qwen2(SHAPE)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_logits_equal_transformers(name):
+    """Tied and untied, three kinds of head sharing, odd sizes, float16 in one file or in shards."""
+    model, expected = Qwen2.from_pretrained(FIXTURES / name), load_file(FIXTURES / name / "expected.safetensors")
+    assert off_by(model(expected["input_ids"]), expected["logits"]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_cached_equals_transformers_uncached(name):
+    """Prefill, then three steps of 1, 2 and 1 tokens: a rotary position off by one shows here and nowhere else."""
+    model, expected = Qwen2.from_pretrained(FIXTURES / name), load_file(FIXTURES / name / "expected.safetensors")
+    cache = KVCache(model.config, 2, 11)
+    logits = torch.cat([model(part, cache=cache) for part in expected["input_ids"].split([7, 1, 2, 1], 1)], 1)
+    assert off_by(logits, expected["logits"]) <= 1e-5
+    assert cache.lengths.tolist() == [11, 11]
+
+
+def test_right_padded_rows_decode_as_if_alone(model):
+    """Rows of 3, 7 and 5 tokens in one batch: the cache writes, looks and rotates by each row's own length."""
+    prompts, steps = [torch.randint(0, 31, (n,)) for n in (3, 7, 5)], torch.randint(0, 31, (3, 4))
+    batch = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=9)     # (3, 7)
+    cache = KVCache(SHAPE, 3, 11)
+    first = model(batch, cache=cache)                                           # (3, 7, V)
+    cache.lengths = torch.tensor([3, 7, 5])
+    later = torch.cat([model(steps[:, [t]], cache=cache) for t in range(4)], 1)     # (3, 4, V)
+    for row, prompt in enumerate(prompts):
+        alone = model(torch.cat([prompt, steps[row]])[None])[0]                 # (n + 4, V)
+        together = torch.cat([first[row, :len(prompt)], later[row]])
+        assert off_by(together, alone) <= 1e-5
+
+
+def test_right_padding_reaches_no_real_token(model):
+    """Which is why training needs no attention mask."""
+    ids, other = torch.randint(0, 31, (2, 8)), torch.randint(0, 31, (2, 3))
+    assert torch.allclose(model(ids)[:, :5], model(torch.cat([ids[:, :5], other], 1))[:, :5], atol=1e-6)
+
+
+def test_hook_sees_every_layer_in_order_and_may_change_it(model):
+    """Vision Remember writes into the image tokens between layers; the decoder itself stays as it is."""
+    ids, seen = torch.randint(0, 31, (2, 5)), []
+
+    def watch(index, hidden):
+        seen.append((index, tuple(hidden.shape)))
+        return hidden
+
+    assert torch.equal(model(ids, hook=watch), model(ids))
+    assert seen == [(0, (2, 5, 24)), (1, (2, 5, 24)), (2, (2, 5, 24))]
+    change = lambda index, hidden: hidden + (index == 2)
+    assert not torch.allclose(model(ids, hook=change), model(ids), atol=1e-2)
+
+
+def test_keep_gives_the_same_logits_only_there(model):
+    """With 150 000 rows of vocabulary the logits of prompt and image tokens are most of the memory."""
+    ids, keep = torch.randint(0, 31, (2, 5)), torch.tensor([[0, 1, 0, 0, 1], [0, 0, 0, 1, 1]]).bool()
+    assert torch.allclose(model(ids, keep=keep), model(ids)[keep], atol=1e-6)
+
+
+def test_embeddings_may_be_given_instead_of_ids(model):
+    """So images can be placed among the words."""
+    ids = torch.randint(0, 31, (2, 5))
+    assert torch.equal(model(inputs_embeds=model.model.embed_tokens(ids)), model(ids))
+    with pytest.raises(ValueError, match="either"):
+        model()
+
+
+def test_attention_is_causal_softmax_with_shared_heads():
+    """Query heads 0, 1, 2 read key head 0 and 3, 4, 5 read key head 1."""
+    q, k, v = torch.randn(2, 6, 5, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
+    scores = q @ k.repeat_interleave(3, 1).transpose(-1, -2) / 4 ** 0.5
+    scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    assert torch.allclose(attention(q, k, v), scores.softmax(-1) @ v.repeat_interleave(3, 1), atol=1e-6)
+
+
+def test_a_tied_head_is_one_parameter(model, tmp_path):
+    """Two would drift apart in training; the file holds none, as the hub's does not."""
+    model.save_pretrained(tmp_path / "lm")
+    again = Qwen2.from_pretrained(tmp_path / "lm")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert "lm_head.weight" not in load_file(tmp_path / "lm" / "model.safetensors")
+    ids = torch.randint(0, 31, (1, 6))
+    assert again.config == SHAPE and torch.equal(again(ids), model(ids))
+
+
+def test_half_precision_load_and_run():
+    """from_pretrained casts to the dtype asked for; the norms and rotations inside stay float32."""
+    expected = load_file(FIXTURES / "qwen2_untied" / "expected.safetensors")
+    model = Qwen2.from_pretrained(FIXTURES / "qwen2_untied", torch.bfloat16).requires_grad_(False)
+    cache = KVCache(model.config, 2, 11, torch.bfloat16)
+    logits = model(expected["input_ids"], cache=cache)
+    assert logits.dtype == cache.k.dtype == torch.bfloat16 and off_by(logits.float(), expected["logits"]) < 0.05
+
+
+def test_presets_have_the_published_number_of_parameters():
+    """494 032 768, 1 543 714 304 and 7 615 616 512: one wrong size in a preset changes the sum."""
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in Qwen2(config).parameters()) for name, config in QWEN2.items()}
+    assert counts == {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "7b": 7_615_616_512}
+
+
+def test_a_full_cache_and_a_wrong_batch_are_refused(model):
+    cache = KVCache(SHAPE, 2, 6)
+    with pytest.raises(ValueError, match="2 rows, the input 1"):
+        model(torch.zeros(1, 5, dtype=torch.long), cache=cache)
+    model(torch.zeros(2, 5, dtype=torch.long), cache=cache)
+    with pytest.raises(ValueError, match="room for 6 tokens, 7"):
+        model(torch.zeros(2, 2, dtype=torch.long), cache=cache)
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"model_type": "llama"}, "llama"), ({"use_sliding_window": True}, "sliding"), ({"hidden_act": "gelu"}, "gelu"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"), ({"hidden_size": None}, "hidden_size is missing"),
+    ({"num_key_value_heads": 4}, "cannot share"), ({"head_dim": 32}, "head_dim 32")])
+def test_a_config_that_is_not_built_is_refused(change, complaint):
+    """Loading it all the same would give fluent nonsense."""
+    config = dict(model_type="qwen2", vocab_size=31, hidden_size=24, intermediate_size=20, num_hidden_layers=1,
+                  num_attention_heads=6, num_key_value_heads=2, rope_theta=1e6)
+    Qwen2Config.from_dict(config)
+    with pytest.raises(ValueError, match=complaint):
+        Qwen2Config.from_dict({**config, **change})

@@ -1,0 +1,149 @@
+"""What sela.py promises: each vision token re-reads its own window of its own tile, and nothing else.
+
+t tiles, p tokens and g features along a side, s tokens and r features along a side of a window, n tokens.
+"""
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from data import plan_image
+from helpers import ROOT, randomise
+from sela import VisionRemember
+
+SIDE, FEATURES, WINDOW, WIDTH, LEVEL = 4, 8, 2, 12, 8               # p, g, s, d, C; so r = 4, two levels, heads of 4
+
+
+def module(window=WINDOW, std=0.5):
+    """A module with random weights, also in `down` and in the position bias, which start as zeros."""
+    made = VisionRemember(WIDTH, LEVEL, levels=2, side=SIDE, feature_side=FEATURES, window=window, head_width=4)
+    return randomise(made, std)
+
+
+def all_cells(tiles):
+    return torch.cartesian_prod(torch.arange(tiles), torch.arange(SIDE), torch.arange(SIDE))
+
+
+def inputs(cells, tiles, seed=0):
+    """x (n, d), features 2 x (t, g*g, C), saliency (t, g*g)."""
+    torch.manual_seed(seed)
+    return torch.randn(len(cells), WIDTH), [torch.randn(tiles, FEATURES ** 2, LEVEL) for _ in range(2)], torch.rand(tiles, FEATURES ** 2)
+
+
+def own_window(cells, tiles, window=WINDOW):
+    """(n, t, g*g) bool: which features lie in each token's window, read off the drawing rather than the code."""
+    scale, seen = FEATURES // SIDE, torch.zeros(len(cells), tiles, FEATURES, FEATURES, dtype=torch.bool)
+    for i, (tile, row, column) in enumerate(cells.tolist()):
+        top, left = row // window * window * scale, column // window * window * scale
+        seen[i, tile, top:top + window * scale, left:left + window * scale] = True
+    return seen.flatten(2)
+
+
+def what_matters(remember, cells, tiles):
+    """Jacobian of every token's output -> which features (n, t, g*g), saliencies (n, t, g*g), tokens (n, n) it depends on."""
+    x, features, saliency = inputs(cells, tiles)
+    probe = torch.randn(WIDTH)
+    outputs = lambda x, a, b, s: remember(x, [a, b], s, cells) @ probe          # (n,)
+    dx, da, db, ds = torch.autograd.functional.jacobian(outputs, (x, *features, saliency))
+    both = (da != 0).any(-1) & (db != 0).any(-1)
+    either = (da != 0).any(-1) | (db != 0).any(-1)
+    assert torch.equal(both, either), "the levels are read at the same places"
+    return both, ds != 0, (dx != 0).any(-1)
+
+
+def test_it_starts_as_if_it_were_not_there():
+    """The last linear is zero: a model gains Vision Remember without losing what it knew. Bit for bit, not nearly."""
+    remember = VisionRemember(WIDTH, LEVEL, 2, SIDE, FEATURES, WINDOW, head_width=4)
+    cells = all_cells(3)
+    x, features, saliency = inputs(cells, 3)
+    assert torch.equal(remember(x, features, saliency, cells), x)
+    randomise(remember.down)
+    assert not torch.allclose(remember(x, features, saliency, cells), x, atol=1e-3)
+
+
+@pytest.mark.parametrize("window", (1, 2, 4))
+def test_a_token_depends_on_its_own_window_and_on_no_other_token(window):
+    """Features AND saliency, of every place in the window and of none outside; window 4 is the whole tile."""
+    cells = all_cells(2)
+    features, saliency, tokens = what_matters(module(window), cells, 2)
+    expected = own_window(cells, 2, window)
+    assert torch.equal(features, expected) and torch.equal(saliency, expected)
+    assert torch.equal(tokens, torch.eye(len(cells), dtype=torch.bool))
+
+
+def test_windows_follow_the_tiles_not_the_stitched_picture():
+    """Two tiles side by side, one token row un-padded: neighbours across the seam share nothing, and the windows of the
+    kept rows are those of the full tile, not counted anew from the first kept row."""
+    plan = plan_image((64, 17), "a4", SIDE, 32)
+    assert plan.grid == (2, 1) and plan.crop[0] % WINDOW == 1, "an odd cut, or this proves nothing"
+    cells = torch.from_numpy(plan.cells())
+    cells = cells[cells[:, 0] >= 0]
+    features, _, _ = what_matters(module(), cells, plan.tiles)
+    assert torch.equal(features, own_window(cells, plan.tiles))
+    left, right = (features[(cells == torch.tensor(cell)).all(1).nonzero().item()] for cell in ((1, 1, SIDE - 1), (2, 1, 0)))
+    assert left[1].any() and right[2].any() and not (left & right).any()
+
+
+@torch.no_grad()
+def test_it_is_the_equations_written_token_by_token():
+    """Q = U Wq, K = F Wk, V = S * (F Wv), softmax(QK'/sqrt(D) + bias) V per head, then o_proj, down and the residual."""
+    remember, cells = module(), all_cells(2)[torch.randperm(32)[:25]]
+    x, features, saliency = inputs(cells, 2)
+    assert remember.position_bias.abs().max() > 0.1, "a bias of zero would prove nothing"
+    heads, width, reach = 4, 4, WINDOW * FEATURES // SIDE
+    expected = []
+    for i, (tile, row, column) in enumerate(cells.tolist()):
+        rms = (x[i].square().mean() + 1e-6).sqrt()
+        q = remember.q_proj(remember.up(remember.norm.weight * x[i] / rms))                 # (F,)
+        top, left = row // WINDOW * reach, column // WINDOW * reach
+        places = [(top + a) * FEATURES + left + b for a in range(reach) for b in range(reach)]
+        f = [torch.cat([norm(level[tile, j]) for norm, level in zip(remember.level_norms, features)]) for j in places]
+        k = [remember.k_proj(one) for one in f]
+        v = [saliency[tile, j] * remember.v_proj(one) for j, one in zip(places, f)]
+        o, asks = [], row % WINDOW * WINDOW + column % WINDOW
+        for h in range(heads):
+            part = slice(h * width, (h + 1) * width)
+            scores = [(q[part] @ one[part]).item() / math.sqrt(width) + remember.position_bias[h, asks, m].item() for m, one in enumerate(k)]
+            weights = [math.exp(score) for score in scores]
+            o.append(sum(w / sum(weights) * one[part] for w, one in zip(weights, v)))
+        expected.append(x[i] + remember.down(remember.o_proj(torch.cat(o))))
+    assert torch.allclose(remember(x, features, saliency, cells), torch.stack(expected), atol=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_that_were_unpadded_away_change_nothing_for_the_others():
+    """Nor does the order in which tokens come: what stays is computed as if all were there."""
+    remember, cells = module(), all_cells(2)
+    x, features, saliency = inputs(cells, 2)
+    full = remember(x, features, saliency, cells)
+    keep = torch.randperm(len(cells))[:13]
+    assert torch.allclose(remember(x[keep], features, saliency, cells[keep]), full[keep], atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes, complaint", [
+    (dict(window=3), "windows of 3x3 tokens do not tile 4x4"), (dict(window=1, feature_side=6), "do not tile 4x4 tokens over 6x6"),
+    (dict(head_width=5), "heads of width 5")])
+def test_windows_and_heads_that_do_not_fit_are_refused(sizes, complaint):
+    """With the numbers, in one line; a view error from inside the forward would name neither."""
+    arguments = dict(width=WIDTH, level_width=LEVEL, levels=2, side=SIDE, feature_side=FEATURES, window=2, head_width=4)
+    VisionRemember(**arguments)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        VisionRemember(**{**arguments, **sizes})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("width, millions", [(896, 52.7), (1536, 56.6)])
+def test_size_fits_the_models_of_the_paper(width, millions):
+    """Two of these on Qwen2-0.5B and 1.5B make 0.9B and 2.0B, which attention narrower than the features would not."""
+    with torch.device("meta"):
+        remember = VisionRemember(width, level_width=1024, levels=3, side=12, feature_side=24)
+    assert round(sum(p.numel() for p in remember.parameters()) / 1e6, 1) == millions
+
+
+def test_the_shape_walk_runs():
+    """`python sela.py` is the first thing a reader is told to try; it needs no weights."""
+    run = subprocess.run([sys.executable, str(ROOT / "sela.py")], capture_output=True, text=True, check=True)
+    assert "x after remembering               (720, 896)" in run.stdout
+    assert "unchanged at initialisation: True   parameters: 52,708,096" in run.stdout
