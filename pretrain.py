@@ -37,6 +37,7 @@ from qwen2 import Qwen2
 CLIP_FOLDER, LLM_FOLDER, RUNS = "tiny/clip", "tiny/qwen2", "runs/pretrain"
 TILE, PATCH, SIDE = 112, 14, 8                                     # one tile is 8 x 8 patches
 LAYERS = (2, 4, 6)
+COPYING = 1000                                                     # first steps of the language stage: only copying
 GLYPHS = "0123456789:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 WORDS = [""] + synth.NAMES + ("Fruit Country Month Animal Food Travel City Sport sales score votes share Receipt Bill Shop "
                               "Invoice Form Letter Ticket Total Name Date Team Number Seat Trip").split()
@@ -139,7 +140,7 @@ class Tiles(IterableDataset):
             step += 1
 
     def lesson(self, number, is_page):
-        drawing = synth.draw(number, kinds=("page",), sizes=((126, 126),)) if is_page else synth.draw(number)
+        drawing = synth.draw(number, kinds=("page",), sizes=synth.SIZES[:1]) if is_page else synth.draw(number)
         plan = data.plan_image(drawing.image.size, "square" if is_page else "a4", SIDE, TILE)
         target = patch_targets(drawing, plan)
         busy = target["glyphs"].any((1, 2)) | (target["colour"] > 0).any(1)            # blank paper teaches little
@@ -236,14 +237,24 @@ class Conversations(IterableDataset):
         tokenizer, step = data.load_tokenizer(LLM_FOLDER), self.start
         while True:
             numbers = range(self.seed + step * self.size, self.seed + (step + 1) * self.size)
-            yield data.collate([self.sample(tokenizer, i) for i in numbers], tokenizer.token_to_id("<|endoftext|>"))
+            sample = self.echo if self.as_text and step < COPYING else self.sample
+            yield data.collate([sample(tokenizer, i) for i in numbers], tokenizer.token_to_id("<|endoftext|>"))
             step += 1
+
+    def echo(self, tokenizer, i):
+        """Random ids, then the same again: what teaches a decoder soonest to look up what followed a token before."""
+        rng = random.Random(i)
+        ids = [rng.randrange(256, tokenizer.get_vocab_size() - 3) for _ in range(rng.randint(8, 48))]
+        return {"id": str(i), "ids": ids * 2, "labels": [data.IGNORE] * len(ids) + ids, "tiles": [], "plans": []}
 
     def sample(self, tokenizer, i):
         rng = random.Random(i)
         if self.as_text:
             kind, caption, qa, _ = synth.compose(i)
-            turns = synth.conversation(synth.Drawing(None, kind, caption, qa, []), rng.randint(4, 10))
+            turns = synth.conversation(synth.Drawing(None, kind, caption, qa, []), rng.randint(2, 5))
+            if rng.random() < 0.6:                                               # to say it again: the plainest copying
+                turns = [{"from": "human", "value": f"{data.MARK}\nSay what the picture shows."}, {"from": "gpt", "value": caption},
+                         {"from": "human", "value": turns[0]["value"].removeprefix(data.MARK + "\n")}, *turns[1:]]
             turns[0]["value"] = turns[0]["value"].replace(data.MARK, caption)
             ids, labels = data.encode_chat(tokenizer, turns, [])
             return {"id": str(i), "ids": ids, "labels": labels, "tiles": [], "plans": []}
@@ -268,7 +279,7 @@ def pretrain_language(args):
         logits, targets = llm(batch.input_ids, keep=keep), targets[keep[:, :-1]]
         return F.cross_entropy(logits, targets), {"right": (logits.argmax(-1) == targets).float().mean().item()}
 
-    fit("language", llm, lambda start: Conversations(args.seed, start, 24, True), step, args.language_steps, 2e-3, args)
+    fit("language", llm, lambda start: Conversations(args.seed, start, 8, True), step, args.language_steps, 2e-3, args)
     save_llm(llm)
 
 
@@ -337,8 +348,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("tokenizer", "vision", "language", "joint", "all"), default="all")
     parser.add_argument("--seed", type=int, default=10_000_000, help="first drawing; apart from those of --preset tiny")
-    parser.add_argument("--vision-steps", type=int, default=12000)
-    parser.add_argument("--language-steps", type=int, default=1500)
+    parser.add_argument("--vision-steps", type=int, default=8000)
+    parser.add_argument("--language-steps", type=int, default=3000)
     parser.add_argument("--joint-steps", type=int, default=3000)
     args = parser.parse_args()
     stages = {"tokenizer": pretrain_tokenizer, "vision": pretrain_vision, "language": pretrain_language, "joint": pretrain_joint}

@@ -4,7 +4,8 @@
     python synth.py --show 12 --out drawn.png    # one sheet of pictures with their first question
 
 No picture, question or font comes from outside: Pillow draws everything with the typeface it carries. Sizes are in
-pixels at `scale` 1, where a 112-pixel tile reads 11-14 pixel letters as a 336-pixel tile reads 33-42 pixel ones.
+pixels at `scale` 1, which suits tiles of 112 pixels; scale 3 suits tiles of 336. Text stands on lines of 14 pixels, as
+on a form: the tiny ViT's patches are as high, and reading letters that they cut in two would take it days to learn.
 
 A picture belongs to the train or to the test half by a hash of what it says, so the halves share no content, whatever
 the seeds. `write_*` store drawings in the two public formats (LLaVA JSON + image folder, Hugging Face Parquet).
@@ -39,6 +40,7 @@ SHAPES = ("circle", "square", "triangle", "diamond")
 CHARTS = ("bar", "hbar", "line", "pie")
 KINDS = CHARTS + ("document", "receipt", "scene", "shapes")
 INK = (25, 25, 25)
+LINE = 14                                                          # pixels from one line of text to the next
 
 
 @dataclass
@@ -61,6 +63,11 @@ class Drawing:
     caption: str                                   # all that the picture says, in one sentence
     qa: list                                       # (question, answer, "human" | "augmented", topic)
     marks: list
+
+
+def line(number):
+    """The middle of a line of text, in pixels from the top."""
+    return LINE * number + LINE / 2
 
 
 @lru_cache(maxsize=None)
@@ -123,7 +130,7 @@ def chart(rng, kind, size):
     """(caption, qa, paint) of a bar, hbar, line or pie chart that fits `size` (width, height)."""
     width, height = size
     theme = rng.choice(list(THEMES))
-    room = {"hbar": (height - 16) // 17, "pie": (height - 18) // 16}.get(kind, (width - 24) // 40)
+    room = {"hbar": height // LINE - 2, "pie": height // LINE - 1}.get(kind, (width - 24) // 40)
     count = max(2, min(6, room, rng.choice((3, 4, 4, 5, 5, 6))))
     names = rng.sample(THEMES[theme], count)
     values = rng.sample(range(5, 100), count)
@@ -175,14 +182,15 @@ def paint_bars(size, scale, kind, rows, style):
     """Upright bars or a line: names under the axis, values on top when printed, else ticks on the left."""
     (width, height), letters = size, style["letters"]
     art = Canvas(size, scale, style["paper"])
-    art.text(width / 2, 1, style["title"], letters, anchor="ma")
-    left, top, foot = (4 if style["printed"] else 22), letters * 2 + 6, height - letters - 5
+    art.text(width / 2, line(0), style["title"], letters, anchor="mm")
+    left, last = (4 if style["printed"] else 24), height // LINE - 1
+    top, foot = line(2), line(last - 1)                                # 100 and 0 of the axis
     high = lambda value: foot - (foot - top) * value / 100
     if style["grid"]:
-        for tick in (0, 25, 50, 75, 100) if not style["printed"] else (50, 100):
+        for tick in (0, 50, 100) if last % 2 else (0, 100):            # ticks that stand on a line of text
             art.line([(left, high(tick)), (width - 3, high(tick))], (205, 205, 205))
             if not style["printed"]:
-                art.text(left - 3, high(tick), str(tick), letters - 2, (90, 90, 90), anchor="rm")
+                art.text(left - 2, high(tick), str(tick), letters - 1, (90, 90, 90), anchor="rm")
     art.line([(left, foot), (width - 3, foot)], (60, 60, 60))
     slot = (width - 3 - left) / len(rows)
     middle = [left + slot * (i + 0.5) for i in range(len(rows))]
@@ -196,8 +204,9 @@ def paint_bars(size, scale, kind, rows, style):
             half = slot * style["fat"] / 2
             art.box(x - half, high(value), x + half, foot, COLOURS[colour], **known)
         if style["printed"]:
-            art.text(x, high(value) - 3, str(value), letters, anchor="mb", **known)
-        art.text(x, foot + 2, name, letters, anchor="ma", **known)
+            above = int((high(value) - (3 if kind == "line" else 0)) // LINE) - 1    # the first free line above
+            art.text(x, line(above), str(value), letters, anchor="mm", **known)
+        art.text(x, line(last), name, letters, anchor="mm", **known)
     return art
 
 
@@ -205,17 +214,17 @@ def paint_rows(size, scale, kind, rows, style):
     """Bars lying on their side: names on the left, values behind the bars when printed, else ticks below."""
     (width, height), letters = size, style["letters"]
     art = Canvas(size, scale, style["paper"])
-    art.text(width / 2, 1, style["title"], letters, anchor="ma")
-    left, top, foot = 50, letters + 5, height - (3 if style["printed"] else letters + 2)
+    art.text(width / 2, line(0), style["title"], letters, anchor="mm")
+    left, last = 52, height // LINE - 1
+    step = min(3, (last + style["printed"] - 1) // len(rows))
     long = lambda value: left + (width - left - 20) * value / 100
     if style["grid"]:
         for tick in (0, 50, 100):
-            art.line([(long(tick), top), (long(tick), foot)], (205, 205, 205))
+            art.line([(long(tick), LINE), (long(tick), LINE * last)], (205, 205, 205))
             if not style["printed"]:
-                art.text(long(tick), foot + 1, str(tick), letters - 2, (90, 90, 90), anchor="ma")
-    slot = (foot - top) / len(rows)
+                art.text(long(tick), line(last), str(tick), letters - 1, (90, 90, 90), anchor="mm")
     for i, (name, value, colour) in enumerate(rows):
-        y, half, known = top + slot * (i + 0.5), slot * style["fat"] / 2, {"name": name, "value": value, "colour": colour}
+        y, half, known = line(1 + i * step), LINE * (step + 1) * style["fat"] / 4, {"name": name, "value": value, "colour": colour}
         art.box(left, y - half, long(value), y + half, COLOURS[colour], **known)
         art.text(left - 3, y, name, letters, anchor="rm", **known)
         if style["printed"]:
@@ -227,9 +236,9 @@ def paint_pie(size, scale, kind, rows, style):
     """Slices with a legend: colour, name and value."""
     (width, height), letters = size, style["letters"]
     art = Canvas(size, scale, style["paper"])
-    art.text(width / 2, 1, style["title"], letters, anchor="ma")
-    radius = min(height - letters - 10, width - 78) / 2
-    cx, cy = radius + 4, letters + 6 + radius
+    art.text(width / 2, line(0), style["title"], letters, anchor="mm")
+    radius = min(height - LINE - 4, width - 82) / 2
+    cx, cy = radius + 4, LINE + 2 + radius
     start = -90
     for name, value, colour in rows:
         end = start + 3.6 * value
@@ -238,11 +247,11 @@ def paint_pie(size, scale, kind, rows, style):
         x, y, r = cx + 0.6 * radius * math.cos(middle), cy + 0.6 * radius * math.sin(middle), radius / 5
         art.mark("slice", x - r, y - r, x + r, y + r, name=name, value=value, colour=colour)
         start = end
-    slot = min(22, (height - letters - 8) / len(rows))
+    step = min(2, (height // LINE - 1) // len(rows))
     for i, (name, value, colour) in enumerate(rows):
-        y, known = letters + 8 + slot * (i + 0.5), {"name": name, "value": value, "colour": colour}
-        art.box(width - 70, y - 4, width - 62, y + 4, COLOURS[colour], **known)
-        art.text(width - 59, y, name, letters, anchor="lm", **known)
+        y, known = line(1 + i * step), {"name": name, "value": value, "colour": colour}
+        art.box(width - 76, y - 4, width - 68, y + 4, COLOURS[colour], **known)
+        art.text(width - 64, y, name, letters, anchor="lm", **known)
         art.text(width - 2, y, str(value), letters, anchor="rm", **known)
     return art
 
@@ -253,7 +262,7 @@ def document(rng, kind, size):
     """A form or a receipt: lines of a name and what belongs to it."""
     width, height = size
     letters = rng.choice((11, 12, 13))
-    count = max(2, min(6, (height - 20) // (letters + 5), rng.randint(3, 6)))
+    count = min(6, rng.randint(3, 6))
     paper = rng.choice(((255, 255, 255), (252, 250, 240), (245, 245, 245)))
     if kind == "receipt":
         title, names = rng.choice(("Receipt", "Bill", "Shop")), rng.sample(THEMES["Food"], count - 1)
@@ -271,16 +280,17 @@ def document(rng, kind, size):
     qa += [("What is the title?", title, "augmented", "title")]
     caption = f"A {kind}, {title}: " + ", ".join(f"{n} {v}" for n, v in rows) + "."
     column = rng.choice((width - 6, 60))
-    size = (width, min(height, 24 + count * (letters + 5)))          # no taller than what is written
+    if height > 112:
+        size = (width, 2 * LINE * math.ceil((count + 2) / 2))          # no taller than what is written
 
     def paint(scale):
         art = Canvas(size, scale, paper)
-        art.text(width / 2, 2, title, letters + 1, anchor="ma")
-        art.line([(4, letters + 8), (width - 4, letters + 8)], (120, 120, 120))
+        art.text(width / 2, line(0), title, letters, anchor="mm")
+        art.line([(4, LINE + 2), (width - 4, LINE + 2)], (120, 120, 120))
         for i, (name, value) in enumerate(rows):
-            y, known = letters + 11 + i * (letters + 5), {"name": name, "value": int(value) if value.isdigit() else None}
-            art.text(5, y, name + (":" if kind == "document" else ""), letters, **known)
-            art.text(column, y, value, letters, anchor="ra" if column > 60 else "la", **known)
+            y, known = line(i + 2), {"name": name, "value": int(value) if value.isdigit() else None}
+            art.text(5, y, name + (":" if kind == "document" else ""), letters, anchor="lm", **known)
+            art.text(column, y, value, letters, anchor="rm" if column > 60 else "lm", **known)
         return art
     return caption, qa, paint
 
@@ -294,7 +304,8 @@ def scene(rng, kind, size):
     qa += [(f"What colour is the sign that says {n}?", c, "augmented", "colour") for n, c in boards]
     qa += [("How many signs are there?", str(count), "human", "count")]
     sky, ground = rng.choice(((200, 225, 245), (235, 215, 200), (60, 65, 90))), rng.choice(((150, 170, 130), (170, 160, 150)))
-    places = [(rng.uniform(36, max(37, width - 36)), (i + 0.5) * height / count + rng.uniform(-6, 6), rng.choice((13, 14, 15))) for i in range(count)]
+    places = [(rng.uniform(36, max(37, width - 36)), line(int((i + rng.uniform(0.2, 0.7)) * height / count / LINE)),
+               rng.choice((12, 13, 14))) for i in range(count)]
     caption = "A street with " + ", ".join(f"a {c} sign {n}" for n, c in boards) + "."
 
     def paint(scale):
@@ -343,19 +354,18 @@ def page(rng, kind, size):
     width, height = size
     paper, ink = rng.choice((((255, 255, 255), INK), ((250, 250, 244), INK), ((235, 240, 250), INK),
                              (rng.choice(list(COLOURS.values())), (255, 255, 255)), ((60, 65, 90), (255, 255, 255))))
-    words, y = [], rng.uniform(-4, 6)
-    while y < height:
-        letters, x = rng.choice((11, 11, 12, 12, 13, 13, 14, 15)), rng.uniform(-10, 10)
+    words = []
+    for number in range(height // LINE):
+        letters, x = rng.choice((11, 12, 13)), rng.uniform(-10, 10)
         while x < width:
             word = rng.choice(NAMES) if rng.random() < 0.5 else str(rng.randint(0, rng.choice((9, 99, 99, 999))))
-            words.append((x, y, word, letters))
+            words.append((x, line(number), word, letters))
             x += length(word, letters) + rng.choice((5, 8, 14))
-        y += letters + rng.uniform(1, 6)
 
     def paint(scale):
         art = Canvas(size, scale, paper)
         for x, y, word, letters in words:
-            art.text(x, y, word, letters, ink)
+            art.text(x, y, word, letters, ink, anchor="lm")
         return art
     return " ".join(word for _, _, word, _ in words), [], paint
 
@@ -371,9 +381,9 @@ def compose(seed, split="train", kinds=KINDS, sizes=SIZES):
     rng = random.Random(f"{split} {seed} {kinds} {sizes}")
     while True:
         kind, (width, height) = rng.choice(kinds), rng.choice(sizes)
-        if kind in ("bar", "line") and width < 200 and rng.random() < 0.7:
-            continue                                             # upright bars want room for their names
-        size = (width - rng.randint(0, 16), height - rng.randint(0, 14))
+        if kind in ("bar", "line", "pie") and width < 200 and (kind == "pie" or rng.random() < 0.7):
+            continue                                             # upright bars and legends want room beside each other
+        size = (width, height - rng.choice((0, 0, 28)) * (height > 112))    # fills its canvas without resampling
         make = chart if kind in CHARTS else {"scene": scene, "shapes": shapes, "page": page}.get(kind, document)
         caption, qa, paint = make(rng, kind, size)
         test = hashlib.sha256(caption.encode()).digest()[0] < 51
