@@ -54,7 +54,7 @@ class LLaVAVRConfig:
 
 CLIP_L = CLIPConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
 CLIP_TINY = CLIPConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, image_size=112, patch_size=14)
-QWEN2_TINY = Qwen2Config(1024, 128, 384, 6, 4, 2, tie_word_embeddings=True, max_position_embeddings=4096)
+QWEN2_TINY = Qwen2Config(1024, 128, 384, 6, 4, 2, rope_theta=1e3, tie_word_embeddings=True, max_position_embeddings=4096)
 PRESETS = {
     "tiny": LLaVAVRConfig(CLIP_TINY, QWEN2_TINY, layers=(2, 4, 6), side=4),
     "0.5b": LLaVAVRConfig(CLIP_L, QWEN2["0.5b"]),

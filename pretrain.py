@@ -37,7 +37,7 @@ from qwen2 import Qwen2
 CLIP_FOLDER, LLM_FOLDER, RUNS = "tiny/clip", "tiny/qwen2", "runs/pretrain"
 TILE, PATCH, SIDE = 112, 14, 8                                     # one tile is 8 x 8 patches
 LAYERS = (2, 4, 6)
-COPYING = 1000                                                     # first steps of the language stage: only copying
+DRILLS = 800, 1500                                                 # the language stage copies, then recalls, then converses
 GLYPHS = "0123456789:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 WORDS = [""] + synth.NAMES + ("Fruit Country Month Animal Food Travel City Sport sales score votes share Receipt Bill Shop "
                               "Invoice Form Letter Ticket Total Name Date Team Number Seat Trip").split()
@@ -184,7 +184,9 @@ def widen(module):
         if isinstance(part, (nn.Linear, nn.Conv2d)):
             fan_in = part.weight[0].numel()
             last = name.endswith(("out_proj", "fc2", "o_proj", "down_proj"))       # what a block adds to the residual stream
-            part.weight.normal_(std=fan_in ** -0.5 * (0.3 if last else 1))
+            part.weight.normal_(std=fan_in ** -0.5 * (0.1 if last else 1))
+        if name.endswith("embed_tokens"):
+            part.weight.normal_(std=0.1)
         if name.endswith("position_embedding"):
             part.weight.normal_(std=0.3)
     return module
@@ -237,15 +239,26 @@ class Conversations(IterableDataset):
         tokenizer, step = data.load_tokenizer(LLM_FOLDER), self.start
         while True:
             numbers = range(self.seed + step * self.size, self.seed + (step + 1) * self.size)
-            sample = self.echo if self.as_text and step < COPYING else self.sample
-            yield data.collate([sample(tokenizer, i) for i in numbers], tokenizer.token_to_id("<|endoftext|>"))
+            if self.as_text and step < DRILLS[1]:
+                samples = [self.drill(tokenizer, i, step >= DRILLS[0]) for n in numbers for i in range(4 * n, 4 * n + 4)]
+            else:
+                samples = [self.sample(tokenizer, i) for i in numbers]
+            yield data.collate(samples, tokenizer.token_to_id("<|endoftext|>"))
             step += 1
 
-    def echo(self, tokenizer, i):
-        """Random ids, then the same again: what teaches a decoder soonest to look up what followed a token before."""
+    def drill(self, tokenizer, i, recall):
+        """Words in any order, then the same again; with recall, rows of a name and its number, then the same rows in
+        another order, the numbers to be known. It is what teaches a decoder soonest to look things up in its context."""
         rng = random.Random(i)
-        ids = [rng.randrange(256, tokenizer.get_vocab_size() - 3) for _ in range(rng.randint(8, 48))]
-        return {"id": str(i), "ids": ids * 2, "labels": [data.IGNORE] * len(ids) + ids, "tiles": [], "plans": []}
+        if recall:
+            rows = [(f" {name}", f" {rng.randint(1, 99)},") for name in rng.sample(synth.NAMES, rng.randint(2, 6))]
+            parts = [(text, again and text[-1] == ",") for again in (0, 1, 1) for row in rng.sample(rows, len(rows)) for text in row]
+        else:
+            words = rng.sample([f" {w}" for w in (*synth.NAMES, *synth.COLOURS)] + list("0123456789"), rng.randint(4, 16))
+            parts = [(text, again) for again in (0, 1) for text in words]
+        pieces = [(data.text_ids(tokenizer, text), learn) for text, learn in parts]
+        return {"id": str(i), "ids": [id for ids, _ in pieces for id in ids], "tiles": [], "plans": [],
+                "labels": [id if learn else data.IGNORE for ids, learn in pieces for id in ids]}
 
     def sample(self, tokenizer, i):
         rng = random.Random(i)
@@ -271,7 +284,7 @@ class Conversations(IterableDataset):
 def pretrain_language(args):
     torch.manual_seed(args.seed)
     llm = Qwen2(QWEN2_TINY)
-    widen(llm.model.layers)
+    widen(llm.model)
 
     def step(batch):
         targets = batch.labels[:, 1:]
@@ -279,7 +292,7 @@ def pretrain_language(args):
         logits, targets = llm(batch.input_ids, keep=keep), targets[keep[:, :-1]]
         return F.cross_entropy(logits, targets), {"right": (logits.argmax(-1) == targets).float().mean().item()}
 
-    fit("language", llm, lambda start: Conversations(args.seed, start, 8, True), step, args.language_steps, 2e-3, args)
+    fit("language", llm, lambda start: Conversations(args.seed, start, 8, True), step, args.language_steps, 1e-3, args)
     save_llm(llm)
 
 
@@ -349,7 +362,7 @@ if __name__ == "__main__":
     parser.add_argument("--stage", choices=("tokenizer", "vision", "language", "joint", "all"), default="all")
     parser.add_argument("--seed", type=int, default=10_000_000, help="first drawing; apart from those of --preset tiny")
     parser.add_argument("--vision-steps", type=int, default=8000)
-    parser.add_argument("--language-steps", type=int, default=3000)
+    parser.add_argument("--language-steps", type=int, default=3200)
     parser.add_argument("--joint-steps", type=int, default=3000)
     args = parser.parse_args()
     stages = {"tokenizer": pretrain_tokenizer, "vision": pretrain_vision, "language": pretrain_language, "joint": pretrain_joint}

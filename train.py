@@ -146,7 +146,7 @@ def build_optimizer(model, recipe):
 
 
 def save_state(path, model, optimizer, step, identity):
-    """What --resume needs: trained weights, optimizer, step. Renamed into place, so a kill leaves the old file whole."""
+    """What --resume needs: trained weights, optimizer, steps done. Renamed into place: a kill leaves the old file whole."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     torch.save({"model": trained, "optimizer": optimizer.state_dict(), "step": step, "run": identity}, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
@@ -197,8 +197,13 @@ def train(args, phase, rank, world, device):
     if rank == 0:
         print(f"phase {phase}: {len(order):,} samples, {steps} steps of {recipe.batch}, lr {recipe.lr:g}, training "
               f"{trained / 1e6:.1f}M of {identity['parameters'] / 1e6:.1f}M parameters on {world} x {device.type}", flush=True)
-    log = open(partial / "log.jsonl", "a" if first else "w") if rank == 0 else None
-    bar, clock, skipped = tqdm(range(first, steps), initial=first, total=steps, disable=rank > 0, mininterval=1), time.time(), 0
+    skipped = 0
+    if rank == 0:
+        lines = (partial / "log.jsonl").read_text().splitlines(True)[:first] if first else []      # steps taken again are logged anew
+        skipped = json.loads(lines[-1])["skipped"] if lines else 0
+        log = open(partial / "log.jsonl", "w")
+        log.writelines(lines)
+    bar, clock = tqdm(range(first, steps), initial=first, total=steps, disable=rank > 0, mininterval=1), time.time()
 
     for step in bar:
         lr = lr_at(step, steps, recipe)
