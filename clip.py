@@ -92,6 +92,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linears around OpenAI's quick GELU."""
+
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -104,6 +106,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to what it read."""
+
     def __init__(self, config):
         super().__init__()
         self.self_attn = Attention(config)

@@ -135,7 +135,7 @@ def find_files(task, data):
     raise FileNotFoundError(
         f"no {spec.files} for {task} in {', '.join(str(p) for p in places[::2])} or their data/; get it with: "
         f"huggingface-cli download --repo-type dataset {spec.repo} --local-dir data/eval/{spec.folders[0]}   "
-        "or try the drawn data: python train.py --preset tiny, then python eval.py --preset tiny")
+        f"or try the drawn data: python train.py --preset tiny, then python eval.py --task {task} --preset tiny")
 
 
 def count_rows(files, columns):
@@ -288,7 +288,7 @@ def arguments(argv):
     """The command line, with the defaults that depend on the preset filled in. Raises ValueError for bad values."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="chartqa", help=f"one of: {', '.join(TASKS)}")
-    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="sets the three defaults below")
+    parser.add_argument("--preset", default="0.5b", choices=PRESETS, help="sets the three defaults below")
     parser.add_argument("--model", type=Path, help="trained model (default runs/<preset>/phase2)")
     parser.add_argument("--data", type=Path, help="default data/tiny/eval for preset tiny, else data/eval")
     parser.add_argument("--blind", action=argparse.BooleanOptionalAction, help="also ask with grey pictures (tiny: on)")
@@ -312,7 +312,8 @@ def main(argv=None):
     """Evaluate as the command line says; returns the entry written to results.json (None on ranks other than 0)."""
     args = arguments(argv)
     if not args.model.is_dir():
-        raise FileNotFoundError(f"no model folder {args.model}; train one with: python train.py --preset {args.preset}")
+        raise FileNotFoundError(f"no model folder {args.model}; train one with: python train.py --preset {args.preset}"
+                                " (tiny needs no download)")
     spec = TASKS[args.task]
     files = find_files(args.task, args.data)
     total = count_rows(files, spec.columns)

@@ -96,8 +96,7 @@ class LLaVAVR(nn.Module):
         x = self.language_model.model.embed_tokens(batch.input_ids.masked_fill(is_vision, 0))
         if batch.pixels is None:
             return x, None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_tower.pre_layrnorm.weight.requires_grad):
-            features, saliency = self.vision_tower(batch.pixels)                 # L x (t, N, C), (t, N)
+        features, saliency = self.vision_tower(batch.pixels)                     # L x (t, N, C), (t, N)
         tokens = self.mm_projector(features[-1])                                 # (t, p*p, d)
         tokens, cells = self.place(tokens, batch.plans)                          # (n, d), (n, 3)
         x = x.masked_scatter(is_vision.unsqueeze(-1), tokens.to(x.dtype))
@@ -143,8 +142,10 @@ class LLaVAVR(nn.Module):
 
     def unused(self, batch):
         """Zero, but with a gradient for whatever this batch did not touch: DDP waits for every parameter on every rank."""
-        idle = [self.image_newline] if batch.pixels is not None else [*self.mm_projector.parameters(), self.image_newline,
-                                                                      *self.vision_remember.parameters()]
+        idle = [self.image_newline]
+        if batch.pixels is None:
+            for part in (self.vision_tower, self.mm_projector, self.vision_remember):
+                idle += part.parameters()
         return sum(p.sum() for p in idle if p.requires_grad) * 0
 
     @torch.inference_mode()
@@ -157,6 +158,8 @@ class LLaVAVR(nn.Module):
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} image entries for {len(prompts)} prompts: give one entry (or None) for each")
+        if not prompts:
+            return []
         end = [self.tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
         batch = data.collate([self.question(*pair) for pair in zip(images, prompts)], end[1]).to(self.image_newline.device)
         rows = torch.arange(len(prompts), device=batch.lengths.device)
@@ -223,7 +226,10 @@ class LLaVAVR(nn.Module):
         stored = read_config(folder)
         if stored.pop("model_type", None) != "llava_vr":
             raise ValueError(f"{folder}/config.json is not of a LLaVA-VR model: give a folder that train.py wrote")
-        config = LLaVAVRConfig(CLIPConfig(**stored.pop("vision")), Qwen2Config(**stored.pop("text")), **stored)
+        try:
+            config = LLaVAVRConfig(CLIPConfig(**stored.pop("vision")), Qwen2Config(**stored.pop("text")), **stored)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder}/config.json does not describe a LLaVA-VR model ({error}); was it edited?") from None
         with torch.device("meta"):                                               # shapes only, soon overwritten
             model = cls(config)
         model.to_empty(device="cpu").language_model.tie()

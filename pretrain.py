@@ -10,7 +10,8 @@ tokenizer   byte-level BPE with Qwen2's splitting rule and special tokens, on th
 vision      the ViT alone: every patch says which glyphs, word, number, colour and owner lie in it (the drawing program
             knows), the CLS token says which words and colours the tile holds. Stands in for CLIP's contrastive training
 language    the decoder alone: the caption in place of the picture, then the questions: to copy, recall and compare
-joint       both as an uncompressed LLaVA-NeXT (2-layer MLP, AnyRes, no Vision Remember); projector thrown away after
+joint       both as an uncompressed LLaVA-NeXT (2-layer MLP, no Vision Remember): the projector alone, then the decoder too, on
+            single tiles, then AnyRes. The projector is thrown away after
 """
 import argparse
 import json
@@ -230,10 +231,10 @@ def pretrain_tokenizer(args):
 
 class Conversations(IterableDataset):
     """Endless batches of `size` conversations about drawings. as_text: the caption stands in for the picture;
-    otherwise pictures at `side` tokens per tile side, a fifth of them single tiles with the plain caption of phase 1."""
+    otherwise uncompressed pictures: for `single` steps one tile, then AnyRes; some batches bring the plain captions of phase 1."""
 
-    def __init__(self, seed, start, size, as_text, side=SIDE):
-        self.seed, self.start, self.size, self.as_text, self.side = seed, start, size, as_text, side
+    def __init__(self, seed, start, size, as_text, single=0):
+        self.seed, self.start, self.size, self.as_text, self.single = seed, start, size, as_text, single
 
     def __iter__(self):
         tokenizer, step = data.load_tokenizer(LLM_FOLDER), self.start
@@ -242,7 +243,9 @@ class Conversations(IterableDataset):
             if self.as_text and step < DRILLS[1]:
                 samples = [self.drill(tokenizer, i, step >= DRILLS[0]) for n in numbers for i in range(4 * n, 4 * n + 4)]
             else:
-                samples = [self.sample(tokenizer, i) for i in numbers]
+                many = random.Random(step).choices((None, *synth.SIZES), (4, 3, 5, 4, 4))[0]    # one a batch: little padding
+                shape = (None, synth.SIZES[0])[step % 2] if step < self.single else many
+                samples = [self.sample(tokenizer, i, shape, step < self.single) for i in numbers]
             yield data.collate(samples, tokenizer.token_to_id("<|endoftext|>"))
             step += 1
 
@@ -260,7 +263,7 @@ class Conversations(IterableDataset):
         return {"id": str(i), "ids": [id for ids, _ in pieces for id in ids], "tiles": [], "plans": [],
                 "labels": [id if learn else data.IGNORE for ids, learn in pieces for id in ids]}
 
-    def sample(self, tokenizer, i):
+    def sample(self, tokenizer, i, shape=None, single=False):
         rng = random.Random(i)
         if self.as_text:
             kind, caption, qa, _ = synth.compose(i)
@@ -271,14 +274,14 @@ class Conversations(IterableDataset):
             turns[0]["value"] = turns[0]["value"].replace(data.MARK, caption)
             ids, labels = data.encode_chat(tokenizer, turns, [])
             return {"id": str(i), "ids": ids, "labels": labels, "tiles": [], "plans": []}
-        if rng.random() < 0.2:
+        if shape is None:
             drawing, template, mode = synth.draw(i, sizes=synth.SIZES[:1]), "plain", "square"
             turns = [{"from": "human", "value": data.MARK}, {"from": "gpt", "value": drawing.caption}]
         else:
-            drawing, template, mode = synth.draw(i), "chat", "a4"
-            turns = synth.conversation(drawing, 10)
+            drawing, template, mode = synth.draw(i, sizes=(shape,)), "chat", "square" if single else "a4"
+            turns = synth.conversation(drawing, 6)
         record = {"id": str(i), "conversations": turns, "images": [drawing.image]}
-        return data.encode_sample(record, tokenizer, template, mode, self.side, TILE)
+        return data.encode_sample(record, tokenizer, template, mode, SIDE, TILE)
 
 
 def pretrain_language(args):
@@ -299,8 +302,14 @@ def pretrain_language(args):
 def pretrain_joint(args):
     torch.manual_seed(args.seed)
     model = LLaVAVR.from_parts(CLIP_FOLDER, LLM_FOLDER, "tiny", projector="mlp", side=SIDE, remember=())
-    fit("joint", model, lambda start: Conversations(args.seed + 5_000_000, start, 12, False), lambda batch: (model(batch), {}),
-        args.joint_steps, 1e-3, args)
+    model.requires_grad_(False)
+    model.mm_projector.requires_grad_(True)
+    lessons = lambda single: lambda start: Conversations(args.seed + 5_000_000, start, 8, False, single)
+    loss = lambda batch: (model(batch), {})
+    fit("align", model, lessons(args.align_steps), loss, args.align_steps, 2e-3, args)
+    model.language_model.requires_grad_(True)
+    model.image_newline.requires_grad_(True)
+    fit("joint", model, lessons(args.joint_steps * 2 // 3), loss, args.joint_steps, 7e-4, args)
     half(model.vision_tower).save_pretrained(CLIP_FOLDER)
     save_llm(half(model.language_model))
 
@@ -321,8 +330,8 @@ def fit(name, module, batches, loss_of, steps, peak, args):
     """AdamW, cosine with 3 % warm-up, a checkpoint every 500 steps; goes on from the newest one."""
     os.makedirs(RUNS, exist_ok=True)
     path, log = f"{RUNS}/{name}.pt", open(f"{RUNS}/{name}.jsonl", "a")
-    decay = [p for p in module.parameters() if p.dim() > 1]
-    plain = [p for p in module.parameters() if p.dim() <= 1]
+    decay = [p for p in module.parameters() if p.dim() > 1 and p.requires_grad]
+    plain = [p for p in module.parameters() if p.dim() <= 1 and p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0}], lr=peak, betas=(0.9, 0.98), fused=True)
     start = 0
     if os.path.exists(path):
@@ -338,7 +347,8 @@ def fit(name, module, batches, loss_of, steps, peak, args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        with sdpa_kernel(SDPBackend.MATH):                         # at these sizes twice as fast as the fused one
+        # on a CPU the fused attention's backward is twice as slow as the plain one for 65 tokens, but not for hundreds
+        with sdpa_kernel(SDPBackend.MATH if name == "vision" else SDPBackend.FLASH_ATTENTION):
             loss, seen = loss_of(next(loader))
             loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -363,7 +373,8 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=10_000_000, help="first drawing; apart from those of --preset tiny")
     parser.add_argument("--vision-steps", type=int, default=8000)
     parser.add_argument("--language-steps", type=int, default=3200)
-    parser.add_argument("--joint-steps", type=int, default=3000)
+    parser.add_argument("--align-steps", type=int, default=400)
+    parser.add_argument("--joint-steps", type=int, default=2400)
     args = parser.parse_args()
     stages = {"tokenizer": pretrain_tokenizer, "vision": pretrain_vision, "language": pretrain_language, "joint": pretrain_joint}
     for stage in stages if args.stage == "all" else [args.stage]:

@@ -141,6 +141,8 @@ def rotate(x, cos, sin):
 
 
 class RMSNorm(nn.Module):
+    """Divide by the root mean square, in float32."""
+
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
@@ -152,6 +154,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention in which H/G query heads share one key/value head."""
+
     def __init__(self, config):
         super().__init__()
         d, self.width, shared = config.hidden_size, config.head_dim, config.num_key_value_heads * config.head_dim
@@ -171,6 +175,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU: a gate decides how much of each channel passes."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -182,6 +188,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Pre-norm attention and MLP, each added to what it read."""
+
     def __init__(self, config):
         super().__init__()
         self.self_attn, self.mlp = Attention(config), MLP(config)
@@ -194,6 +202,8 @@ class Layer(nn.Module):
 
 
 class Qwen2(nn.Module):
+    """The decoder of a Qwen2Config, with random weights; `from_pretrained` reads a published folder."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config

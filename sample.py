@@ -47,7 +47,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", help="left out: a conversation on standard input")
     parser.add_argument("--image", type=Path, action="append", default=[], help="may be repeated; shown in this order")
-    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="the default model is runs/<preset>/phase2")
+    parser.add_argument("--preset", default="0.5b", choices=PRESETS, help="the default model is runs/<preset>/phase2")
     parser.add_argument("--model", type=Path, help="folder of a trained model")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     args = parser.parse_args(argv)

@@ -179,15 +179,16 @@ def chart_questions(rng, title, rows, printed):
 
 
 def paint_bars(size, scale, kind, rows, style):
-    """Upright bars or a line: names under the axis, values on top when printed, else ticks on the left."""
+    """Upright bars or a line: under the axis the names and, when printed, the values; else ticks on the left."""
     (width, height), letters = size, style["letters"]
     art = Canvas(size, scale, style["paper"])
     art.text(width / 2, line(0), style["title"], letters, anchor="mm")
     left, last = (4 if style["printed"] else 24), height // LINE - 1
-    top, foot = line(2), line(last - 1)                                # 100 and 0 of the axis
+    name_line = last - 1 if style["printed"] else last
+    top, foot = line(2), line(name_line - 1)                           # 100 and 0 of the axis
     high = lambda value: foot - (foot - top) * value / 100
     if style["grid"]:
-        for tick in (0, 50, 100) if last % 2 else (0, 100):            # ticks that stand on a line of text
+        for tick in (0, 50, 100) if name_line % 2 else (0, 100):       # ticks that stand on a line of text
             art.line([(left, high(tick)), (width - 3, high(tick))], (205, 205, 205))
             if not style["printed"]:
                 art.text(left - 2, high(tick), str(tick), letters - 1, (90, 90, 90), anchor="rm")
@@ -204,20 +205,19 @@ def paint_bars(size, scale, kind, rows, style):
             half = slot * style["fat"] / 2
             art.box(x - half, high(value), x + half, foot, COLOURS[colour], **known)
         if style["printed"]:
-            above = int((high(value) - (3 if kind == "line" else 0)) // LINE) - 1    # the first free line above
-            art.text(x, line(above), str(value), letters, anchor="mm", **known)
-        art.text(x, line(last), name, letters, anchor="mm", **known)
+            art.text(x, line(last), str(value), letters, anchor="mm", **known)
+        art.text(x, line(name_line), name, letters, anchor="mm", **known)
     return art
 
 
 def paint_rows(size, scale, kind, rows, style):
-    """Bars lying on their side: names on the left, values behind the bars when printed, else ticks below."""
+    """Bars lying on their side: names on the left, then the values when printed, else ticks below."""
     (width, height), letters = size, style["letters"]
     art = Canvas(size, scale, style["paper"])
     art.text(width / 2, line(0), style["title"], letters, anchor="mm")
-    left, last = 52, height // LINE - 1
+    left, last = (70 if style["printed"] else 52), height // LINE - 1
     step = min(3, (last + style["printed"] - 1) // len(rows))
-    long = lambda value: left + (width - left - 20) * value / 100
+    long = lambda value: left + (width - left - 4) * value / 100
     if style["grid"]:
         for tick in (0, 50, 100):
             art.line([(long(tick), LINE), (long(tick), LINE * last)], (205, 205, 205))
@@ -226,9 +226,9 @@ def paint_rows(size, scale, kind, rows, style):
     for i, (name, value, colour) in enumerate(rows):
         y, half, known = line(1 + i * step), LINE * (step + 1) * style["fat"] / 4, {"name": name, "value": value, "colour": colour}
         art.box(left, y - half, long(value), y + half, COLOURS[colour], **known)
-        art.text(left - 3, y, name, letters, anchor="rm", **known)
+        art.text(left - (22 if style["printed"] else 3), y, name, letters, anchor="rm", **known)
         if style["printed"]:
-            art.text(long(value) + 3, y, str(value), letters, anchor="lm", **known)
+            art.text(left - 3, y, str(value), letters, anchor="rm", **known)
     return art
 
 
@@ -252,7 +252,7 @@ def paint_pie(size, scale, kind, rows, style):
         y, known = line(1 + i * step), {"name": name, "value": value, "colour": colour}
         art.box(width - 76, y - 4, width - 68, y + 4, COLOURS[colour], **known)
         art.text(width - 64, y, name, letters, anchor="lm", **known)
-        art.text(width - 2, y, str(value), letters, anchor="rm", **known)
+        art.text(width - 60 + length(name, letters), y, str(value), letters, anchor="lm", **known)
     return art
 
 
@@ -279,7 +279,7 @@ def document(rng, kind, size):
         qa = [(f"What is the {key.lower()}?", v, "augmented", "value") for key, v in rows]
     qa += [("What is the title?", title, "augmented", "title")]
     caption = f"A {kind}, {title}: " + ", ".join(f"{n} {v}" for n, v in rows) + "."
-    column = rng.choice((width - 6, 60))
+    column = rng.choice((0, 60))                                       # right behind the name, or in a column
     if height > 112:
         size = (width, 2 * LINE * math.ceil((count + 2) / 2))          # no taller than what is written
 
@@ -290,7 +290,7 @@ def document(rng, kind, size):
         for i, (name, value) in enumerate(rows):
             y, known = line(i + 2), {"name": name, "value": int(value) if value.isdigit() else None}
             art.text(5, y, name + (":" if kind == "document" else ""), letters, anchor="lm", **known)
-            art.text(column, y, value, letters, anchor="rm" if column > 60 else "lm", **known)
+            art.text(column or 12 + length(name, letters), y, value, letters, anchor="lm", **known)
         return art
     return caption, qa, paint
 
@@ -406,7 +406,7 @@ ASKED = {"augmented": {"value": 6, "item": 3, "title": 1},
 
 def exam(seed, kind, scale=1):
     """One ChartQA row: (image, question, answer) of a test chart, `kind` "human" (reasoning) or "augmented" (look-up)."""
-    drawing = draw(seed, "test", CHARTS, SIZES[1:], scale)
+    drawing = draw(seed, "test", CHARTS, SIZES, scale)
     topics = {}
     for question, answer, asked, topic in drawing.qa:
         if asked == kind:

@@ -70,20 +70,24 @@ def folders(preset, phase):
 
 
 def locate(args, phase):
-    """The folders of a phase, flags before defaults. Raises FileNotFoundError naming all that is missing, at once."""
-    found, missing = {}, []
-    for name, (path, how) in folders(args.preset, phase).items():
-        path = getattr(args, name) or path
-        found[name] = path
-        if not (name != "data" and phase == 2) and not os.path.exists(path):     # phase 2 has its parts from phase 1
-            missing.append(f"  --{name}: {path} is not there. Get it with: {how}")
-    start = Path(args.out or "runs") / args.preset / "phase1"
-    if phase == 2 and not start.exists():
-        missing.append(f"  {start} is not there. Make it with: train.py --preset {args.preset} --phase 1")
+    """-> ({"clip", "llm", "data"}: paths, flags before defaults, and the folder that phase 2 starts from)."""
+    found = {name: getattr(args, name) or path for name, (path, _) in folders(args.preset, phase).items()}
+    return found, Path(args.out or "runs") / args.preset / "phase1"
+
+
+def check_places(args, phases):
+    """Raises FileNotFoundError naming all that the phases will miss, before anything is read or trained."""
+    missing = {}
+    for phase in phases:
+        found, start = locate(args, phase)
+        for name, (_, how) in folders(args.preset, phase).items():
+            if not (phase == 2 and name != "data") and not os.path.exists(found[name]):      # parts come with phase 1
+                missing[found[name]] = f"  --{name}: {found[name]} is not there. Get it with: {how}"
+        if phases == [2] and not start.exists():
+            missing[start] = f"  {start} is not there. Make it with: python train.py --preset {args.preset} --phase 1"
     if missing:
-        raise FileNotFoundError(f"phase {phase} of preset {args.preset} misses:\n" + "\n".join(missing) +
+        raise FileNotFoundError(f"phase {' and '.join(map(str, phases))} of preset {args.preset} misses:\n" + "\n".join(missing.values()) +
                                 "\nTo try the whole path without any download: python train.py --preset tiny")
-    return found, start
 
 
 def lr_at(step, steps, recipe):
@@ -165,10 +169,6 @@ def load_state(path, model, optimizer, identity):
 
 def train(args, phase, rank, world, device):
     recipe = dataclasses.replace(RECIPES[args.preset][phase], **{k: v for k in ("batch", "micro", "lr") if (v := getattr(args, k))})
-    if args.preset == "tiny" and not args.data:
-        if rank == 0:
-            synth.write_all("data/tiny")
-        meet(world)
     found, start = locate(args, phase)
     out = Path(args.out or "runs") / args.preset / f"phase{phase}"
     partial = out.with_name(out.name + ".partial")                               # until the model is whole
@@ -187,7 +187,7 @@ def train(args, phase, rank, world, device):
     first = 0
     if args.resume and (partial / "state.pt").exists():
         first = load_state(partial / "state.pt", model, optimizer, identity)
-    elif args.resume and (out / "config.json").exists():
+    elif args.resume and (out / "config.json").exists() and not partial.exists():
         return                                                                   # this phase is done
     partial.mkdir(parents=True, exist_ok=True)
     loader = iter(DataLoader(Samples(records, model.tokenizer, recipe, model.config, [m for step in plan[first:] for m in step]),
@@ -199,7 +199,7 @@ def train(args, phase, rank, world, device):
               f"{trained / 1e6:.1f}M of {identity['parameters'] / 1e6:.1f}M parameters on {world} x {device.type}", flush=True)
     skipped = 0
     if rank == 0:
-        lines = (partial / "log.jsonl").read_text().splitlines(True)[:first] if first else []      # steps taken again are logged anew
+        lines = (partial / "log.jsonl").read_text().splitlines(True)[:first] if first else []    # steps taken again: anew
         skipped = json.loads(lines[-1])["skipped"] if lines else 0
         log = open(partial / "log.jsonl", "w")
         log.writelines(lines)
@@ -221,6 +221,9 @@ def train(args, phase, rank, world, device):
             dist.all_reduce(counts)
         targets, tokens, problems = counts.tolist()
         skipped += int(problems)
+        if targets == 0:
+            raise ValueError(f"step {step}: none of its {int(problems)} records could be used (the reasons stand above); is this "
+                             f"the data of phase {phase}? Mend or remove these records")
 
         # forward and backward; gradients are exchanged once, on the last micro-batch
         total = 0.0
@@ -236,6 +239,9 @@ def train(args, phase, rank, world, device):
         if world > 1:
             dist.all_reduce(total)
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], recipe.clip)
+        if not torch.isfinite(norm):
+            raise ValueError(f"step {step}: the gradient is {norm.item()} on samples {', '.join(i for b in batches for i in b.ids)}; "
+                             f"the last saved state is kept. Look at these samples, or lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -298,8 +304,14 @@ def main(argv=None):
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
+    phases = [args.phase] if args.phase else [1, 2]
     try:
-        for phase in [args.phase] if args.phase else [1, 2]:
+        if args.preset == "tiny" and not args.data:
+            if rank == 0:
+                synth.write_all("data/tiny")
+            meet(world)
+        check_places(args, phases)
+        for phase in phases:
             train(args, phase, rank, world, device)
     finally:
         if world > 1:

@@ -136,8 +136,8 @@ def test_limit_takes_the_first_rows_and_blind_is_a_choice(setup, tmp_path, capsy
     assert [r["index"] for r in lines(tmp_path / "o/chartqa.jsonl")] == [0, 1, 2]
     assert not (tmp_path / "o/chartqa_blind.jsonl").exists()
     assert capsys.readouterr().out.splitlines()[1].split() == ["overall", "100.0", "0.0", "3", "-"]
-    assert evaluate.main(setup + ["--limit", "1"])["blind"]["overall"]["n"] == 1
-    assert evaluate.main(setup + ["--limit", "1", "--preset", "0.5b"])["blind"] is None
+    assert evaluate.main(setup + ["--limit", "1", "--preset", "tiny"])["blind"]["overall"]["n"] == 1
+    assert evaluate.main(setup + ["--limit", "1"])["blind"] is None
 
 
 def test_plain_binary_pictures_are_read_too(setup, tmp_path):
@@ -172,7 +172,7 @@ def test_a_mistyped_task_is_answered_with_the_nearest_name(tmp_path):
 
 @pytest.mark.parametrize("extra, message", [
     (["--data", "nowhere"], r"test-\*.parquet for chartqa in nowhere/ChartQA.*huggingface-cli.*lmms-lab/ChartQA.*tiny"),
-    (["--model", "nowhere"], "no model folder nowhere.*train.py --preset tiny"),
+    (["--model", "nowhere"], "no model folder nowhere.*train.py --preset 0.5b.*tiny"),
     (["--limit", "0"], "--limit 0: must be at least 1"),
     (["--batch", "-1"], "--batch -1: must be at least 1")])
 def test_bad_input_says_what_to_do(setup, extra, message):

@@ -68,14 +68,10 @@ def test_reading_train_py_stays_an_afternoon():
     assert {"train", "model", "data", "weights"} <= lines.keys() and sum(lines.values()) < 2600
 
 
-# Classes whose name and ten lines say it all. This list may only shrink.
-SPEAK_FOR_THEMSELVES = {"clip": {"MLP", "Block"}, "qwen2": {"RMSNorm", "Attention", "MLP", "Layer", "Qwen2"}}
-
-
 @pytest.mark.parametrize("name", ["weights", "clip", "qwen2", "sela", "projectors", "data", "model", "metrics"])
 def test_public_functions_and_classes_are_documented(name):
     """The first thing an editor shows; also the file itself."""
     assert ast.get_docstring(FILES[name]), "the file"
     public = [node for node in FILES[name].body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
     assert public
-    assert {node.name for node in public if not ast.get_docstring(node)} == SPEAK_FOR_THEMSELVES.get(name, set())
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
