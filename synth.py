@@ -474,9 +474,9 @@ def write_chartqa(folder, count, seed=0, scale=1):
     pq.write_table(table, os.path.join(folder, "data", "test-00000-of-00001.parquet"), row_group_size=64)
 
 
-def write_all(folder, pretrain=6000, finetune=4000, test=300, scale=1):
+def write_all(folder, pretrain=4000, finetune=2400, test=300, scale=1):
     """The three sets of `--preset tiny` in one folder; a marker file written last says that all are whole."""
-    marker, wanted = os.path.join(folder, "drawn.json"), {"pretrain": pretrain, "finetune": finetune, "test": test, "scale": scale, "version": 1}
+    marker, wanted = os.path.join(folder, "drawn.json"), {"pretrain": pretrain, "finetune": finetune, "test": test, "scale": scale, "version": 2}
     if os.path.exists(marker) and json.load(open(marker)) == wanted:
         return
     write_llava_json(os.path.join(folder, "pretrain"), pretrain, scale=scale)
