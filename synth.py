@@ -217,7 +217,7 @@ def paint_rows(size, scale, kind, rows, style):
     art.text(width / 2, line(0), style["title"], letters, anchor="mm")
     left, last = (70 if style["printed"] else 52), height // LINE - 1
     step = min(3, (last + style["printed"] - 1) // len(rows))
-    long = lambda value: left + (width - left - 4) * value / 100
+    long = lambda value: left + (width - left - 12) * value / 100
     if style["grid"]:
         for tick in (0, 50, 100):
             art.line([(long(tick), LINE), (long(tick), LINE * last)], (205, 205, 205))
@@ -381,7 +381,8 @@ def compose(seed, split="train", kinds=KINDS, sizes=SIZES):
     rng = random.Random(f"{split} {seed} {kinds} {sizes}")
     while True:
         kind, (width, height) = rng.choice(kinds), rng.choice(sizes)
-        if kind in ("bar", "line", "pie") and width < 200 and (kind == "pie" or rng.random() < 0.7):
+        wide = width >= 200 or all(w < 200 for w, _ in sizes)
+        if kind in ("bar", "line", "pie") and not wide and (kind == "pie" or rng.random() < 0.7):
             continue                                             # upright bars and legends want room beside each other
         size = (width, height - rng.choice((0, 0, 28)) * (height > 112))    # fills its canvas without resampling
         make = chart if kind in CHARTS else {"scene": scene, "shapes": shapes, "page": page}.get(kind, document)
@@ -474,9 +475,9 @@ def write_chartqa(folder, count, seed=0, scale=1):
     pq.write_table(table, os.path.join(folder, "data", "test-00000-of-00001.parquet"), row_group_size=64)
 
 
-def write_all(folder, pretrain=4000, finetune=2400, test=300, scale=1):
+def write_all(folder, pretrain=8000, finetune=2400, test=300, scale=1):
     """The three sets of `--preset tiny` in one folder; a marker file written last says that all are whole."""
-    marker, wanted = os.path.join(folder, "drawn.json"), {"pretrain": pretrain, "finetune": finetune, "test": test, "scale": scale, "version": 2}
+    marker, wanted = os.path.join(folder, "drawn.json"), {"pretrain": pretrain, "finetune": finetune, "test": test, "scale": scale, "version": 3}
     if os.path.exists(marker) and json.load(open(marker)) == wanted:
         return
     write_llava_json(os.path.join(folder, "pretrain"), pretrain, scale=scale)

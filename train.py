@@ -48,7 +48,7 @@ class Recipe:
 ALIGN, ALL = ("mm_projector", "vision_remember"), ("mm_projector", "vision_remember", "image_newline", "language_model")
 PAPER = {1: Recipe(batch=256, lr=1e-3, trains=ALIGN, template="plain", mode="square", micro=32),
          2: Recipe(batch=32, lr=2e-5, trains=ALL, template="chat", mode=None, micro=4)}
-TINY = {1: dataclasses.replace(PAPER[1], batch=32, lr=2e-3), 2: dataclasses.replace(PAPER[2], batch=16, lr=1e-3, micro=16)}
+TINY = {1: dataclasses.replace(PAPER[1], batch=16, lr=2e-3, micro=16), 2: dataclasses.replace(PAPER[2], batch=16, lr=1e-3, micro=16)}
 RECIPES = {"tiny": TINY, "0.5b": PAPER, "1.5b": PAPER, "7b": PAPER}     # tiny: small batches, for many steps in minutes
 
 QWEN = {"0.5b": "Qwen2-0.5B-Instruct", "1.5b": "Qwen2-1.5B-Instruct", "7b": "Qwen2-7B-Instruct"}
@@ -221,9 +221,6 @@ def train(args, phase, rank, world, device):
             dist.all_reduce(counts)
         targets, tokens, problems = counts.tolist()
         skipped += int(problems)
-        if targets == 0:
-            raise ValueError(f"step {step}: none of its {int(problems)} records could be used (the reasons stand above); is this "
-                             f"the data of phase {phase}? Mend or remove these records")
 
         # forward and backward; gradients are exchanged once, on the last micro-batch
         total = 0.0
@@ -242,7 +239,8 @@ def train(args, phase, rank, world, device):
         if not torch.isfinite(norm):
             raise ValueError(f"step {step}: the gradient is {norm.item()} on samples {', '.join(i for b in batches for i in b.ids)}; "
                              f"the last saved state is kept. Look at these samples, or lower --lr")
-        optimizer.step()
+        if targets > 0:                                                          # else every record was skipped
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         if rank == 0:
@@ -254,6 +252,8 @@ def train(args, phase, rank, world, device):
             bar.set_postfix_str(f"loss {line['loss']:.3f} lr {lr:.1e} {tokens / seconds:,.0f} tok/s", refresh=False)
             if (step + 1) % args.save_every == 0 and step + 1 < steps:
                 save_state(partial / "state.pt", model, optimizer, step + 1, identity)
+    if skipped == len(order):
+        raise ValueError(f"none of the {skipped} records could be used (the reasons stand above); is {found['data']} the data of phase {phase}?")
     if rank == 0:
         model.save_pretrained(out, {"log.jsonl": partial / "log.jsonl"})
         shutil.rmtree(partial)

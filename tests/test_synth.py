@@ -161,7 +161,7 @@ def test_the_exam_alternates_types_and_its_answers_score_full(tmp_path):
     rows = [row for _, row in evaluate.read_rows(files, evaluate.TASKS["chartqa"].columns, 12)]
     assert [row["type"] for row in rows] == ["augmented_test", "human_test"] * 6
     for i, row in enumerate(rows):
-        drawing = synth.draw(5 + i, "test", synth.CHARTS, synth.SIZES[1:])
+        drawing = synth.draw(5 + i, "test", synth.CHARTS, synth.SIZES)
         assert evaluate.open_picture(row["image"]).tobytes() == drawing.image.tobytes()
         assert (row["question"], row["answer"], row["type"].removesuffix("_test")) in {qa[:3] for qa in drawing.qa}
         assert metrics.score("chartqa", row["answer"], row) == 1

@@ -232,7 +232,7 @@ def test_all_missing_folders_are_named_at_once_with_the_way_to_get_them(tmp_path
     """As a user sees it: exit code 1, one message, no traceback, and how to try the whole without any download."""
     run = subprocess.run([sys.executable, str(ROOT / "train.py"), "--preset", "0.5b"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1 and run.stdout == "" and "Traceback" not in run.stderr
-    assert run.stderr.startswith("train.py: phase 1 of preset 0.5b misses:\n") and run.stderr.count("train.py: ") == 1
+    assert run.stderr.startswith("train.py: phase 1 and 2 of preset 0.5b misses:\n") and run.stderr.count("train.py: ") == 1
     for part in ("--clip: weights/clip-vit-large-patch14-336", "--llm: weights/Qwen2-0.5B-Instruct", "--data: data/LLaVA-Pretrain",
                  "huggingface-cli download openai/clip-vit-large-patch14-336", "huggingface-cli download Qwen/Qwen2-0.5B-Instruct",
                  "python train.py --preset tiny"):
@@ -241,7 +241,7 @@ def test_all_missing_folders_are_named_at_once_with_the_way_to_get_them(tmp_path
 
 
 def test_phase_2_asks_for_phase_1(world, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"phase1 is not there. Make it with: train.py --preset tiny --phase 1"):
+    with pytest.raises(FileNotFoundError, match=r"phase1 is not there. Make it with: python train.py --preset tiny --phase 1"):
         train.main(flags(world, tmp_path, "--phase", "2"))
 
 
