@@ -174,7 +174,8 @@ class PatchHeads(nn.Module):
             hit, known = logits.argmax(-1) == truth, truth > 0
             right[name] = hit[known].float().mean() if truth.dim() == 2 else hit.all(-1)[known.any(-1)].float().mean()
         known = target["length"] >= 0
-        losses["length"] = 5 * (out["length"].squeeze(-1).sigmoid() - target["length"])[known].abs().mean() if known.any() else out["length"].sum() * 0
+        error = (out["length"].squeeze(-1).sigmoid() - target["length"])[known].abs()
+        losses["length"] = 5 * error.sum() / known.sum().clamp(min=1)
         return losses, right
 
 
@@ -332,7 +333,8 @@ def fit(name, module, batches, loss_of, steps, peak, args):
     path, log = f"{RUNS}/{name}.pt", open(f"{RUNS}/{name}.jsonl", "a")
     decay = [p for p in module.parameters() if p.dim() > 1 and p.requires_grad]
     plain = [p for p in module.parameters() if p.dim() <= 1 and p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0}], lr=peak, betas=(0.9, 0.98), fused=True)
+    groups = [{"params": decay, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
     start = 0
     if os.path.exists(path):
         state = torch.load(path, weights_only=True)
@@ -357,7 +359,8 @@ def fit(name, module, batches, loss_of, steps, peak, args):
             if value == value:
                 notes.setdefault(key, []).append(value)
         if (i + 1) % 100 == 0:
-            line = {"step": i + 1, "seconds": round(time.time() - clock, 1), "lr": lr, **{k: round(float(np.mean(v)), 4) for k, v in notes.items()}}
+            means = {key: round(float(np.mean(values)), 4) for key, values in notes.items()}
+            line = {"step": i + 1, "seconds": round(time.time() - clock, 1), "lr": lr, **means}
             print(name, json.dumps(line), flush=True)
             log.write(json.dumps(line) + "\n")
             log.flush()

@@ -477,7 +477,8 @@ def write_chartqa(folder, count, seed=0, scale=1):
 
 def write_all(folder, pretrain=8000, finetune=2400, test=300, scale=1):
     """The three sets of `--preset tiny` in one folder; a marker file written last says that all are whole."""
-    marker, wanted = os.path.join(folder, "drawn.json"), {"pretrain": pretrain, "finetune": finetune, "test": test, "scale": scale, "version": 3}
+    marker = os.path.join(folder, "drawn.json")
+    wanted = {"pretrain": pretrain, "finetune": finetune, "test": test, "scale": scale, "version": 3}
     if os.path.exists(marker) and json.load(open(marker)) == wanted:
         return
     write_llava_json(os.path.join(folder, "pretrain"), pretrain, scale=scale)

@@ -253,7 +253,8 @@ def train(args, phase, rank, world, device):
             if (step + 1) % args.save_every == 0 and step + 1 < steps:
                 save_state(partial / "state.pt", model, optimizer, step + 1, identity)
     if skipped == len(order):
-        raise ValueError(f"none of the {skipped} records could be used (the reasons stand above); is {found['data']} the data of phase {phase}?")
+        raise ValueError(f"none of the {skipped} records could be used (the reasons stand above); is {found['data']} the data "
+                         f"of phase {phase}?")
     if rank == 0:
         model.save_pretrained(out, {"log.jsonl": partial / "log.jsonl"})
         shutil.rmtree(partial)
