@@ -1,6 +1,6 @@
 """Makes the embedded parts, tiny/clip and tiny/qwen2, from nothing: only from drawn pictures, on a laptop.
 
-    python pretrain.py                        # all stages in order, about three hours on 2 cores; resumes if stopped
+    python pretrain.py                        # all stages in order, about an hour on 2 cores; resumes if stopped
     python pretrain.py --stage vision         # tokenizer | vision | language | joint
 
 The real CLIP and Qwen2 knew much before LLaVA joined them, so the tiny ones must too, or the paper's two phases would
