@@ -134,7 +134,7 @@ def find_files(task, data):
             return files
     raise FileNotFoundError(
         f"no {spec.files} for {task} in {', '.join(str(p) for p in places[::2])} or their data/; get it with: "
-        f"huggingface-cli download --repo-type dataset {spec.repo} --local-dir data/eval/{spec.folders[0]}   "
+        f"hf download --repo-type dataset {spec.repo} --local-dir data/eval/{spec.folders[0]}   "
         f"or try the drawn data: python train.py --preset tiny, then python eval.py --task {task} --preset tiny")
 
 

@@ -32,12 +32,12 @@ from torch.utils.data import DataLoader, IterableDataset
 import data
 import synth
 from clip import CLIPVision
-from model import CLIP_TINY, QWEN2_TINY, LLaVAVR
+from model import CLIP_TINY, PRESETS, QWEN2_TINY, LLaVAVR
 from qwen2 import Qwen2
 
 CLIP_FOLDER, LLM_FOLDER, RUNS = "tiny/clip", "tiny/qwen2", "runs/pretrain"
-TILE, PATCH, SIDE = 112, 14, 8                                     # one tile is 8 x 8 patches
-LAYERS = (2, 4, 6)
+TILE, PATCH, LAYERS = CLIP_TINY.image_size, CLIP_TINY.patch_size, PRESETS["tiny"].layers
+SIDE = TILE // PATCH                                               # one tile is 8 x 8 patches
 DRILLS = 800, 1500                                                 # the language stage copies, then recalls, then converses
 GLYPHS = "0123456789:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 WORDS = [""] + synth.NAMES + ("Fruit Country Month Animal Food Travel City Sport sales score votes share Receipt Bill Shop "
@@ -90,6 +90,7 @@ def covered(box, share):
 
 
 def fill_tile(target, placed):
+    """Write into one tile's targets what [(box in the tile, mark, x to tile)] show; -100 where the tile cuts it off."""
     whole = lambda b: b[0] > -2 and b[1] > -2 and b[2] < TILE + 2 and b[3] < TILE + 2
     seen = [(box, mark) for box, mark, _ in placed if whole(box)]
     named = {m.name for _, m in seen if m.text and m.text.rstrip(":") == m.name}
@@ -195,6 +196,7 @@ def widen(module):
 
 
 def pretrain_vision(args):
+    """tiny/clip from scratch: dense targets for every patch and for CLS."""
     torch.manual_seed(args.seed)
     vision = widen(CLIPVision(CLIP_TINY, LAYERS))
     heads = PatchHeads(CLIP_TINY.hidden_size)
@@ -205,7 +207,7 @@ def pretrain_vision(args):
         losses, right = heads(hidden[LAYERS[-1]][:, 1:], hidden[LAYERS[-1]][:, 0], target)
         return sum(losses.values()), {**{f"loss {k}": v.item() for k, v in losses.items()}, **{k: v.item() for k, v in right.items()}}
 
-    fit("vision", nn.ModuleList([vision, heads]), lambda start: Tiles(args.seed, start), step, args.vision_steps, 1.5e-3, args)
+    fit("vision", nn.ModuleList([vision, heads]), lambda start: Tiles(args.seed, start), step, args.vision_steps, 1.5e-3)
     vision.save_pretrained(CLIP_FOLDER)
 
 
@@ -286,6 +288,7 @@ class Conversations(IterableDataset):
 
 
 def pretrain_language(args):
+    """tiny/qwen2 from scratch: drills, then captions in place of pictures."""
     torch.manual_seed(args.seed)
     llm = Qwen2(QWEN2_TINY)
     widen(llm.model)
@@ -296,21 +299,22 @@ def pretrain_language(args):
         logits, targets = llm(batch.input_ids, keep=keep), targets[keep[:, :-1]]
         return F.cross_entropy(logits, targets), {"right": (logits.argmax(-1) == targets).float().mean().item()}
 
-    fit("language", llm, lambda start: Conversations(args.seed, start, 8, True), step, args.language_steps, 1e-3, args)
+    fit("language", llm, lambda start: Conversations(args.seed, start, 8, True), step, args.language_steps, 1e-3)
     save_llm(llm)
 
 
 def pretrain_joint(args):
+    """Both parts as an uncompressed LLaVA-NeXT, the ViT frozen: the projector alone first, then the decoder with it."""
     torch.manual_seed(args.seed)
     model = LLaVAVR.from_parts(CLIP_FOLDER, LLM_FOLDER, "tiny", projector="mlp", side=SIDE, remember=())
     model.requires_grad_(False)
     model.mm_projector.requires_grad_(True)
     lessons = lambda single: lambda start: Conversations(args.seed + 5_000_000, start, 8, False, single)
     loss = lambda batch: (model(batch), {})
-    fit("align", model, lessons(args.align_steps), loss, args.align_steps, 2e-3, args)
+    fit("align", model, lessons(args.align_steps), loss, args.align_steps, 2e-3)
     model.language_model.requires_grad_(True)
     model.image_newline.requires_grad_(True)
-    fit("joint", model, lessons(args.joint_steps * 2 // 3), loss, args.joint_steps, 7e-4, args)
+    fit("joint", model, lessons(args.joint_steps * 2 // 3), loss, args.joint_steps, 7e-4)
     half(model.vision_tower).save_pretrained(CLIP_FOLDER)
     save_llm(half(model.language_model))
 
@@ -327,8 +331,8 @@ def save_llm(llm):
 
 # ---- the loop all stages share --------------------------------------------------------------------------------------
 
-def fit(name, module, batches, loss_of, steps, peak, args):
-    """AdamW, cosine with 3 % warm-up, a checkpoint every 500 steps; goes on from the newest one."""
+def fit(name, module, batches, loss_of, steps, peak):
+    """AdamW, cosine with 3 % warm-up (300 steps at most), a checkpoint every 500 steps; goes on from the newest one."""
     os.makedirs(RUNS, exist_ok=True)
     path, log = f"{RUNS}/{name}.pt", open(f"{RUNS}/{name}.jsonl", "a")
     decay = [p for p in module.parameters() if p.dim() > 1 and p.requires_grad]
@@ -349,7 +353,7 @@ def fit(name, module, batches, loss_of, steps, peak, args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        # on a CPU the fused attention's backward is twice as slow as the plain one for 65 tokens, but not for hundreds
+        # on our CPU plain attention was the faster one for the 65 tokens of a tile, the fused one for hundreds
         with sdpa_kernel(SDPBackend.MATH if name == "vision" else SDPBackend.FLASH_ATTENTION):
             loss, seen = loss_of(next(loader))
             loss.backward()

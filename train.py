@@ -60,13 +60,13 @@ def folders(preset, phase):
     if preset == "tiny":
         return {"clip": ("tiny/clip", "git checkout tiny"), "llm": ("tiny/qwen2", "git checkout tiny"),
                 "data": (f"data/tiny/{'pretrain/captions.json' if phase == 1 else 'finetune'}", "python synth.py --out data/tiny")}
-    fetch = "huggingface-cli download {} --local-dir {}"
+    fetch = "hf download {} --local-dir {}"
     clip, llm = "weights/clip-vit-large-patch14-336", f"weights/{QWEN[preset]}"
     captions = "data/LLaVA-Pretrain"
-    return {"clip": (clip, fetch.format("openai/clip-vit-large-patch14-336", clip)),
+    return {"clip": (clip, fetch.format("--exclude tf_model.h5 openai/clip-vit-large-patch14-336", clip)),
             "llm": (llm, fetch.format(f"Qwen/{QWEN[preset]}", llm)),
             "data": (f"{captions}/blip_laion_cc_sbu_558k.json", fetch.format("--repo-type dataset liuhaotian/LLaVA-Pretrain", captions))
-            if phase == 1 else ("data/LLaVA-NeXT-Data/data", fetch.format(f"--repo-type dataset {NEXT}", "data/LLaVA-NeXT-Data"))}
+            if phase == 1 else ("data/LLaVA-NeXT-Data/data", fetch.format(f'--repo-type dataset --include "data/*" {NEXT}', "data/LLaVA-NeXT-Data"))}
 
 
 def locate(args, phase):

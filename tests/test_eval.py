@@ -171,7 +171,7 @@ def test_a_mistyped_task_is_answered_with_the_nearest_name(tmp_path):
 
 
 @pytest.mark.parametrize("extra, message", [
-    (["--data", "nowhere"], r"test-\*.parquet for chartqa in nowhere/ChartQA.*huggingface-cli.*lmms-lab/ChartQA.*tiny"),
+    (["--data", "nowhere"], r"test-\*.parquet for chartqa in nowhere/ChartQA.*hf download.*lmms-lab/ChartQA.*tiny"),
     (["--model", "nowhere"], "no model folder nowhere.*train.py --preset 0.5b.*tiny"),
     (["--limit", "0"], "--limit 0: must be at least 1"),
     (["--batch", "-1"], "--batch -1: must be at least 1")])

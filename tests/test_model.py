@@ -364,3 +364,25 @@ def test_presets_have_the_sizes_of_the_paper(preset, billions):
     with torch.device("meta"):
         model = LLaVAVR(PRESETS[preset])
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 1) == billions
+
+
+def test_no_prompts_give_no_answers():
+    """A caller's empty last window is no error."""
+    assert tiny_model().generate([], []) == []
+
+
+def test_a_config_that_is_not_ours_is_refused_in_one_line(tmp_path):
+    """An unknown or missing entry names the file, not a Python call."""
+    tiny_model().save_pretrained(tmp_path / "m")
+    stored = json.loads((tmp_path / "m/config.json").read_text())
+    for broken in ({**stored, "surprise": 1}, {k: v for k, v in stored.items() if k != "vision"}):
+        (tmp_path / "m/config.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="config.json does not describe a LLaVA-VR model"):
+            LLaVAVR.from_pretrained(tmp_path / "m")
+
+
+def test_a_trained_vit_also_gets_gradients_from_text_alone():
+    """Where the ViT is trained (Table 3's recipe), DDP waits for its parameters too."""
+    model = tiny_model()
+    model(batch_of(model, sample(model))).backward()
+    assert all(p.grad is not None for p in model.vision_tower.parameters())

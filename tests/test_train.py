@@ -228,13 +228,29 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(world, tmp
     assert not (tmp_path / "tiny/phase1").exists() and (tmp_path / "tiny/phase1.partial/log.jsonl").exists()
 
 
+def test_a_gradient_that_is_no_number_stops_before_the_step(world, tmp_path, monkeypatch):
+    """A finite loss can have an infinite gradient; stepping with it would ruin the weights and the next saved state."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(ValueError, match=r"step 0: the gradient is inf on samples .*drawn-\d"):
+        train.main(flags(world, tmp_path, "--phase", "1"))
+
+
+def test_a_data_set_of_which_nothing_can_be_used_leaves_no_model(world, tmp_path):
+    """Else a wrong --data would skip everything and call the untrained model done."""
+    (tmp_path / "one.json").write_text(json.dumps([{"id": "t", "conversations": [
+        {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}]))
+    with pytest.raises(ValueError, match="none of the 1 records could be used.*one.json the data of phase 1"):
+        train.main([*flags(world, tmp_path, "--phase", "1"), "--data", str(tmp_path / "one.json")])
+    assert not (tmp_path / "tiny/phase1").exists()
+
+
 def test_all_missing_folders_are_named_at_once_with_the_way_to_get_them(tmp_path):
     """As a user sees it: exit code 1, one message, no traceback, and how to try the whole without any download."""
     run = subprocess.run([sys.executable, str(ROOT / "train.py"), "--preset", "0.5b"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1 and run.stdout == "" and "Traceback" not in run.stderr
     assert run.stderr.startswith("train.py: phase 1 and 2 of preset 0.5b misses:\n") and run.stderr.count("train.py: ") == 1
     for part in ("--clip: weights/clip-vit-large-patch14-336", "--llm: weights/Qwen2-0.5B-Instruct", "--data: data/LLaVA-Pretrain",
-                 "huggingface-cli download openai/clip-vit-large-patch14-336", "huggingface-cli download Qwen/Qwen2-0.5B-Instruct",
+                 "hf download --exclude tf_model.h5 openai/clip-vit-large-patch14-336", "hf download Qwen/Qwen2-0.5B-Instruct",
                  "python train.py --preset tiny"):
         assert part in run.stderr, part
     assert list(tmp_path.iterdir()) == [], "nothing is written"
