@@ -74,7 +74,8 @@ def patch_targets(drawing, plan):
                          (TILE / width, TILE / height, 0, 0) if t == 0 else \
                          (rw / width, rh / height, px - column * TILE, py - row * TILE)
         place = lambda x0, y0, x1, y1: (x0 * sx + ox, y0 * sy + oy, x1 * sx + ox, y1 * sy + oy)
-        fill_tile({k: v[t] for k, v in target.items()}, [(place(*m.box), m, lambda x: x * sx + ox) for m in drawing.marks])
+        marks = [(place(*m.box), m, lambda x: x * sx + ox) for m in drawing.marks]
+        fill_tile({k: v[t] for k, v in target.items()}, marks, legible=sx > 0.7)
     return target
 
 
@@ -89,9 +90,11 @@ def covered(box, share):
     return [row * SIDE + column for row in span(y0, y1) for column in columns]
 
 
-def fill_tile(target, placed):
-    """Write into one tile's targets what [(box in the tile, mark, x to tile)] show; -100 where the tile cuts it off."""
-    whole = lambda b: b[0] > -2 and b[1] > -2 and b[2] < TILE + 2 and b[3] < TILE + 2
+def fill_tile(target, placed, legible):
+    """Write into one tile's targets what [(box in the tile, mark, x to tile)] show; -100 where the tile cuts it off or
+    shows it too small to be read."""
+    inside = lambda b: b[0] > -2 and b[1] > -2 and b[2] < TILE + 2 and b[3] < TILE + 2
+    whole = lambda b: legible and inside(b)
     seen = [(box, mark) for box, mark, _ in placed if whole(box)]
     named = {m.name for _, m in seen if m.text and m.text.rstrip(":") == m.name}
     valued = {(m.name, m.value) for _, m in seen if m.text and m.text == str(m.value)}
@@ -107,11 +110,11 @@ def fill_tile(target, placed):
             patches = covered(box, 0.5)
             target["colour"][patches] = COLOURS.index(mark.colour)
             target["tile"][len(WORDS) + COLOURS.index(mark.colour)] = 1
-            if mark.value is not None and whole(box):
+            if mark.value is not None and inside(box):
                 target["length"][patches] = mark.value / 100
             continue
         for character, x0, x1 in mark.glyphs:
-            target["glyphs"][covered((to_x(x0), box[1], to_x(x1), box[3]), 0.35), GLYPHS.index(character)] = 1
+            target["glyphs"][covered((to_x(x0), box[1], to_x(x1), box[3]), 0.35), GLYPHS.index(character)] = 1 if legible else -100
         for word, x0, x1 in words_of(mark):
             where = (to_x(x0), box[1], to_x(x1), box[3])
             if word.isdigit():
@@ -122,8 +125,8 @@ def fill_tile(target, placed):
 
 
 class Tiles(IterableDataset):
-    """Endless small batches of (tiles, targets): five pages full of text and one drawing. Many small steps leave the
-    first plateau sooner than few large ones. Drawing costs as much as learning, so two pages and one drawing are new in
+    """Endless small batches of (tiles, targets): three pages full of text and two drawings. Many small steps leave the
+    first plateau sooner than few large ones. Drawing costs as much as learning, so one page and one drawing are new in
     each step and the rest comes from the last 400 of each (a resumed run starts with an empty pool)."""
 
     def __init__(self, seed, start):
@@ -132,11 +135,11 @@ class Tiles(IterableDataset):
     def __iter__(self):
         step, pools, rng = self.start, ([], []), random.Random(self.start)
         while True:
-            for new in (3 * step, 3 * step + 1, 3 * step + 2):
-                is_page = new % 3 < 2
+            for new in (2 * step, 2 * step + 1):
+                is_page = new % 2
                 pool, item = pools[is_page], self.lesson(self.seed + new, is_page)
                 pool.append(item) if len(pool) < 400 else pool.__setitem__(rng.randrange(400), item)
-            chosen = [rng.choice(pools[1]) for _ in range(5)] + [rng.choice(pools[0])]
+            chosen = [rng.choice(pools[1]) for _ in range(3)] + [rng.choice(pools[0]) for _ in range(2)]
             tiles, targets = zip(*chosen)
             yield np.concatenate(tiles), {k: torch.from_numpy(np.concatenate([t[k] for t in targets])) for k in targets[0]}
             step += 1
@@ -162,16 +165,17 @@ class PatchHeads(nn.Module):
     def forward(self, features, cls, target):
         """features (B, N, C), cls (B, C) -> dict of losses and dict of accuracies on what is not background."""
         out = {name: head(features) for name, head in self.heads.items()}
-        losses = {"glyphs": 60 * F.binary_cross_entropy_with_logits(out["glyphs"], target["glyphs"]),
+        legible = target["glyphs"] >= 0
+        losses = {"glyphs": 60 * F.binary_cross_entropy_with_logits(out["glyphs"][legible], target["glyphs"][legible]),
                   "tile": 5 * F.binary_cross_entropy_with_logits(self.tile(cls), target["tile"])}
-        right = {"glyphs": ((out["glyphs"] > 0) == (target["glyphs"] > 0)).all(-1)[target["glyphs"].any(-1)].float().mean()}
+        right = {"glyphs": ((out["glyphs"] > 0) == (target["glyphs"] > 0)).all(-1)[(target["glyphs"] > 0).any(-1)].float().mean()}
         for name in ("word", "owner", "colour", "number", "value"):
             logits, truth = out[name], target[name]
             if truth.dim() == 3:
                 logits = logits.unflatten(-1, (3, 11))
             weight = torch.ones(logits.shape[-1])
             weight[0] = 0.2                                        # background is most of a picture
-            losses[name] = F.cross_entropy(logits.flatten(0, -2), truth.flatten(), weight, ignore_index=-100)
+            losses[name] = F.cross_entropy(logits.flatten(0, -2), truth.flatten(), weight, ignore_index=-100) * (truth.dim() - 1)
             hit, known = logits.argmax(-1) == truth, truth > 0
             right[name] = hit[known].float().mean() if truth.dim() == 2 else hit.all(-1)[known.any(-1)].float().mean()
         known = target["length"] >= 0
@@ -254,11 +258,15 @@ class Conversations(IterableDataset):
 
     def drill(self, tokenizer, i, recall):
         """Words in any order, then the same again; with recall, rows of a name and its number, then the same rows in
-        another order, the numbers to be known. It is what teaches a decoder soonest to look things up in its context."""
+        another order, the number to be known or the name. It is what teaches a decoder soonest to look things up."""
         rng = random.Random(i)
         if recall:
-            rows = [(f" {name}", f" {rng.randint(1, 99)},") for name in rng.sample(synth.NAMES, rng.randint(2, 6))]
-            parts = [(text, again and text[-1] == ",") for again in (0, 1, 1) for row in rng.sample(rows, len(rows)) for text in row]
+            count = rng.randint(2, 6)
+            rows = [(f" {n}", f" {v}") for n, v in zip(rng.sample(synth.NAMES, count), rng.sample(range(1, 100), count))]
+            parts = [(text, False) for row in rows for text in (*row, ",")]
+            for row in rng.sample(rows, count) + rng.sample(rows, count):
+                key, found = row if rng.random() < 0.5 else row[::-1]
+                parts += [(key, False), (found + ",", True)]
         else:
             words = rng.sample([f" {w}" for w in (*synth.NAMES, *synth.COLOURS)] + list("0123456789"), rng.randint(4, 16))
             parts = [(text, again) for again in (0, 1) for text in words]
@@ -314,7 +322,7 @@ def pretrain_joint(args):
     fit("align", model, lessons(args.align_steps), loss, args.align_steps, 2e-3)
     model.language_model.requires_grad_(True)
     model.image_newline.requires_grad_(True)
-    fit("joint", model, lessons(args.joint_steps * 2 // 3), loss, args.joint_steps, 7e-4)
+    fit("joint", model, lessons(args.joint_steps // 3), loss, args.joint_steps, 8e-4)
     half(model.vision_tower).save_pretrained(CLIP_FOLDER)
     save_llm(half(model.language_model))
 
@@ -378,10 +386,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("tokenizer", "vision", "language", "joint", "all"), default="all")
     parser.add_argument("--seed", type=int, default=10_000_000, help="first drawing; apart from those of --preset tiny")
-    parser.add_argument("--vision-steps", type=int, default=8000)
-    parser.add_argument("--language-steps", type=int, default=3200)
+    parser.add_argument("--vision-steps", type=int, default=6000)
+    parser.add_argument("--language-steps", type=int, default=3600)
     parser.add_argument("--align-steps", type=int, default=400)
-    parser.add_argument("--joint-steps", type=int, default=2400)
+    parser.add_argument("--joint-steps", type=int, default=5400)
     args = parser.parse_args()
     stages = {"tokenizer": pretrain_tokenizer, "vision": pretrain_vision, "language": pretrain_language, "joint": pretrain_joint}
     for stage in stages if args.stage == "all" else [args.stage]:

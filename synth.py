@@ -4,8 +4,11 @@
     python synth.py --show 12 --out drawn.png    # one sheet of pictures with their first question
 
 No picture, question or font comes from outside: Pillow draws everything with the typeface it carries. Sizes are in
-pixels at `scale` 1, which suits tiles of 112 pixels; scale 3 suits tiles of 336. Text stands on lines of 14 pixels, as
-on a form: the tiny ViT's patches are as high, and reading letters that they cut in two would take it days to learn.
+pixels at `scale` 1, which suits tiles of 112 pixels; scale 3 suits tiles of 336.
+
+Text stands on a raster of 14 pixels, as on a form: lines of that height, words that begin at a column, and every row of
+a chart or a document has two lines to itself. The tiny ViT's patches are as large and the projector pools 2 x 2 of them,
+so a number lies in one patch and a vision token holds one thing. CLIP had 400 million pictures to learn reading without.
 
 A picture belongs to the train or to the test half by a hash of what it says, so the halves share no content, whatever
 the seeds. `write_*` store drawings in the two public formats (LLaVA JSON + image folder, Hugging Face Parquet).
@@ -40,7 +43,8 @@ SHAPES = ("circle", "square", "triangle", "diamond")
 CHARTS = ("bar", "hbar", "line", "pie")
 KINDS = CHARTS + ("document", "receipt", "scene", "shapes")
 INK = (25, 25, 25)
-LINE = 14                                                          # pixels from one line of text to the next
+LINE = 14                                                          # pixels of a line of text, and of a column
+ROW = 2 * LINE                                                     # of a row of a chart or a document
 
 
 @dataclass
@@ -91,16 +95,24 @@ class Canvas:
     def px(self, *numbers):
         return [n * self.scale for n in numbers]
 
-    def text(self, x, y, text, size, fill=INK, anchor="la", **known):
-        """Writes `text` at (x, y) with Pillow's anchor letters and records the box of every character."""
-        size, (x, y) = round(size * self.scale), self.px(x, y)
-        f = font(size)
-        self.pen.text((x, y), text, fill=fill, font=f, anchor=anchor)
-        box = self.pen.textbbox((x, y), text, font=f, anchor=anchor)
-        left = x - {"l": 0, "m": 0.5, "r": 1}[anchor[0]] * length(text, size)
-        edges = [left + length(text[:i], size) for i in range(len(text) + 1)]
-        glyphs = [(c, edges[i], edges[i + 1]) for i, c in enumerate(text) if c != " "]
-        self.marks.append(Mark(box, text, glyphs=glyphs, kind="text", **known))
+    def text(self, x, y, text, size, fill=INK, centred=False, **known):
+        """Writes `text` around height y, each word from the next column; x is its left end or, `centred`, its middle.
+        Records the box of every character."""
+        spots, end = [], 0
+        for word in text.split():
+            spots.append((word, end))
+            end = LINE * math.ceil((end + length(word, size) + 3) / LINE)
+        wide = spots[-1][1] + length(spots[-1][0], size)
+        left = LINE * max(0, round((x - wide / 2 * centred) / LINE))
+        size, glyphs, boxes = round(size * self.scale), [], []
+        for word, x in spots:
+            x, middle = self.px(left + x, y)
+            self.pen.text((x, middle), word, fill=fill, font=font(size), anchor="lm")
+            boxes.append(self.pen.textbbox((x, middle), word, font=font(size), anchor="lm"))
+            edges = [x + length(word[:i], size) for i in range(len(word) + 1)]
+            glyphs += [(c, edges[i], edges[i + 1]) for i, c in enumerate(word)]
+        x0, y0, x1, y1 = zip(*boxes)
+        self.marks.append(Mark((min(x0), min(y0), max(x1), max(y1)), text, glyphs=glyphs, kind="text", **known))
 
     def mark(self, kind, x0, y0, x1, y1, **known):
         self.marks.append(Mark(tuple(self.px(x0, y0, x1, y1)), kind=kind, **known))
@@ -130,10 +142,11 @@ def chart(rng, kind, size):
     """(caption, qa, paint) of a bar, hbar, line or pie chart that fits `size` (width, height)."""
     width, height = size
     theme = rng.choice(list(THEMES))
-    room = {"hbar": height // LINE - 2, "pie": height // LINE - 1}.get(kind, (width - 24) // 40)
-    count = max(2, min(6, room, rng.choice((3, 4, 4, 5, 5, 6))))
+    room = {"hbar": height // ROW - 1, "pie": height // ROW - 1}.get(kind, width // (4 * LINE))
+    printed = kind == "pie" or rng.random() < 0.75
+    count = max(2, min(room - (kind == "hbar" and not printed), rng.choice((3, 4, 4, 5, 5, 6))))
     names = rng.sample(THEMES[theme], count)
-    values = rng.sample(range(5, 100), count)
+    values = rng.sample(range(5, 100) if printed else range(10, 101, 10), count)     # what is not printed can be read off
     if kind == "pie":                                                # slices of a whole: distinct, summing to 100
         cuts = [rng.uniform(1, 5) for _ in names]
         values = [max(3, round(100 * c / sum(cuts))) for c in cuts]
@@ -141,14 +154,13 @@ def chart(rng, kind, size):
     colours = rng.sample(list(COLOURS), count)
     if kind == "line" or (kind != "pie" and rng.random() < 0.35):
         colours = [colours[0]] * count
-    printed = kind == "pie" or rng.random() < 0.75
     title = f"{theme} {rng.choice(('sales', 'score', 'votes', 'share'))}"
     rows = list(zip(names, values, colours))
     many = len(set(colours)) > 1
     sort = "bar" if kind == "hbar" else kind
     caption = f"A {sort} chart, {title}: " + ", ".join(f"{n} {v}" + (f" {c}" if many else "") for n, v, c in rows) + "."
     style = {"title": title, "paper": rng.choice(((255, 255, 255), (250, 250, 244), (240, 244, 250))),
-             "letters": rng.choice((11, 12, 13)), "grid": rng.random() < 0.5 or not printed, "printed": printed,
+             "letters": rng.choice((10, 11, 12)), "grid": rng.random() < 0.5 or not printed, "printed": printed,
              "fat": rng.uniform(0.45, 0.75)}
     paint = {"bar": paint_bars, "line": paint_bars, "hbar": paint_rows, "pie": paint_pie}[kind]
     return caption, chart_questions(rng, title, rows, printed), lambda scale: paint(size, scale, kind, rows, style)
@@ -182,31 +194,31 @@ def paint_bars(size, scale, kind, rows, style):
     """Upright bars or a line: under the axis the names and, when printed, the values; else ticks on the left."""
     (width, height), letters = size, style["letters"]
     art = Canvas(size, scale, style["paper"])
-    art.text(width / 2, line(0), style["title"], letters, anchor="mm")
-    left, last = (4 if style["printed"] else 24), height // LINE - 1
-    name_line = last - 1 if style["printed"] else last
-    top, foot = line(2), line(name_line - 1)                           # 100 and 0 of the axis
+    art.text(width / 2, line(0), style["title"], letters, centred=True)
+    name_line = height // LINE - 2
+    left, top, foot = (0 if style["printed"] else ROW), line(1), line(name_line - 1)          # 100 and 0 of the axis
+    slot = 4 * LINE if len(rows) * 4 * LINE <= width - left else 3 * LINE
     high = lambda value: foot - (foot - top) * value / 100
     if style["grid"]:
-        for tick in (0, 50, 100) if name_line % 2 else (0, 100):       # ticks that stand on a line of text
+        for tick in (0, 50, 100):
             art.line([(left, high(tick)), (width - 3, high(tick))], (205, 205, 205))
             if not style["printed"]:
-                art.text(left - 2, high(tick), str(tick), letters - 1, (90, 90, 90), anchor="rm")
+                art.text(0, high(tick), str(tick), letters, (90, 90, 90))
     art.line([(left, foot), (width - 3, foot)], (60, 60, 60))
-    slot = (width - 3 - left) / len(rows)
-    middle = [left + slot * (i + 0.5) for i in range(len(rows))]
+    starts = [left + slot * i for i in range(len(rows))]
+    middle = [x + slot / 2 - 4 for x in starts]
     if kind == "line":
         art.line([(x, high(v)) for x, (_, v, _) in zip(middle, rows)], COLOURS[rows[0][2]], 2)
-    for x, (name, value, colour) in zip(middle, rows):
+    for start, x, (name, value, colour) in zip(starts, middle, rows):
         known = {"name": name, "value": value, "colour": colour}
         if kind == "line":
             art.shape("circle", x, high(value), 3, COLOURS[colour], **known)
         else:
             half = slot * style["fat"] / 2
             art.box(x - half, high(value), x + half, foot, COLOURS[colour], **known)
+        art.text(start, line(name_line), name, letters, **known)
         if style["printed"]:
-            art.text(x, line(last), str(value), letters, anchor="mm", **known)
-        art.text(x, line(name_line), name, letters, anchor="mm", **known)
+            art.text(start, line(name_line + 1), str(value), letters, **known)
     return art
 
 
@@ -214,21 +226,20 @@ def paint_rows(size, scale, kind, rows, style):
     """Bars lying on their side: names on the left, then the values when printed, else ticks below."""
     (width, height), letters = size, style["letters"]
     art = Canvas(size, scale, style["paper"])
-    art.text(width / 2, line(0), style["title"], letters, anchor="mm")
-    left, last = (70 if style["printed"] else 52), height // LINE - 1
-    step = min(3, (last + style["printed"] - 1) // len(rows))
+    art.text(width / 2, line(0), style["title"], letters, centred=True)
+    left, last = (6 if style["printed"] else 4) * LINE, height // LINE - 1
     long = lambda value: left + (width - left - 12) * value / 100
     if style["grid"]:
         for tick in (0, 50, 100):
-            art.line([(long(tick), LINE), (long(tick), LINE * last)], (205, 205, 205))
+            art.line([(long(tick), ROW), (long(tick), LINE * last)], (205, 205, 205))
             if not style["printed"]:
-                art.text(long(tick), line(last), str(tick), letters - 1, (90, 90, 90), anchor="mm")
+                art.text(long(tick), line(last), str(tick), letters, (90, 90, 90), centred=True)
     for i, (name, value, colour) in enumerate(rows):
-        y, half, known = line(1 + i * step), LINE * (step + 1) * style["fat"] / 4, {"name": name, "value": value, "colour": colour}
-        art.box(left, y - half, long(value), y + half, COLOURS[colour], **known)
-        art.text(left - (22 if style["printed"] else 3), y, name, letters, anchor="rm", **known)
+        y, half, known = line(2 + 2 * i), LINE * style["fat"], {"name": name, "value": value, "colour": colour}
+        art.box(left, y - LINE / 2 + 2, long(value), y - LINE / 2 + 2 + 2 * half, COLOURS[colour], **known)
+        art.text(0, y, name, letters, **known)
         if style["printed"]:
-            art.text(left - 3, y, str(value), letters, anchor="rm", **known)
+            art.text(4 * LINE, y, str(value), letters, **known)
     return art
 
 
@@ -236,9 +247,10 @@ def paint_pie(size, scale, kind, rows, style):
     """Slices with a legend: colour, name and value."""
     (width, height), letters = size, style["letters"]
     art = Canvas(size, scale, style["paper"])
-    art.text(width / 2, line(0), style["title"], letters, anchor="mm")
-    radius = min(height - LINE - 4, width - 82) / 2
-    cx, cy = radius + 4, LINE + 2 + radius
+    art.text(width / 2, line(0), style["title"], letters, centred=True)
+    legend = width - 6 * LINE
+    radius = min(height - ROW - 4, legend - 8) / 2
+    cx, cy = radius + 4, ROW + radius
     start = -90
     for name, value, colour in rows:
         end = start + 3.6 * value
@@ -247,12 +259,11 @@ def paint_pie(size, scale, kind, rows, style):
         x, y, r = cx + 0.6 * radius * math.cos(middle), cy + 0.6 * radius * math.sin(middle), radius / 5
         art.mark("slice", x - r, y - r, x + r, y + r, name=name, value=value, colour=colour)
         start = end
-    step = min(2, (height // LINE - 1) // len(rows))
     for i, (name, value, colour) in enumerate(rows):
-        y, known = line(1 + i * step), {"name": name, "value": value, "colour": colour}
-        art.box(width - 76, y - 4, width - 68, y + 4, COLOURS[colour], **known)
-        art.text(width - 64, y, name, letters, anchor="lm", **known)
-        art.text(width - 60 + length(name, letters), y, str(value), letters, anchor="lm", **known)
+        y, known = line(2 + 2 * i), {"name": name, "value": value, "colour": colour}
+        art.box(legend + 2, y - 5, legend + 11, y + 5, COLOURS[colour], **known)
+        art.text(legend + LINE, y, name, letters, **known)
+        art.text(legend + 5 * LINE, y, str(value), letters, **known)
     return art
 
 
@@ -261,8 +272,8 @@ def paint_pie(size, scale, kind, rows, style):
 def document(rng, kind, size):
     """A form or a receipt: lines of a name and what belongs to it."""
     width, height = size
-    letters = rng.choice((11, 12, 13))
-    count = min(6, rng.randint(3, 6))
+    letters = rng.choice((10, 11, 12))
+    count = min(height // ROW - 1, rng.randint(3, 6))
     paper = rng.choice(((255, 255, 255), (252, 250, 240), (245, 245, 245)))
     if kind == "receipt":
         title, names = rng.choice(("Receipt", "Bill", "Shop")), rng.sample(THEMES["Food"], count - 1)
@@ -279,18 +290,19 @@ def document(rng, kind, size):
         qa = [(f"What is the {key.lower()}?", v, "augmented", "value") for key, v in rows]
     qa += [("What is the title?", title, "augmented", "title")]
     caption = f"A {kind}, {title}: " + ", ".join(f"{n} {v}" for n, v in rows) + "."
-    column = rng.choice((0, 60))                                       # right behind the name, or in a column
+    column = rng.choice((0, 4 * LINE))                                 # right behind the name, or in a column
     if height > 112:
-        size = (width, 2 * LINE * math.ceil((count + 2) / 2))          # no taller than what is written
+        size = (width, 2 * ROW * math.ceil((count + 1) / 2))           # no taller than what is written
 
     def paint(scale):
         art = Canvas(size, scale, paper)
-        art.text(width / 2, line(0), title, letters, anchor="mm")
+        art.text(width / 2, line(0), title, letters, centred=True)
         art.line([(4, LINE + 2), (width - 4, LINE + 2)], (120, 120, 120))
         for i, (name, value) in enumerate(rows):
-            y, known = line(i + 2), {"name": name, "value": int(value) if value.isdigit() else None}
-            art.text(5, y, name + (":" if kind == "document" else ""), letters, anchor="lm", **known)
-            art.text(column or 12 + length(name, letters), y, value, letters, anchor="lm", **known)
+            y, known = line(2 + 2 * i), {"name": name, "value": int(value) if value.isdigit() else None}
+            name += ":" if kind == "document" else ""
+            art.text(0, y, name, letters, **known)
+            art.text(column or LINE * math.ceil((length(name, letters) + 3) / LINE), y, value, letters, **known)
         return art
     return caption, qa, paint
 
@@ -304,8 +316,8 @@ def scene(rng, kind, size):
     qa += [(f"What colour is the sign that says {n}?", c, "augmented", "colour") for n, c in boards]
     qa += [("How many signs are there?", str(count), "human", "count")]
     sky, ground = rng.choice(((200, 225, 245), (235, 215, 200), (60, 65, 90))), rng.choice(((150, 170, 130), (170, 160, 150)))
-    places = [(rng.uniform(36, max(37, width - 36)), line(int((i + rng.uniform(0.2, 0.7)) * height / count / LINE)),
-               rng.choice((12, 13, 14))) for i in range(count)]
+    places = [(rng.uniform(36, max(37, width - 36)), line(2 * int((i + rng.uniform(0.2, 0.7)) * height / count / ROW)),
+               rng.choice((10, 11, 12))) for i in range(count)]
     caption = "A street with " + ", ".join(f"a {c} sign {n}" for n, c in boards) + "."
 
     def paint(scale):
@@ -314,7 +326,7 @@ def scene(rng, kind, size):
         for (name, colour), (x, y, letters) in zip(boards, places):
             art.box(x - 2, y, x + 2, y + height * 0.25, (90, 90, 90))
             art.box(x - 32, y - 12, x + 32, y + 12, COLOURS[colour], INK, name=name, colour=colour)
-            art.text(x, y, name, letters, (255, 255, 255), anchor="mm", name=name, colour=colour)
+            art.text(x, y, name, letters, (255, 255, 255), centred=True, name=name, colour=colour)
         return art
     return caption, qa, paint
 
@@ -356,16 +368,16 @@ def page(rng, kind, size):
                              (rng.choice(list(COLOURS.values())), (255, 255, 255)), ((60, 65, 90), (255, 255, 255))))
     words = []
     for number in range(height // LINE):
-        letters, x = rng.choice((11, 12, 13)), rng.uniform(-10, 10)
+        letters, x = rng.choice((10, 11, 12)), LINE * rng.choice((0, 0, 1))
         while x < width:
             word = rng.choice(NAMES) if rng.random() < 0.5 else str(rng.randint(0, rng.choice((9, 99, 99, 999))))
             words.append((x, line(number), word, letters))
-            x += length(word, letters) + rng.choice((5, 8, 14))
+            x += LINE * (math.ceil((length(word, letters) + 3) / LINE) + rng.choice((0, 0, 1)))
 
     def paint(scale):
         art = Canvas(size, scale, paper)
         for x, y, word, letters in words:
-            art.text(x, y, word, letters, ink, anchor="lm")
+            art.text(x, y, word, letters, ink)
         return art
     return " ".join(word for _, _, word, _ in words), [], paint
 
@@ -384,7 +396,7 @@ def compose(seed, split="train", kinds=KINDS, sizes=SIZES):
         wide = width >= 200 or all(w < 200 for w, _ in sizes)
         if kind in ("bar", "line", "pie") and not wide and (kind == "pie" or rng.random() < 0.7):
             continue                                             # upright bars and legends want room beside each other
-        size = (width, height - rng.choice((0, 0, 28)) * (height > 112))    # fills its canvas without resampling
+        size = (width, height - rng.choice((0, 0, 56)) * (height > 112))    # fills its canvas without resampling
         make = chart if kind in CHARTS else {"scene": scene, "shapes": shapes, "page": page}.get(kind, document)
         caption, qa, paint = make(rng, kind, size)
         test = hashlib.sha256(caption.encode()).digest()[0] < 51
@@ -478,7 +490,7 @@ def write_chartqa(folder, count, seed=0, scale=1):
 def write_all(folder, pretrain=8000, finetune=2400, test=300, scale=1):
     """The three sets of `--preset tiny` in one folder; a marker file written last says that all are whole."""
     marker = os.path.join(folder, "drawn.json")
-    wanted = {"pretrain": pretrain, "finetune": finetune, "test": test, "scale": scale, "version": 3}
+    wanted = {"pretrain": pretrain, "finetune": finetune, "test": test, "scale": scale, "version": 4}
     if os.path.exists(marker) and json.load(open(marker)) == wanted:
         return
     write_llava_json(os.path.join(folder, "pretrain"), pretrain, scale=scale)
