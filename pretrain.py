@@ -1,6 +1,6 @@
 """Makes the embedded parts, tiny/clip and tiny/qwen2, from nothing: only from drawn pictures, on a laptop.
 
-    python pretrain.py                        # all stages in order, about an hour on 2 cores; resumes if stopped
+    python pretrain.py                        # all stages in order, about two hours on 2 cores; resumes if stopped
     python pretrain.py --stage vision         # tokenizer | vision | language | joint
 
 The real CLIP and Qwen2 knew much before LLaVA joined them, so the tiny ones must too, or the paper's two phases would
@@ -21,6 +21,7 @@ import random
 import shutil
 import tempfile
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def patch_targets(drawing, plan):
     """-> dict of arrays over (tiles, 64 patches): what lies in each patch; -100 = not to be known from this tile."""
     n = (plan.tiles, SIDE * SIDE)
     target = {"glyphs": np.zeros((*n, len(GLYPHS)), np.float32), "word": np.zeros(n, np.int64), "number": np.zeros((*n, 3), np.int64),
-              "owner": np.zeros(n, np.int64), "value": np.zeros((*n, 3), np.int64), "colour": np.zeros(n, np.int64),
+              "owner": np.zeros(n, np.int64), "value": np.zeros((*n, 3), np.int64), "colour": np.zeros(n, np.int64), "paint": np.zeros(n, np.int64),
               "length": np.full(n, -1, np.float32), "tile": np.zeros((plan.tiles, len(WORDS) + len(COLOURS)), np.float32)}
     (width, height), (rw, rh), (px, py), columns = plan.size, plan.resized, plan.paste, plan.grid[0]
     for t in range(plan.tiles):
@@ -98,6 +99,7 @@ def fill_tile(target, placed, legible):
     seen = [(box, mark) for box, mark, _ in placed if whole(box)]
     named = {m.name for _, m in seen if m.text and m.text.rstrip(":") == m.name}
     valued = {(m.name, m.value) for _, m in seen if m.text and m.text == str(m.value)}
+    painted = {m.name for box, m, _ in placed if not m.text and covered(box, 0.5)}
     for box, mark, to_x in placed:
         if box[2] <= 0 or box[3] <= 0 or box[0] >= TILE or box[1] >= TILE:
             continue
@@ -110,9 +112,11 @@ def fill_tile(target, placed, legible):
             patches = covered(box, 0.5)
             target["colour"][patches] = COLOURS.index(mark.colour)
             target["tile"][len(WORDS) + COLOURS.index(mark.colour)] = 1
-            if mark.value is not None and inside(box):
+            if mark.value is not None and mark.value <= 100 and inside(box):
                 target["length"][patches] = mark.value / 100
             continue
+        if mark.colour:
+            target["paint"][patches] = COLOURS.index(mark.colour) if legible and mark.name in painted else -100
         for character, x0, x1 in mark.glyphs:
             target["glyphs"][covered((to_x(x0), box[1], to_x(x1), box[3]), 0.35), GLYPHS.index(character)] = 1 if legible else -100
         for word, x0, x1 in words_of(mark):
@@ -125,22 +129,16 @@ def fill_tile(target, placed, legible):
 
 
 class Tiles(IterableDataset):
-    """Endless small batches of (tiles, targets): three pages full of text and two drawings. Many small steps leave the
-    first plateau sooner than few large ones. Drawing costs as much as learning, so one page and one drawing are new in
-    each step and the rest comes from the last 400 of each (a resumed run starts with an empty pool)."""
+    """Endless small batches of (tiles, targets): six pages full of text and two drawings, none shown twice: seen again,
+    whose number stands where is learned by heart. Many small steps leave the first plateau sooner than few large ones."""
 
     def __init__(self, seed, start):
         self.seed, self.start = seed, start
 
     def __iter__(self):
-        step, pools, rng = self.start, ([], []), random.Random(self.start)
+        step = self.start
         while True:
-            for new in (2 * step, 2 * step + 1):
-                is_page = new % 2
-                pool, item = pools[is_page], self.lesson(self.seed + new, is_page)
-                pool.append(item) if len(pool) < 400 else pool.__setitem__(rng.randrange(400), item)
-            chosen = [rng.choice(pools[1]) for _ in range(3)] + [rng.choice(pools[0]) for _ in range(2)]
-            tiles, targets = zip(*chosen)
+            tiles, targets = zip(*(self.lesson(self.seed + 8 * step + i, i < 6) for i in range(8)))
             yield np.concatenate(tiles), {k: torch.from_numpy(np.concatenate([t[k] for t in targets])) for k in targets[0]}
             step += 1
 
@@ -158,7 +156,7 @@ class PatchHeads(nn.Module):
     def __init__(self, width):
         super().__init__()
         sizes = {"glyphs": len(GLYPHS), "word": len(WORDS), "number": 33, "owner": len(WORDS), "value": 33,
-                 "colour": len(COLOURS), "length": 1}
+                 "colour": len(COLOURS), "paint": len(COLOURS), "length": 1}
         self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
         self.tile = nn.Linear(width, len(WORDS) + len(COLOURS))
 
@@ -169,15 +167,20 @@ class PatchHeads(nn.Module):
         losses = {"glyphs": 60 * F.binary_cross_entropy_with_logits(out["glyphs"][legible], target["glyphs"][legible]),
                   "tile": 5 * F.binary_cross_entropy_with_logits(self.tile(cls), target["tile"])}
         right = {"glyphs": ((out["glyphs"] > 0) == (target["glyphs"] > 0)).all(-1)[(target["glyphs"] > 0).any(-1)].float().mean()}
-        for name in ("word", "owner", "colour", "number", "value"):
-            logits, truth = out[name], target[name]
-            if truth.dim() == 3:
-                logits = logits.unflatten(-1, (3, 11))
-            weight = torch.ones(logits.shape[-1])
-            weight[0] = 0.2                                        # background is most of a picture
-            losses[name] = F.cross_entropy(logits.flatten(0, -2), truth.flatten(), weight, ignore_index=-100) * (truth.dim() - 1)
-            hit, known = logits.argmax(-1) == truth, truth > 0
-            right[name] = hit[known].float().mean() if truth.dim() == 2 else hit.all(-1)[known.any(-1)].float().mean()
+        # what is written in the patch itself is soon known; to whom it belongs stands elsewhere, so that counts thrice
+        written = {"owner": target["word"], "value": target["number"]}
+        for name in ("word", "owner", "colour", "paint", "number", "value"):
+            truth, width = target[name], 11 if target[name].dim() == 3 else out[name].shape[-1]
+            logits = out[name].view(*truth.shape, width)
+            elsewhere = (truth > 0) & (truth != written[name]) if name in written else truth > 0
+            weight = torch.where(truth > 0, 1.0, 0.2) * (truth >= 0)           # background is most of a picture
+            weight = weight * (1 + 2 * elsewhere) if name in written else weight
+            each = F.cross_entropy(logits.flatten(0, -2), truth.flatten(), ignore_index=-100, reduction="none")
+            losses[name] = 2 * (each * weight.flatten()).sum() / weight.sum()
+            hit, asked = logits.argmax(-1) == truth, elsewhere
+            if truth.dim() == 3:                                               # a number is right when all its digits are
+                hit, asked = hit.all(-1), elsewhere.any(-1)
+            right[name] = hit[asked].float().mean()
         known = target["length"] >= 0
         error = (out["length"].squeeze(-1).sigmoid() - target["length"])[known].abs()
         losses["length"] = 5 * error.sum() / known.sum().clamp(min=1)
@@ -195,7 +198,7 @@ def widen(module):
         if name.endswith("embed_tokens"):
             part.weight.normal_(std=0.1)
         if name.endswith("position_embedding"):
-            part.weight.normal_(std=0.3)
+            part.weight.normal_(std=2)           # a patch is about 4; weaker, and no patch finds its neighbours
     return module
 
 
@@ -203,15 +206,18 @@ def pretrain_vision(args):
     """tiny/clip from scratch: dense targets for every patch and for CLS."""
     torch.manual_seed(args.seed)
     vision = widen(CLIPVision(CLIP_TINY, LAYERS))
-    heads = PatchHeads(CLIP_TINY.hidden_size)
+    heads, early = PatchHeads(CLIP_TINY.hidden_size), PatchHeads(CLIP_TINY.hidden_size)
 
     def step(batch):
         tiles, target = batch
         hidden, _ = vision.encode(data.normalise(tiles))
         losses, right = heads(hidden[LAYERS[-1]][:, 1:], hidden[LAYERS[-1]][:, 0], target)
+        # letters are read two blocks before the end, so that words can be brought to where they belong
+        losses["early"] = sum(early(hidden[LAYERS[-2]][:, 1:], hidden[LAYERS[-2]][:, 0], target)[0][name]
+                              for name in ("glyphs", "word", "number", "colour"))
         return sum(losses.values()), {**{f"loss {k}": v.item() for k, v in losses.items()}, **{k: v.item() for k, v in right.items()}}
 
-    fit("vision", nn.ModuleList([vision, heads]), lambda start: Tiles(args.seed, start), step, args.vision_steps, 1.5e-3)
+    fit("vision", nn.ModuleList([vision, heads, early]), lambda start: Tiles(args.seed, start), step, args.vision_steps, 1.5e-3)
     vision.save_pretrained(CLIP_FOLDER)
 
 
@@ -236,63 +242,110 @@ def pretrain_tokenizer(args):
     print(f"tokenizer: {tokenizer.get_vocab_size()} ids")
 
 
-class Conversations(IterableDataset):
-    """Endless batches of `size` conversations about drawings. as_text: the caption stands in for the picture;
-    otherwise uncompressed pictures: for `single` steps one tile, then AnyRes; some batches bring the plain captions of phase 1."""
+def join(tokenizer, number, parts, plan=None, tiles=()):
+    """[(text, trained or not)] behind a picture or nothing -> a sample that data.collate takes."""
+    pieces = [(data.text_ids(tokenizer, text), learn) for text, learn in parts]
+    vision = [data.IMAGE] * plan.tokens if plan else []
+    return {"id": f"drill-{number}", "ids": vision + [id for ids, _ in pieces for id in ids],
+            "labels": [data.IGNORE] * len(vision) + [id if learn else data.IGNORE for ids, learn in pieces for id in ids],
+            "tiles": tiles, "plans": [plan] if plan else []}
 
-    def __init__(self, seed, start, size, as_text, single=0):
-        self.seed, self.start, self.size, self.as_text, self.single = seed, start, size, as_text, single
+
+def copy_drill(tokenizer, number):
+    """Words in any order, then the same again."""
+    rng = random.Random(number)
+    words = rng.sample([f" {w}" for w in (*synth.NAMES, *synth.COLOURS)] + list("0123456789"), rng.randint(4, 16))
+    return join(tokenizer, number, [(text, again) for again in (False, True) for text in words])
+
+
+def recall_drill(tokenizer, number):
+    """Rows of a name and its number, then the same rows in another order, the number to be known or the name. It is what
+    teaches a decoder soonest to look things up."""
+    rng = random.Random(number)
+    count = rng.randint(2, 6)
+    rows = [(f" {n}", f" {v}") for n, v in zip(rng.sample(synth.NAMES, count), rng.sample(range(1, 100), count))]
+    parts = [(text, False) for row in rows for text in (*row, ",")]
+    for row in rng.sample(rows, count) + rng.sample(rows, count):
+        key, found = row if rng.random() < 0.5 else row[::-1]
+        parts += [(key, False), (found + ",", True)]
+    return join(tokenizer, number, parts)
+
+
+def picture_drill(tokenizer, number, size, mode):
+    """A picture, then what belongs to a name or the name of what is there, each once in one direction and in any order:
+    recall from the picture, without a sentence around it."""
+    rng, seed = random.Random(number), number
+    while True:
+        drawing = synth.draw(seed, sizes=(size,))
+        facts = {(m.name, what) for m in drawing.marks if m.name
+                 for what in (m.text, m.colour, str(m.value)) if what and what not in ("None", m.name, m.name + ":")}
+        if facts:
+            break
+        seed += 1_000_000_000                                                    # loose shapes have no names
+    parts, seen = [], [what for _, what in facts]
+    for name, what in rng.sample(sorted(facts), len(facts)):
+        if rng.random() < 0.5 and seen.count(what) == 1:
+            parts += [(f" {what}", False), (f" {name},", True)]
+        else:
+            parts += [(f" colour {name}" if what in synth.COLOURS else f" {name}", False), (f" {what},", True)]
+    plan = data.plan_image(drawing.image.size, mode, SIDE, TILE)
+    return join(tokenizer, number, parts, plan, data.cut_tiles(drawing.image, plan))
+
+
+def text_talk(tokenizer, number):
+    """A conversation in which the caption stands in for the picture; often the caption is to be said again first."""
+    rng = random.Random(number)
+    kind, caption, qa, _ = synth.compose(number)
+    turns = synth.conversation(synth.Drawing(None, kind, caption, qa, []), rng.randint(2, 5))
+    if rng.random() < 0.6:
+        turns = [{"from": "human", "value": f"{data.MARK}\nSay what the picture shows."}, {"from": "gpt", "value": caption},
+                 {"from": "human", "value": turns[0]["value"].removeprefix(data.MARK + "\n")}, *turns[1:]]
+    turns[0]["value"] = turns[0]["value"].replace(data.MARK, caption)
+    ids, labels = data.encode_chat(tokenizer, turns, [])
+    return {"id": f"text-{number}", "ids": ids, "labels": labels, "tiles": [], "plans": []}
+
+
+def picture_talk(tokenizer, number, size, mode):
+    """A conversation about a picture; under mode "square" just its caption, as in phase 1."""
+    drawing, template, turns = synth.draw(number, sizes=(size,)), "chat", None
+    turns = synth.conversation(drawing, 6)
+    if mode == "square":
+        template, turns = "plain", [{"from": "human", "value": data.MARK}, {"from": "gpt", "value": drawing.caption}]
+    record = {"id": f"talk-{number}" if template == "chat" else f"caption-{number}", "conversations": turns, "images": [drawing.image]}
+    return data.encode_sample(record, tokenizer, template, mode, SIDE, TILE)
+
+
+class Lessons(IterableDataset):
+    """Endless batches of eight samples; teach(tokenizer, step, numbers of the samples) -> samples."""
+
+    def __init__(self, seed, start, teach):
+        self.seed, self.start, self.teach = seed, start, teach
 
     def __iter__(self):
         tokenizer, step = data.load_tokenizer(LLM_FOLDER), self.start
         while True:
-            numbers = range(self.seed + step * self.size, self.seed + (step + 1) * self.size)
-            if self.as_text and step < DRILLS[1]:
-                samples = [self.drill(tokenizer, i, step >= DRILLS[0]) for n in numbers for i in range(4 * n, 4 * n + 4)]
-            else:
-                many = random.Random(step).choices((None, *synth.SIZES), (4, 3, 5, 4, 4))[0]    # one a batch: little padding
-                shape = (None, synth.SIZES[0])[step % 2] if step < self.single else many
-                samples = [self.sample(tokenizer, i, shape, step < self.single) for i in numbers]
-            yield data.collate(samples, tokenizer.token_to_id("<|endoftext|>"))
+            numbers = range(self.seed + step * 8, self.seed + (step + 1) * 8)
+            yield data.collate(self.teach(tokenizer, step, numbers), tokenizer.token_to_id("<|endoftext|>"))
             step += 1
 
-    def drill(self, tokenizer, i, recall):
-        """Words in any order, then the same again; with recall, rows of a name and its number, then the same rows in
-        another order, the number to be known or the name. It is what teaches a decoder soonest to look things up."""
-        rng = random.Random(i)
-        if recall:
-            count = rng.randint(2, 6)
-            rows = [(f" {n}", f" {v}") for n, v in zip(rng.sample(synth.NAMES, count), rng.sample(range(1, 100), count))]
-            parts = [(text, False) for row in rows for text in (*row, ",")]
-            for row in rng.sample(rows, count) + rng.sample(rows, count):
-                key, found = row if rng.random() < 0.5 else row[::-1]
-                parts += [(key, False), (found + ",", True)]
-        else:
-            words = rng.sample([f" {w}" for w in (*synth.NAMES, *synth.COLOURS)] + list("0123456789"), rng.randint(4, 16))
-            parts = [(text, again) for again in (0, 1) for text in words]
-        pieces = [(data.text_ids(tokenizer, text), learn) for text, learn in parts]
-        return {"id": str(i), "ids": [id for ids, _ in pieces for id in ids], "tiles": [], "plans": [],
-                "labels": [id if learn else data.IGNORE for ids, learn in pieces for id in ids]}
 
-    def sample(self, tokenizer, i, shape=None, single=False):
-        rng = random.Random(i)
-        if self.as_text:
-            kind, caption, qa, _ = synth.compose(i)
-            turns = synth.conversation(synth.Drawing(None, kind, caption, qa, []), rng.randint(2, 5))
-            if rng.random() < 0.6:                                               # to say it again: the plainest copying
-                turns = [{"from": "human", "value": f"{data.MARK}\nSay what the picture shows."}, {"from": "gpt", "value": caption},
-                         {"from": "human", "value": turns[0]["value"].removeprefix(data.MARK + "\n")}, *turns[1:]]
-            turns[0]["value"] = turns[0]["value"].replace(data.MARK, caption)
-            ids, labels = data.encode_chat(tokenizer, turns, [])
-            return {"id": str(i), "ids": ids, "labels": labels, "tiles": [], "plans": []}
-        if shape is None:
-            drawing, template, mode = synth.draw(i, sizes=synth.SIZES[:1]), "plain", "square"
-            turns = [{"from": "human", "value": data.MARK}, {"from": "gpt", "value": drawing.caption}]
-        else:
-            drawing, template, mode = synth.draw(i, sizes=(shape,)), "chat", "square" if single else "a4"
-            turns = synth.conversation(drawing, 6)
-        record = {"id": str(i), "conversations": turns, "images": [drawing.image]}
-        return data.encode_sample(record, tokenizer, template, mode, SIDE, TILE)
+def language_lesson(tokenizer, step, numbers):
+    """First to copy, then to recall, thirty-two short drills a batch; then conversations."""
+    if step < DRILLS[1]:
+        drill = copy_drill if step < DRILLS[0] else recall_drill
+        return [drill(tokenizer, i) for n in numbers for i in range(4 * n, 4 * n + 4)]
+    return [text_talk(tokenizer, n) for n in numbers]
+
+
+def joint_lesson(tokenizer, step, numbers, single):
+    """Pictures of one size a batch, for little padding: for `single` steps one tile, then AnyRes. Drills, captions, talk."""
+    rng = random.Random(step)
+    if step < single:
+        drill, size = rng.random() < 0.75, synth.SIZES[0]
+    else:
+        drill, size = rng.random() < 0.45, rng.choices((None, *synth.SIZES), (3, 3, 5, 4, 4))[0]
+    mode = "square" if step < single or size is None else "a4"
+    return [(picture_drill if drill else picture_talk)(tokenizer, n, size or synth.SIZES[0], mode) for n in numbers]
 
 
 def pretrain_language(args):
@@ -307,22 +360,57 @@ def pretrain_language(args):
         logits, targets = llm(batch.input_ids, keep=keep), targets[keep[:, :-1]]
         return F.cross_entropy(logits, targets), {"right": (logits.argmax(-1) == targets).float().mean().item()}
 
-    fit("language", llm, lambda start: Conversations(args.seed, start, 8, True), step, args.language_steps, 1e-3)
+    fit("language", llm, lambda start: Lessons(args.seed, start, language_lesson), step, args.language_steps, 1e-3)
     save_llm(llm)
 
 
+def in_words(target, table, tokenizer):
+    """Targets of patches -> (what each shows as a sum of the decoder's embeddings (t, N, d), where it is known (t, N)).
+
+    table: the embeddings (V, d). Added up are the word, its number (each further digit at half the weight), the colour
+    and, at half weight, the owner, its value and its colour; blank paper is a newline. So a question's "Apple" and a patch's are
+    the same vector, and one way of looking things up serves all names.
+    """
+    rows = lambda names: torch.stack([table[data.text_ids(tokenizer, name)[-1]] * (name != " ") for name in names])
+    words, colours, numerals = rows([" " + w for w in WORDS]), rows([" " + c for c in COLOURS]), rows([" ", *"0123456789"])
+
+    def number(digits):                                                          # (t, N, 3) classes, 0 where there is none
+        place = (digits > 0).cumsum(-1).clamp(min=1) - 1
+        return (numerals[digits] * 0.5 ** place.unsqueeze(-1)).sum(-2)           # (t, N, d)
+    known = torch.stack([target[name] >= 0 for name in ("word", "owner", "colour", "paint")] +
+                        [(target[name] >= 0).all(-1) for name in ("glyphs", "number", "value")]).all(0)
+    t = {name: values.clamp(min=0) for name, values in target.items() if values.dtype == torch.long}
+    other = (t["owner"] != t["word"]).unsqueeze(-1)
+    shown = words[t["word"]] + number(t["number"]) + colours[t["colour"]] + colours[t["paint"]] / 2 + words[t["owner"]] * other / 2
+    shown = shown + number(t["value"]) * (t["number"].sum(-1, keepdim=True) == 0) / 2
+    blank = (shown == 0).all(-1, keepdim=True)
+    return torch.where(blank, table[data.text_ids(tokenizer, "\n")[0]], shown), known
+
+
 def pretrain_joint(args):
-    """Both parts as an uncompressed LLaVA-NeXT, the ViT frozen: the projector alone first, then the decoder with it."""
+    """Both parts as an uncompressed LLaVA-NeXT, the ViT frozen: the projector alone learns to put patches into the
+    decoder's words, then the decoder learns with it."""
     torch.manual_seed(args.seed)
     model = LLaVAVR.from_parts(CLIP_FOLDER, LLM_FOLDER, "tiny", projector="mlp", side=SIDE, remember=())
     model.requires_grad_(False)
     model.mm_projector.requires_grad_(True)
-    lessons = lambda single: lambda start: Conversations(args.seed + 5_000_000, start, 8, False, single)
-    loss = lambda batch: (model(batch), {})
-    fit("align", model, lessons(args.align_steps), loss, args.align_steps, 2e-3)
+    lesson = partial(joint_lesson, single=args.joint_steps // 5)
+
+    def talk(batch):
+        loss = model(batch)
+        return loss, {"loss " + batch.ids[0].split("-")[0]: loss.item()}
+    table = model.language_model.model.embed_tokens.weight
+
+    def align(batch):
+        tiles, target = batch
+        features, _ = model.vision_tower(data.normalise(tiles))
+        shown, known = in_words(target, table, model.tokenizer)
+        return F.mse_loss(model.mm_projector(features[-1])[known], shown[known]) / table.var(), {}
+    fit("align", model, lambda start: Tiles(args.seed, start), align, args.align_steps, 2e-3)
     model.language_model.requires_grad_(True)
     model.image_newline.requires_grad_(True)
-    fit("joint", model, lessons(args.joint_steps // 3), loss, args.joint_steps, 8e-4)
+    fit("joint", model, lambda start: Lessons(args.seed + 5_000_000, start, lesson), talk, args.joint_steps,
+        8e-4, hold=args.joint_steps * 2 // 3)
     half(model.vision_tower).save_pretrained(CLIP_FOLDER)
     save_llm(half(model.language_model))
 
@@ -339,8 +427,8 @@ def save_llm(llm):
 
 # ---- the loop all stages share --------------------------------------------------------------------------------------
 
-def fit(name, module, batches, loss_of, steps, peak):
-    """AdamW, cosine with 3 % warm-up (300 steps at most), a checkpoint every 500 steps; goes on from the newest one."""
+def fit(name, module, batches, loss_of, steps, peak, hold=0):
+    """AdamW, 3 % warm-up (300 steps at most), the peak for `hold` steps, half a cosine to its hundredth, a checkpoint every 500 steps; goes on from the newest one."""
     os.makedirs(RUNS, exist_ok=True)
     path, log = f"{RUNS}/{name}.pt", open(f"{RUNS}/{name}.jsonl", "a")
     decay = [p for p in module.parameters() if p.dim() > 1 and p.requires_grad]
@@ -357,7 +445,7 @@ def fit(name, module, batches, loss_of, steps, peak):
     clock, notes = time.time(), {}
     for i in range(start, steps):
         warm = min(300, int(0.03 * steps) + 1)
-        lr = peak * min((i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, i - warm) / (steps - warm))) + 0.01)
+        lr = peak * min((i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, i - warm - hold) / (steps - warm - hold))) + 0.01)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
@@ -386,10 +474,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("tokenizer", "vision", "language", "joint", "all"), default="all")
     parser.add_argument("--seed", type=int, default=10_000_000, help="first drawing; apart from those of --preset tiny")
-    parser.add_argument("--vision-steps", type=int, default=6000)
+    parser.add_argument("--vision-steps", type=int, default=8000)
     parser.add_argument("--language-steps", type=int, default=3600)
-    parser.add_argument("--align-steps", type=int, default=400)
-    parser.add_argument("--joint-steps", type=int, default=5400)
+    parser.add_argument("--align-steps", type=int, default=1500)
+    parser.add_argument("--joint-steps", type=int, default=5200)
     args = parser.parse_args()
     stages = {"tokenizer": pretrain_tokenizer, "vision": pretrain_vision, "language": pretrain_language, "joint": pretrain_joint}
     for stage in stages if args.stage == "all" else [args.stage]:

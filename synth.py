@@ -84,6 +84,11 @@ def length(text, size):
     return font(size).getlength(text)
 
 
+def columns(word, size):
+    """Columns that a word takes, the gap behind it included."""
+    return math.ceil((length(word, size) + 2) / LINE)
+
+
 class Canvas:
     """A picture being painted; remembers where everything went. Coordinates are unscaled, pixels are `scale` times."""
 
@@ -101,7 +106,7 @@ class Canvas:
         spots, end = [], 0
         for word in text.split():
             spots.append((word, end))
-            end = LINE * math.ceil((end + length(word, size) + 3) / LINE)
+            end += LINE * columns(word, size)
         wide = spots[-1][1] + length(spots[-1][0], size)
         left = LINE * max(0, round((x - wide / 2 * centred) / LINE))
         size, glyphs, boxes = round(size * self.scale), [], []
@@ -142,7 +147,7 @@ def chart(rng, kind, size):
     """(caption, qa, paint) of a bar, hbar, line or pie chart that fits `size` (width, height)."""
     width, height = size
     theme = rng.choice(list(THEMES))
-    room = {"hbar": height // ROW - 1, "pie": height // ROW - 1}.get(kind, width // (4 * LINE))
+    room = {"hbar": height // ROW - 1, "pie": height // ROW - 1}.get(kind, width // (5 * LINE))
     printed = kind == "pie" or rng.random() < 0.75
     count = max(2, min(room - (kind == "hbar" and not printed), rng.choice((3, 4, 4, 5, 5, 6))))
     names = rng.sample(THEMES[theme], count)
@@ -191,13 +196,15 @@ def chart_questions(rng, title, rows, printed):
 
 
 def paint_bars(size, scale, kind, rows, style):
-    """Upright bars or a line: under the axis the names and, when printed, the values; else ticks on the left."""
+    """Upright bars or a line: under the axis the names, the values behind or (on narrow paper) below them when printed;
+    else ticks on the left."""
     (width, height), letters = size, style["letters"]
     art = Canvas(size, scale, style["paper"])
     art.text(width / 2, line(0), style["title"], letters, centred=True)
     name_line = height // LINE - 2
     left, top, foot = (0 if style["printed"] else ROW), line(1), line(name_line - 1)          # 100 and 0 of the axis
-    slot = 4 * LINE if len(rows) * 4 * LINE <= width - left else 3 * LINE
+    slot = LINE * ((width - left) // (LINE * len(rows)))
+    beside = slot >= 5 * LINE
     high = lambda value: foot - (foot - top) * value / 100
     if style["grid"]:
         for tick in (0, 50, 100):
@@ -218,7 +225,8 @@ def paint_bars(size, scale, kind, rows, style):
             art.box(x - half, high(value), x + half, foot, COLOURS[colour], **known)
         art.text(start, line(name_line), name, letters, **known)
         if style["printed"]:
-            art.text(start, line(name_line + 1), str(value), letters, **known)
+            x, y = (LINE * columns(name, letters), 0) if beside else (0, 1)
+            art.text(start + x, line(name_line + y), str(value), letters, **known)
     return art
 
 
@@ -227,7 +235,7 @@ def paint_rows(size, scale, kind, rows, style):
     (width, height), letters = size, style["letters"]
     art = Canvas(size, scale, style["paper"])
     art.text(width / 2, line(0), style["title"], letters, centred=True)
-    left, last = (6 if style["printed"] else 4) * LINE, height // LINE - 1
+    left, last = (5 if style["printed"] else 4) * LINE, height // LINE - 1
     long = lambda value: left + (width - left - 12) * value / 100
     if style["grid"]:
         for tick in (0, 50, 100):
@@ -237,7 +245,7 @@ def paint_rows(size, scale, kind, rows, style):
     for i, (name, value, colour) in enumerate(rows):
         y, half, known = line(2 + 2 * i), LINE * style["fat"], {"name": name, "value": value, "colour": colour}
         art.box(left, y - LINE / 2 + 2, long(value), y - LINE / 2 + 2 + 2 * half, COLOURS[colour], **known)
-        art.text(0, y, name, letters, **known)
+        art.text(LINE * (4 - columns(name, letters)), y, name, letters, **known)
         if style["printed"]:
             art.text(4 * LINE, y, str(value), letters, **known)
     return art
@@ -263,7 +271,7 @@ def paint_pie(size, scale, kind, rows, style):
         y, known = line(2 + 2 * i), {"name": name, "value": value, "colour": colour}
         art.box(legend + 2, y - 5, legend + 11, y + 5, COLOURS[colour], **known)
         art.text(legend + LINE, y, name, letters, **known)
-        art.text(legend + 5 * LINE, y, str(value), letters, **known)
+        art.text(legend + LINE * (1 + columns(name, letters)), y, str(value), letters, **known)
     return art
 
 
@@ -302,7 +310,7 @@ def document(rng, kind, size):
             y, known = line(2 + 2 * i), {"name": name, "value": int(value) if value.isdigit() else None}
             name += ":" if kind == "document" else ""
             art.text(0, y, name, letters, **known)
-            art.text(column or LINE * math.ceil((length(name, letters) + 3) / LINE), y, value, letters, **known)
+            art.text(column or LINE * columns(name, letters), y, value, letters, **known)
         return art
     return caption, qa, paint
 
@@ -362,22 +370,31 @@ def shapes(rng, kind, size):
 
 
 def page(rng, kind, size):
-    """A tile full of words and numbers, nothing else: the densest lesson in letters. For pre-training the ViT alone."""
+    """A tile full of words and numbers: the densest lesson in letters and in what belongs together. Names have their
+    number behind or below them and perhaps a colour before them. For pre-training the ViT alone."""
     width, height = size
     paper, ink = rng.choice((((255, 255, 255), INK), ((250, 250, 244), INK), ((235, 240, 250), INK),
                              (rng.choice(list(COLOURS.values())), (255, 255, 255)), ((60, 65, 90), (255, 255, 255))))
-    words = []
-    for number in range(height // LINE):
-        letters, x = rng.choice((10, 11, 12)), LINE * rng.choice((0, 0, 1))
+    below, boxes, letters, words, cells = rng.random() < 0.4, rng.random() < 0.4, rng.choice((10, 11, 12)), [], []
+    for number in range(0, height // LINE - below, 1 + below):
+        x = LINE * rng.choice((0, 0, 1))
         while x < width:
-            word = rng.choice(NAMES) if rng.random() < 0.5 else str(rng.randint(0, rng.choice((9, 99, 99, 999))))
-            words.append((x, line(number), word, letters))
-            x += LINE * (math.ceil((length(word, letters) + 3) / LINE) + rng.choice((0, 0, 1)))
+            name, value = rng.choice(NAMES), str(rng.randint(1, rng.choice((9, 99, 99, 999))))
+            known = {"name": name, "value": int(value), "colour": rng.choice(list(COLOURS)) if boxes else ""}
+            if boxes:
+                cells.append((x, line(number), known))
+                x += LINE
+            words.append((x, line(number), name, known))
+            x, at = x + LINE * columns(name, letters), x
+            words.append((at if below else x, line(number + below), value, known))
+            x += LINE * (columns(value, letters) * (not below) + rng.choice((0, 0, 1)))
 
     def paint(scale):
         art = Canvas(size, scale, paper)
-        for x, y, word, letters in words:
-            art.text(x, y, word, letters, ink)
+        for x, y, known in cells:
+            art.box(x + 2, y - 5, x + 11, y + 5, COLOURS[known["colour"]], ink, **known)
+        for x, y, word, known in words:
+            art.text(x, y, word, letters, ink, **known)
         return art
     return " ".join(word for _, _, word, _ in words), [], paint
 
