@@ -82,7 +82,7 @@ def test_greedy_answers_equal_transformers(source, tmp_path):
 def test_both_ways_of_writing_keys_are_read(source):
     """Files of transformers 4 and 5, and the names its newer modules have in memory; the same model bit for bit."""
     tensors, first = load_file(source / "model.safetensors"), from_next(source).state_dict()
-    saved = {key.replace("vision_tower.", "vision_tower.vision_model.") if "vision_model" not in key else key: t for key, t in tensors.items()}
+    saved = {key.replace("vision_model.", "").replace("vision_tower.", "vision_tower.vision_model."): t for key, t in tensors.items()}
     named = {}
     for key, tensor in saved.items():
         start, newer = next((theirs, newer) for _, theirs, newer in TABLE if key.startswith(theirs))
@@ -131,16 +131,20 @@ def test_the_two_orders_of_canvases_differ_in_ties_only():
     ours, theirs = (data.plan_image((20, 20), mode, 4, 28).grid for mode in ("a4", "a4hf"))
     assert (ours, theirs) == ((1, 2), (2, 1))
     assert sorted(data.CANVASES["a4"]) == sorted(data.CANVASES["a4hf"])
-    different = [size for size in sizes(300, 300) if data.plan_image(size, "a4", 4, 28).grid != data.plan_image(size, "a4hf", 4, 28).grid]
-    assert different and all(data.plan_image(size, "a4", 4, 28).grid == data.plan_image(size, "a4hf", 4, 28).grid[::-1] for size in different)
+    grids = [[data.plan_image(size, mode, 4, 28).grid for mode in ("a4", "a4hf")] for size in sizes(300, 300)]
+    different = [(ours, theirs) for ours, theirs in grids if ours != theirs]
+    assert 0 < len(different) < 200 and all(ours == theirs[::-1] for ours, theirs in different)
 
 
-BROKEN = [(dict(text_config={"model_type": "llama"}), "'llama': expected 'qwen2'"), (dict(projector_hidden_act="relu"), "projector_hidden_act 'relu'"),
+BROKEN = [(dict(text_config={"model_type": "llama"}), "'llama': expected 'qwen2'"),
+          (dict(projector_hidden_act="relu"), "projector_hidden_act 'relu'"),
           (dict(multimodal_projector_bias=False), "multimodal_projector_bias False"),
           (dict(vision_feature_select_strategy="full"), "select_strategy 'full': only 'default'"),
-          (dict(vision_feature_layer=[-2, -1]), r"vision_feature_layer \[-2, -1\]: only one"), (dict(vision_feature_layer=9), "layer 9 is out of range"),
+          (dict(vision_feature_layer=[-2, -1]), r"vision_feature_layer \[-2, -1\]: only one"),
+          (dict(vision_feature_layer=9), "layer 9 is out of range"),
           (dict(image_grid_pinpoints=[[28, 28]]), r"image_grid_pinpoints \[\[28, 28\]\]: no mode"),
-          (dict(vision_config={"model_type": "siglip_vision_model"}), "siglip_vision_model"), (dict(model_type="llava"), "model_type 'llava': expected")]
+          (dict(vision_config={"model_type": "siglip_vision_model"}), "siglip_vision_model"),
+          (dict(model_type="llava"), "model_type 'llava': expected")]
 
 
 @pytest.mark.parametrize("change, complaint", BROKEN)
@@ -168,11 +172,15 @@ def test_an_embedding_without_a_row_for_the_mark_is_refused(tmp_path):
 
 def test_defaults_that_a_config_leaves_out_are_those_of_transformers():
     """A nested config.json holds only what differs: Qwen2-0.5B's vocabulary equals the default and is not written."""
-    text = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2)
-    vision = dict(model_type="clip_vision_model", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
+    text = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                num_key_value_heads=2)
+    vision = dict(model_type="clip_vision_model", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+                  image_size=336, patch_size=14)
     config = config_from_next({"vision_config": vision, "text_config": text})
-    assert (config.text.vocab_size, config.text.rope_theta, config.layers, config.image_mode, config.side) == (151936, 1e4, (23,), "a4hf", 24)
-    named = config_from_next({"vision_config": vision, "text_config": {**text, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}})
+    assert (config.text.vocab_size, config.text.rope_theta, config.layers) == (151936, 1e4, (23,))
+    assert (config.image_mode, config.side) == ("a4hf", 24)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    named = config_from_next({"vision_config": vision, "text_config": text})
     assert named.text.rope_theta == 1e6
 
 
