@@ -111,7 +111,7 @@ def qwen2_case(shape):
 def next_case(mode, tied):
     """-> (a random LlavaNext, its processor with the tokenizer of tiny/qwen2)."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER / "tokenizer.json"))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
     mark = tokenizer.convert_tokens_to_ids("<image>")
     text = {**NEXT["text_config"], "tie_word_embeddings": tied}
     model = randomise(LlavaNextForConditionalGeneration(LlavaNextConfig(

@@ -17,7 +17,7 @@ import data  # noqa: E402
 import record_parity as oracle  # noqa: E402
 from clip import CLIPVision  # noqa: E402
 from convert import convert  # noqa: E402
-from helpers import TOKENIZER, files, picture, sizes  # noqa: E402
+from helpers import files, picture, sizes  # noqa: E402
 from model import LLaVAVR  # noqa: E402
 from qwen2 import KVCache, Qwen2  # noqa: E402
 from test_convert import logits, next_model, off_by  # noqa: E402
@@ -91,13 +91,13 @@ def test_llava_next_from_theirs(mode, tied, tmp_path):
 @torch.no_grad()
 def test_llava_next_from_ours(mode, tmp_path):
     """transformers loads what we write, without a missing or an unexpected key, and its image processor with it."""
-    from transformers import AutoImageProcessor, LlavaNextForConditionalGeneration
+    from transformers import LlavaNextForConditionalGeneration
     ours = next_model(image_mode=mode)
     ours.save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "hf")
     theirs, report = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf", backend="pil")
+    processor = oracle.LlavaNextImageProcessorPil.from_pretrained(tmp_path / "hf")
     image = picture(70, 31)
     found, _ = logits(ours, image)
     ids = torch.tensor([ours.question(image, "What is the value of Apple?")["ids"]])
