@@ -53,9 +53,9 @@ def next_model(**changes):
     return model
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_logits_equal_transformers_from_the_picture_on(source, tmp_path, dtype, tolerance):
-    """Tiles, ViT, projector, un-padding, newlines, decoder. bfloat16 is held to what its 8 bits can do; -rP prints how far."""
+    """Tiles, ViT, projector, un-padding, newlines, decoder. Measured: 2.8e-7 in float32, 1.0e-2 in bfloat16 (-rP prints it)."""
     convert(source, tmp_path / "ours")
     model, expected = LLaVAVR.from_pretrained(tmp_path / "ours", dtype), load_file(FIXTURE / "expected.safetensors")
     worst = 0
@@ -82,7 +82,8 @@ def test_greedy_answers_equal_transformers(source, tmp_path):
 def test_both_ways_of_writing_keys_are_read(source):
     """Files of transformers 4 and 5, and the names its newer modules have in memory; the same model bit for bit."""
     tensors, first = load_file(source / "model.safetensors"), from_next(source).state_dict()
-    saved = {key.replace("vision_model.", "").replace("vision_tower.", "vision_tower.vision_model."): t for key, t in tensors.items()}
+    bare = {key.replace("vision_model.", ""): tensor for key, tensor in tensors.items()}
+    saved = {key.replace("vision_tower.", "vision_tower.vision_model."): tensor for key, tensor in bare.items()}
     named = {}
     for key, tensor in saved.items():
         start, newer = next((theirs, newer) for _, theirs, newer in TABLE if key.startswith(theirs))

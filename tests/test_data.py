@@ -125,7 +125,7 @@ def test_slivers_keep_one_pixel():
 
 def test_planner_refuses_nonsense():
     """One clear line instead of a crash inside the arithmetic."""
-    with pytest.raises(ValueError, match="'anyres' is unknown: use one of a4, max9, square, pad"):
+    with pytest.raises(ValueError, match="'anyres' is unknown: use one of a4, a4hf, max9, square, pad"):
         plan_image((10, 10), "anyres")
     with pytest.raises(ValueError, match="0x10"):
         plan_image((0, 10))
