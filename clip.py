@@ -183,15 +183,15 @@ class CLIPVision(nn.Module):
         self.embeddings.class_embedding.normal_(std=0.02)
 
     @classmethod
-    def from_pretrained(cls, folder, layers=(13, 18, 23), saliency="sigmoid"):
-        """Read a weights folder (a whole CLIP or a vision tower). Raises as weights.py does."""
+    def from_pretrained(cls, folder, layers=(13, 18, 23), saliency="sigmoid", dtype=torch.float32):
+        """Read a weights folder (a whole CLIP or a vision tower), casting to `dtype`. Raises as weights.py does."""
         config = read_config(folder)
         try:
             config = CLIPConfig.from_dict(config)
         except ValueError as error:
             raise ValueError(f"{folder}/config.json: {error}") from None
         with torch.device("meta"):                  # shapes only: no time spent on numbers about to be overwritten
-            model = cls(config, layers, saliency)
+            model = cls(config, layers, saliency).to(dtype)
         model.to_empty(device="cpu")
         load_weights(model, folder, model.rename)
         return model

@@ -39,6 +39,7 @@ Image.MAX_IMAGE_PIXELS = 2**29          # scans of DocVQA exceed Pillow's defaul
 
 # Candidate canvases in tiles (across, down). The order decides ties, so it is part of the format.
 CANVASES = {"a4": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
+            "a4hf": ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1)),
             "max9": tuple((across, down) for across in range(1, 7) for down in range(1, 7))}
 MODES = (*CANVASES, "square", "pad")
 
@@ -127,6 +128,8 @@ def plan_image(size, mode="a4", side=12, tile=336):
     """Plan a picture of `size` = (W, H) pixels; `side` tokens and `tile` pixels per tile side.
 
     "a4"      AnyRes with five canvases of at most 4 tiles, the paper's phase 2
+    "a4hf"    the same canvases as Hugging Face's LlavaNext tries them: it reads LLaVA's list with the height first, so
+              that ties fall the other way, as for every picture that fits into one tile
     "max9"    AnyRes over 1x1 .. 6x6 tiles, the merged map softly held to 9 tiles' tokens (`anyres_max_9`)
     "square"  the CLIP processor alone: shorter side to P, centre crop; no newline. Phase 1
     "pad"     mean-coloured square, one tile, one newline at the end. LLaVA-NeXT's way with several pictures at once
@@ -169,7 +172,11 @@ def plan_image(size, mode="a4", side=12, tile=336):
 # ------------------------------------------------------------------------------------------ pictures
 
 def load_image(source):
-    """A path, bytes or a PIL image -> an RGB PIL image. EXIF rotation is not applied and alpha is dropped, as in LLaVA.
+    """A path, bytes or a PIL image -> an RGB PIL image, by Pillow's convert("RGB") and nothing else, as in LLaVA.
+
+    So EXIF rotation is not applied, alpha is dropped (what lay under it shows), palettes are looked up, CMYK is inverted
+    without a colour profile, and 16-bit grey above 255 is white. transformers 5 differs twice: it lays transparent
+    pictures on white, and its load_image(path) turns them by EXIF.
 
     Raises FileNotFoundError for a missing path and ValueError, naming the source, for what cannot be decoded.
     """

@@ -1,174 +1,44 @@
-"""Evaluate a trained model on a benchmark: every sample's question, reply and score can be read afterwards.
+"""Evaluate a trained model on the paper's benchmarks: every sample's question, reply and score can be read afterwards.
 
     laptop:     python eval.py --task chartqa --preset tiny                     # after python train.py --preset tiny
-    one GPU:    python eval.py --task chartqa --preset 0.5b --batch 16 --blind
-    eight GPUs: torchrun --standalone --nproc-per-node 8 eval.py --task chartqa --preset 7b
+    the table:  python eval.py --task all --preset tiny --limit 8               # thirteen small stand-ins are drawn
+    one GPU:    python eval.py --task chartqa,docvqa --preset 0.5b --batch 16 --blind --report
+    eight GPUs: torchrun --standalone --nproc-per-node 8 eval.py --task all --preset 7b
+    no model:   python eval.py --rescore runs/0.5b/phase2/eval/chartqa.jsonl
 
-Prints one table (score and standard error in points of 100) and writes, into --out (default <model>/eval):
-chartqa.jsonl, one line per sample in the order of the dataset; chartqa_blind.jsonl, the same samples with every
-picture replaced by a grey one of its size; results.json. A model that uses its eyes must beat its blind score clearly.
-Decoding is greedy, prompts and limits are those of lmms-eval v0.3.4. Nothing is downloaded here.
+--task takes names, a group of the paper (General, Knowledge, OCR&Chart, Vision-Centric) or all. Prints a table (score and
+standard error in points of 100; MME-P 0..2000) and writes, into --out (default <model>/eval): chartqa.jsonl, one line per
+sample in the order of the dataset; chartqa_blind.jsonl, the same samples with every picture replaced by a grey one of its
+size; results.json, in lmms-eval's key names; with --report, report.html. A model that uses its eyes must beat its blind
+score clearly. Answers go to <out>/answers as they come, so a run that was stopped goes on where it was.
+
+Decoding is greedy, prompts and limits are those of lmms-eval v0.3.4. In float32 (CPU) answers do not depend on --batch or
+the number of ranks; in bfloat16 (GPU) sums round differently in another batch, and a near tie may turn out otherwise.
+Nothing is downloaded here.
 """
 
 import argparse
-import ast
-import difflib
+import functools
+import hashlib
 import json
 import os
-import re
+import random
 import sys
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
 import metrics
+from report import lmms_keys, page, summary, table, thumbnail, write
+from tasks import (GROUPS, TASKS, chosen, count_rows, find_files, image_columns, known, open_pictures,  # noqa: F401
+                   prompt, rows_of)
 
 PRESETS = ("tiny", "0.5b", "1.5b", "7b")
 GREY = (128, 128, 128)
-
-
-# ----------------------------------------------------------------------------------------------------------- prompts
-# The texts are part of the protocol: a missing full stop is worth points. Sources: lmms-eval v0.3.4 (LLaVA's own
-# prompt of each task); CV-Bench came to lmms-eval after the paper, so there we take the prompt of its authors.
-
-PHRASE = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
-
-
-def lettered(options):
-    """The options as lines "A. text", each with its newline in front."""
-    return "".join(f"\n{chr(ord('A') + i)}. {option}" for i, option in enumerate(options))
-
-
-def without_yes_or_no(question):
-    """MME and MMStar: the question without its own instruction (which is left standing after a newline)."""
-    return question.strip().replace(" Please answer yes or no.", "")
-
-
-def mmmu_prompt(row):
-    """Marks like <image 1> stay in the text; options are a Python list written as text."""
-    if row["question_type"] != "multiple-choice":
-        return row["question"] + "\n" + PHRASE
-    return row["question"] + lettered(ast.literal_eval(row["options"])) + "\n" + LETTER
-
-
-def scienceqa_prompt(row):
-    context = f"Context: {row['hint']}\n" if row.get("hint") else ""
-    return context + row["question"] + lettered(row["choices"]) + LETTER
-
-
-PROMPTS = {
-    "gqa": lambda row: row["question"] + PHRASE,
-    "mme": lambda row: without_yes_or_no(row["question"]) + PHRASE,
-    "mmstar": lambda row: without_yes_or_no(row["question"]) + LETTER.removesuffix("."),  # no full stop: the reference
-    "mmmu": mmmu_prompt,
-    "scienceqa": scienceqa_prompt,
-    "ai2d": lambda row: row["question"] + lettered(row["options"]) + LETTER,
-    "chartqa": lambda row: row["question"] + "\nAnswer the question with a single word.",
-    "docvqa": lambda row: row["question"] + PHRASE,
-    "textvqa": lambda row: row["question"].capitalize() + PHRASE,  # lower-cases "NHL" too; OCR tokens are off
-    "ocrbench": lambda row: row["question"].strip(),
-    "realworldqa": lambda row: row["question"].strip(),  # brings its own instruction
-    "cvbench2d": lambda row: row["prompt"] + LETTER,
-    "cvbench3d": lambda row: row["prompt"] + LETTER,
-}
-
-
-def prompt(task, row):
-    """The text asked for one dataset row, without image tokens (the model places those). Unknown task: ValueError."""
-    return PROMPTS[known(task, PROMPTS)](row)
-
-
-def image_columns(task, row):
-    """Names of the row's picture columns in the order shown: "image", or what an MMMU row mentions (perhaps none)."""
-    if task != "mmmu":
-        return ["image"]
-    numbers = re.findall(r"<image (\d+)>", row["question"] + row["options"])
-    return [f"image_{n}" for n in sorted(set(numbers))]
-
-
-# -------------------------------------------------------------------------------------------------------------- data
-
-@dataclass(frozen=True)
-class Task:
-    """Where a benchmark's rows lie and how long a reply may be."""
-    repo: str             # on the Hugging Face hub; the loader itself only reads local folders
-    folders: tuple        # names looked for under --data, the first also used in the download hint
-    files: str            # pattern of the split's parquet files, in the folder or in its data/
-    columns: tuple        # official names; the picture column is the last
-    max_new_tokens: int   # the reference's limit
-
-
-TASKS = {
-    "chartqa": Task("lmms-lab/ChartQA", ("ChartQA", "chartqa"), "test-*.parquet",
-                    ("type", "question", "answer", "image"), max_new_tokens=16),
-}
-
-
-def known(task, table=TASKS):
-    """The task itself if the table has it, else a ValueError with the list and the nearest name."""
-    if task not in table:
-        near = difflib.get_close_matches(task.lower(), table, n=1)
-        raise ValueError(f"unknown task {task!r}; there are: {', '.join(table)}"
-                         + (f" (did you mean {near[0]}?)" if near else ""))
-    return task
-
-
-def find_files(task, data):
-    """The split's parquet files, sorted: under <data>/<folder>, or <data> itself, or their data/.
-
-    Raises FileNotFoundError saying what was looked for, where, and how to get it; ValueError if a shard is missing.
-    """
-    spec = TASKS[task]
-    places = [place for name in (*spec.folders, ".") for place in (data / name, data / name / "data")]
-    for place in places:
-        if files := sorted(place.glob(spec.files)):
-            shards = re.search(r"-of-(\d+)\.parquet$", files[0].name)  # a half-finished download would shift the score
-            if shards and len(files) != int(shards[1]):
-                raise ValueError(f"{place}: {len(files)} of {int(shards[1])} files {spec.files}; finish the download")
-            return files
-    raise FileNotFoundError(
-        f"no {spec.files} for {task} in {', '.join(str(p) for p in places[::2])} or their data/; get it with: "
-        f"hf download --repo-type dataset {spec.repo} --local-dir data/eval/{spec.folders[0]}   "
-        f"or try the drawn data: python train.py --preset tiny, then python eval.py --task {task} --preset tiny")
-
-
-def count_rows(files, columns):
-    """Rows in the files, from their footers alone. Raises ValueError for a file without one of the columns."""
-    total = 0
-    for file in files:
-        parquet = pq.ParquetFile(file)
-        if missing := [c for c in columns if c not in parquet.schema_arrow.names]:
-            raise ValueError(f"{file}: no column {', '.join(missing)}; it has {', '.join(parquet.schema_arrow.names)}")
-        total += parquet.metadata.num_rows
-    return total
-
-
-def read_rows(files, columns, limit, rank=0, world=1):
-    """Yield (index, row) for rows rank, rank + world, ... below limit, a few at a time: pictures are large."""
-    index = 0
-    for file in files:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=32, columns=list(columns)):
-            for i in range(len(batch)):
-                if index >= limit:
-                    return
-                if index % world == rank:
-                    yield index, batch.slice(i, 1).to_pylist()[0]
-                index += 1
-
-
-def open_picture(cell):
-    """RGB picture from a parquet cell: encoded bytes, or the hub's struct {bytes, path}. Raises ValueError."""
-    from data import load_image  # brings torch with it: see load_model
-    content = cell.get("bytes") if isinstance(cell, dict) else cell
-    if not content:
-        raise ValueError("no picture bytes in this row")
-    return load_image(content)
+BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, SyntaxError)  # what a corrupt row may raise
 
 
 # ------------------------------------------------------------------------------------------------------------ answers
@@ -184,6 +54,91 @@ def load_model(folder):
     return model.eval()
 
 
+def fingerprint(folder):
+    """Twelve hex digits that tell one trained model from another: its config.json, and size and 64 blocks of every weight
+    file (the whole of a small one), since reading 15 GB would take longer than a benchmark."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for i in range(64):
+                file.seek(i * max(size // 64, 1))
+                digest.update(file.read(min(size // 64 + 1, 65536)))
+    return digest.hexdigest()[:12]
+
+
+class Answers:
+    """One task's answers on this rank: a line each, written at once, beside those that an earlier run left.
+
+    Lines are {task, index, key, model, prompt, prediction, row} (row: the columns that the scorer reads) and perhaps
+    error, in <folder>/<task>[_blind].<rank>.jsonl. `key` is a hash of row, prompt, limit and model: an answer to
+    anything else is not taken for this one. A file with another model's answers is refused (ValueError).
+    """
+
+    def __init__(self, folder, task, names, model, rank=0):
+        self.task, self.model, self.found, self.files = task, model, {name: {} for name in names}, {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            for path in sorted(folder.glob(f"{task}{name}.*.jsonl")):
+                self.read(path, self.found[name])
+            path = folder / f"{task}{name}.{rank}.jsonl"
+            self.files[name] = path.open("ab")
+            text = path.read_bytes()
+            self.files[name].truncate(text.rfind(b"\n") + 1)  # a line that was cut short when the run was killed
+
+    def read(self, path, found):
+        """Take over a file's answers, the last of each sample."""
+        for text in path.read_bytes().split(b"\n")[:-1]:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # cut short by a kill, then written on by an older version: asked again
+            if line["model"] != self.model:
+                raise ValueError(f"{path} holds answers of another model ({line['model']}, this one is {self.model}): "
+                                 "give --out another folder, or --fresh to start over")
+            found[line["index"]] = line
+
+    def key(self, name, row, text):
+        """Hash of all that decides an answer but the picture's bytes."""
+        about = [self.task, name, self.model, text, TASKS[self.task].max_new_tokens, row]
+        return hashlib.sha256(json.dumps(about, ensure_ascii=False, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def keep(self, files, wanted):
+        """Forget what is not an answer to today's rows and prompts; returns {name: row numbers still to ask}."""
+        if any(self.found.values()):
+            keys = {index: (row, asked(self.task, row)) for index, row in rows_of(self.task, files, wanted, pictures=False)}
+            for name, found in self.found.items():
+                self.found[name] = {i: line for i, line in found.items()
+                                    if i in keys and line["key"] == self.key(name, *keys[i])}
+        return {name: set(wanted) - found.keys() for name, found in self.found.items()}
+
+    def add(self, name, index, row, prediction, error=None):
+        """Note an answer, here and on the disk."""
+        row = {column: row[column] for column in TASKS[self.task].columns}
+        text = asked(self.task, row)
+        line = {"task": self.task, "index": index, "key": self.key(name, row, text), "model": self.model, "prompt": text,
+                "prediction": prediction, "row": row}
+        line |= {"error": error} if error else {}
+        self.found[name][index] = line
+        self.files[name].write(json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n")
+        self.files[name].flush()  # the operating system has it: killing this process loses nothing
+
+    def close(self):
+        """Close the files; returns the answers by name."""
+        for file in self.files.values():
+            file.close()
+        return self.found
+
+
+def asked(task, row):
+    """The prompt, or "" for a row that is too broken to have one."""
+    try:
+        return prompt(task, row)
+    except BROKEN:
+        return ""
+
+
 def windows(rows, size):
     """Lists of `size` consecutive rows (the last may be shorter): all that is held in memory at a time."""
     window = []
@@ -196,144 +151,248 @@ def windows(rows, size):
         yield window
 
 
-def record(task, index, row, prediction, error=None):
-    """One line of the JSONL file. A row whose picture cannot be read is wrong and says so; it is never left out."""
-    line = {"index": index, "type": row["type"], "question": row["question"], "prompt": prompt(task, row),
-            "prediction": prediction, "answer": row["answer"],
-            "score": 0.0 if error else metrics.score(task, prediction, row)}
-    return line | {"error": error} if error else line
+def answer(model, task, rows, batch, answers, left, bar):
+    """Ask the model every row, moving the progress bar; `left` says for which rows the real and the blind answer lack.
 
-
-def answer(model, task, rows, batch, blind, bar):
-    """Ask the model every row, moving the progress bar; returns (records, blind records), the second perhaps empty.
-
-    Within a window of eight batches, rows are asked in the order of their picture's area: pictures of like size make
-    like numbers of tokens, so a batch wastes little on padding. The records come back in the order of the rows.
+    Within a window of eight batches, rows are asked in the order of their pictures' area: pictures of like size make
+    like numbers of tokens, so a batch wastes little on padding. A row that cannot be read is noted with its error.
     """
-    seen, unseen = [], []
     for window in windows(rows, 8 * batch):
-        asked = []
+        opened = []
         for index, row in window:
             try:
-                asked.append((index, row, open_picture(row["image"])))
-            except ValueError as error:
+                opened.append((index, row, prompt(task, row), open_pictures(task, row)))
+            except BROKEN as error:
+                error = str(error) if isinstance(error, ValueError) else f"a broken row ({type(error).__name__}: {error})"
                 tqdm.write(f"{task} row {index} counts as wrong: {error}", file=sys.stderr)
-                for records in (seen, unseen) if blind else (seen,):
-                    records.append(record(task, index, row, "", str(error)))
+                for name in left:
+                    answers.add(name, index, row, "", error)
                 bar.update()
-        asked.sort(key=lambda sample: sample[2].width * sample[2].height)
-        for start in range(0, len(asked), batch):
-            indices, some, pictures = zip(*asked[start:start + batch])
-            texts = [prompt(task, row) for row in some]
-            greys = [Image.new("RGB", picture.size, GREY) for picture in pictures]
-            for records, images in ((seen, pictures), (unseen, greys))[:2 if blind else 1]:
-                replies = model.generate(list(images), texts, max_new_tokens=TASKS[task].max_new_tokens)
-                records += [record(task, *r) for r in zip(indices, some, replies, strict=True)]
-            bar.update(len(texts))
-    return sorted(seen, key=lambda r: r["index"]), sorted(unseen, key=lambda r: r["index"])
+        opened.sort(key=lambda sample: sum(picture.width * picture.height for picture in sample[3]))
+        for start in range(0, len(opened), batch):
+            some = opened[start:start + batch]
+            for name, todo in left.items():
+                if not (mine := [sample for sample in some if sample[0] in todo]):
+                    continue
+                pictures = [[Image.new("RGB", p.size, GREY) for p in sample[3]] if name else sample[3] for sample in mine]
+                pictures = [p[0] if len(p) == 1 else p or None for p in pictures]
+                replies = model.generate(pictures, [sample[2] for sample in mine], max_new_tokens=TASKS[task].max_new_tokens)
+                for (index, row, *_), reply in zip(mine, replies, strict=True):
+                    answers.add(name, index, row, reply)
+            bar.update(len(some))
 
 
 def gather(mine, rank, world):
-    """All ranks' (records, blind records) merged in the order of the rows, on rank 0; None on the others."""
+    """All ranks' answers {name: {index: line}} merged, on rank 0; None on the others."""
     if world == 1:
         return mine
     import torch.distributed as dist
     everyone = [None] * world if rank == 0 else None
     dist.gather_object(mine, everyone, dst=0)  # a few megabytes of text, over gloo
-    dist.destroy_process_group()
     if rank == 0:
-        return [sorted((r for part in parts for r in part), key=lambda r: r["index"]) for parts in zip(*everyone)]
+        return {name: {i: line for part in everyone for i, line in part[name].items()} for name in mine}
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+
+def record(task, line):
+    """One line of the JSONL file, scored. A row that cannot be read is wrong and says so; it is never left out."""
+    row, golds, error = line["row"], ("answer", "answers"), line.get("error")
+    shown = {column: value for column, value in row.items() if column not in (*golds, "prompt", "index")}
+    sample = {"index": line["index"]} | shown | {"prompt": line["prompt"], "prediction": line["prediction"]}
+    points = 0.0
+    if not error:
+        try:
+            points = metrics.score(task, line["prediction"], row)
+            if task in metrics.PARSERS:
+                sample["parsed"] = metrics.parsed(task, line["prediction"], row)
+        except BROKEN as broken:
+            error = f"the row cannot be scored ({type(broken).__name__}: {broken})"
+    sample |= {column: row[column] for column in golds if column in row} | {"score": points}
+    return sample | {"error": error} if error else sample
+
+
+def result(task, records, blind_records, about):
+    """The task's entry in results.json: scores, blind scores, the share without an answer, and the rows with errors."""
+    lost = [r for r in records if "error" in r]
+    silent = sum("error" in r or metrics.parsed(task, r["prediction"], r) is None for r in records)
+    ident = TASKS[task].ident
+    return about | {"unreadable_pictures": len(lost), "errors": [{"index": r["index"], "id": r.get(ident, r["index"]),
+                                                                 "error": r["error"]} for r in lost],
+                    "unparsed": silent / len(records) if records else None, "scores": metrics.aggregate(task, records),
+                    "blind": metrics.aggregate(task, blind_records) if blind_records else None}
+
+
+def lines_of(path):
+    """(task, [lines like those of Answers]) of a saved file: scored samples or raw answers."""
+    task, lines = path.name.split(".")[0].removesuffix("_blind"), []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            lines.append(line if "row" in line else {key: line[key] for key in ("index", "prompt", "prediction")} | {
+                "row": {c: line[c] for c in TASKS[known(task)].columns if c in line}} | (
+                    {"error": line["error"]} if "error" in line else {}))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is no answer of this program ({type(error).__name__}: {error})") from None
+    return known(task), list({line["index"]: line for line in lines}.values())
+
+
+def rescore(args):
+    """Score saved files again and print the tables; nothing is asked and no data is read. Returns {task: entry}."""
+    entries = {}
+    for path in args.rescore:
+        start, (task, lines) = time.time(), lines_of(path)
+        records = [record(task, line) for line in sorted(lines, key=lambda line: line["index"])]
+        entry = result(task, records, [], {"model": str(path), "rows": len(records), "of": TASKS[task].rows})
+        entries[task] = entry | {"seconds": round(time.time() - start, 1)}
+        print(table(task, entry["scores"], None))
+    if len(entries) > 1:
+        print("\n" + summary({task: entries[task] for task in TASKS if task in entries}, args.preset))
+    return entries
 
 
 # ------------------------------------------------------------------------------------------------------------- output
 
-def write(path, text):
-    """Write under a temporary name, then rename: a file that is there is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def table(task, parts, blind_parts):
-    """The result as lines of text; "-" where there is no number."""
-    def cell(value):
-        return f"{'-' if value is None else format(value, '.1f'):>8}"
-    lines = [f"{task:<12}{'score':>8}{'stderr':>8}{'n':>8}{'blind':>8}"]
-    for name, p in parts.items():
-        blind = blind_parts[name]["score"] if blind_parts else None
-        lines.append(f"{name:<12}{cell(p['score'])}{cell(p['stderr'])}{p['n']:>8}{cell(blind)}")
-    return "\n".join(lines)
-
-
 def report(task, records, blind_records, out, about):
-    """Print the table, write the JSONL files and the task's entry in results.json; returns that entry."""
+    """Print the table, write the JSONL files; returns the task's entry for results.json."""
     for name, lines in ((task, records), (f"{task}_blind", blind_records)):
         if lines:
             write(out / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    parts = metrics.aggregate(task, records)
-    blind = metrics.aggregate(task, blind_records) if blind_records else None
-    unreadable = sum("error" in r for r in records)
-    entry = about | {"unreadable_pictures": unreadable, "scores": parts, "blind": blind}
-    results = out / "results.json"
-    others = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
-    write(results, json.dumps(others | {task: entry}, indent=2) + "\n")
-    print(table(task, parts, blind))
+    entry = result(task, records, blind_records, about)
+    print(table(task, entry["scores"], entry["blind"]))
     print(f"{about['seconds']} s, model {about['model']}, samples in {out / task}.jsonl"
-          + (f"\n{unreadable} rows with an unreadable picture count as wrong" if unreadable else ""))
+          + (f"\n{about['kept']} answers are from an earlier run" if about["kept"] else "")
+          + (f"\n{entry['unreadable_pictures']} rows with an unreadable picture count as wrong" if entry["errors"] else ""))
     return entry
+
+
+def gallery(task, records, data, most=48):
+    """[(sample, thumbnails)]: every error and an even choice of the rest, with pictures where the data is at hand."""
+    step = max(1, len(records) // most)
+    samples = {r["index"]: r for i, r in enumerate(records) if i % step == 0 or "error" in r}
+    cards = {index: (sample, []) for index, sample in samples.items()}
+    try:
+        for index, row in rows_of(task, find_files(task, data), samples, data):
+            if "error" not in samples[index]:
+                cards[index] = samples[index], [thumbnail(picture) for picture in open_pictures(task, row)]
+    except (ValueError, OSError):
+        pass  # a gallery without pictures is still one
+    return list(cards.values())
 
 
 def arguments(argv):
     """The command line, with the defaults that depend on the preset filled in. Raises ValueError for bad values."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="chartqa", help=f"one of: {', '.join(TASKS)}")
+    parser.add_argument("--task", nargs="+", default=["chartqa"], help=f"of: {', '.join([*TASKS, *GROUPS, 'all'])}")
     parser.add_argument("--preset", default="0.5b", choices=PRESETS, help="sets the three defaults below")
     parser.add_argument("--model", type=Path, help="trained model (default runs/<preset>/phase2)")
     parser.add_argument("--data", type=Path, help="default data/tiny/eval for preset tiny, else data/eval")
     parser.add_argument("--blind", action=argparse.BooleanOptionalAction, help="also ask with grey pictures (tiny: on)")
     parser.add_argument("--limit", type=int, help="only the first N rows")
+    parser.add_argument("--sample", type=int, help="only N rows, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0, help="of --sample")
     parser.add_argument("--batch", type=int, default=8, help="samples per call of the model")
     parser.add_argument("--out", type=Path, help="default <model>/eval")
+    parser.add_argument("--fresh", action="store_true", help="forget the answers of earlier runs")
+    parser.add_argument("--report", action="store_true", help="also write report.html: the table and pictures to look through")
+    parser.add_argument("--rescore", nargs="+", type=Path, metavar="FILE", help="score saved answers; needs no model, no data")
     args = parser.parse_args(argv)
-    known(args.task)
-    for name in ("limit", "batch"):
+    words = " ".join(args.task)
+    args.tasks = chosen(words)
+    args.named = set(args.tasks) <= set(words.replace(",", " ").split())  # each by its own name
+    for name in ("limit", "sample", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
-    tiny = args.preset == "tiny"
+    if args.limit and args.sample:
+        raise ValueError("--limit and --sample exclude each other: give one")
+    args.drawn = args.preset == "tiny" and args.data is None
     args.model = args.model or Path("runs") / args.preset / "phase2"
-    args.data = args.data or Path("data/tiny/eval" if tiny else "data/eval")
+    args.data = args.data or Path("data/tiny/eval" if args.preset == "tiny" else "data/eval")
     args.out = args.out or args.model / "eval"
-    args.blind = tiny if args.blind is None else args.blind
+    args.blind = args.preset == "tiny" if args.blind is None else args.blind
     return args
 
 
+def evaluate(task, files, args, model, load, rank, world):
+    """Ask what has no answer yet, then, on rank 0, score and report. Returns (entry, records); (None, None) elsewhere."""
+    total = count_rows(task, files)
+    if total == 0:
+        raise ValueError(f"{files[0].parent}: no rows in {TASKS[task].files}")
+    wanted = range(min(total, args.limit or total))
+    if args.sample:
+        wanted = sorted(random.Random(args.seed).sample(range(total), min(args.sample, total)))
+    mine = wanted[rank::world]
+    answers = Answers(args.out / "answers", task, ("", "_blind") if args.blind else ("",), model, rank)
+    left = answers.keep(files, mine)
+    todo = set().union(*left.values())
+    net, start = load() if todo else None, time.time()
+    with tqdm(total=len(mine), initial=len(mine) - len(todo), desc=task, disable=rank > 0) as bar:
+        answer(net, task, rows_of(task, files, todo, args.data) if todo else (), args.batch, answers, left, bar)
+    merged = gather(answers.close(), rank, world)
+    if rank > 0:
+        return None, None
+    seen, unseen = ([record(task, lines[i]) for i in sorted(lines)] for lines in (merged[""], merged.get("_blind", {})))
+    about = {"model": str(args.model), "data": str(files[0].parent), "rows": len(wanted), "of": total, "batch": args.batch,
+             "processes": world, "seconds": round(time.time() - start, 1), "kept": len(mine) - len(todo)}
+    return report(task, seen, unseen, args.out, about), seen
+
+
+def locate(args):
+    """{task: files} of the tasks asked for. Those of a group or of `all` may be missing, and are then named."""
+    found = {}
+    for task in args.tasks:
+        try:
+            found[task] = find_files(task, args.data)
+        except FileNotFoundError as error:
+            if args.named or len(args.tasks) == 1:
+                raise
+            tqdm.write(f"eval.py: left out: {error}", file=sys.stderr)
+    if not found:
+        raise FileNotFoundError(f"none of {', '.join(args.tasks)} is in {args.data}: see above for what was looked for")
+    return found
+
+
 def main(argv=None):
-    """Evaluate as the command line says; returns the entry written to results.json (None on ranks other than 0)."""
+    """Evaluate as the command line says; returns the task's entry in results.json, {task: entry} for several tasks, None
+    on ranks other than 0."""
     args = arguments(argv)
+    if args.rescore:
+        return rescore(args)
     if not args.model.is_dir():
         raise FileNotFoundError(f"no model folder {args.model}; train one with: python train.py --preset {args.preset}"
                                 " (tiny needs no download)")
-    spec = TASKS[args.task]
-    files = find_files(args.task, args.data)
-    total = count_rows(files, spec.columns)
-    limit = min(total, args.limit or total)
-    if limit == 0:
-        raise ValueError(f"{files[0].parent}: no rows in {spec.files}")
-
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank == 0 and args.fresh:
+        for path in (p for task in args.tasks for p in (args.out / "answers").glob(f"{task}*.jsonl")):
+            path.unlink()
+    if rank == 0 and args.drawn and args.tasks != ["chartqa"]:
+        import standins
+        standins.fill(args.data, [task for task in args.tasks if task != "chartqa"])  # train.py drew that one
     if world > 1:
         import torch.distributed as dist
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # ranks meet once, at the end, hours apart perhaps
-    model, start = load_model(args.model), time.time()
-    rows = read_rows(files, spec.columns, limit, rank, world)
-    with tqdm(total=len(range(rank, limit, world)), desc=args.task, disable=rank > 0) as bar:
-        mine = answer(model, args.task, rows, args.batch, args.blind, bar)
-    records = gather(mine, rank, world)
-    if rank == 0:
-        about = {"model": str(args.model), "data": str(files[0].parent), "rows": limit, "of": total,
-                 "batch": args.batch, "processes": world, "seconds": round(time.time() - start, 1)}
-        return report(args.task, *records, args.out, about)
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # ranks meet once a task, hours apart perhaps
+        dist.barrier()
+    model, load = fingerprint(args.model), functools.cache(lambda: load_model(args.model))
+    entries, cards = {}, {}
+    for task, files in locate(args).items():
+        entries[task], records = evaluate(task, files, args, model, load, rank, world)
+        if rank == 0 and args.report:
+            cards[task] = gallery(task, records, args.data)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return None
+    results = args.out / "results.json"
+    others = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    merged = {task: (others | entries)[task] for task in TASKS if task in others or task in entries}
+    write(results, json.dumps(merged | lmms_keys(merged, args), indent=2) + "\n")
+    if args.report:
+        write(args.out / "report.html", page(entries, cards, args.preset))
+        print(f"report in {args.out / 'report.html'}")
+    if len(args.tasks) == 1:
+        return entries[args.tasks[0]]
+    print("\n" + summary(entries, args.preset))
+    return entries
 
 
 if __name__ == "__main__":

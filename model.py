@@ -5,8 +5,13 @@
 
     CLIPVision -> projector (4x fewer tokens) -> place among the text -> Qwen2 with Vision Remember between layers
 
-A folder written by `save_pretrained` holds config.json, model.safetensors and tokenizer.json.
+A folder written by `save_pretrained` holds config.json, model.safetensors (or shards) and tokenizer.json.
+
+    python model.py --check runs/0.5b/phase2      # a CLIP, Qwen2 or LLaVA-VR folder: is it whole, and free of NaN?
 """
+import argparse
+import sys
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +24,7 @@ from clip import CLIPConfig, CLIPVision
 from projectors import PROJECTORS
 from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config
 from sela import VisionRemember
-from weights import load_weights, read_config, save_weights
+from weights import check_fingerprint, fingerprint, load_weights, read_config, read_tensors, save_weights
 
 
 @dataclass
@@ -76,6 +81,7 @@ class LLaVAVR(nn.Module):
         self.vision_remember = nn.ModuleDict({str(index): VisionRemember(
             c.text.hidden_size, c.vision.hidden_size, len(c.layers), c.side, c.feature_side, c.window) for index in c.remember})
         self.language_model = text or Qwen2(c.text)
+        self.parts = {}                     # folders that frozen parts were read from, see save_pretrained
 
     def forward(self, batch, denominator=None):
         """A data.Batch -> the loss, cross-entropy over trained tokens (Eq. 2), summed and divided by `denominator`.
@@ -206,8 +212,8 @@ class LLaVAVR(nn.Module):
         return {"id": "", "ids": ids, "labels": labels, "tiles": tiles, "plans": plans}
 
     @classmethod
-    def from_parts(cls, clip, llm, preset="0.5b", **changes):
-        """Join a CLIP folder and a Qwen2 folder under a fresh projector and Vision Remember.
+    def from_parts(cls, clip, llm, preset="0.5b", dtype=torch.float32, **changes):
+        """Join a CLIP folder and a Qwen2 folder under a fresh projector and Vision Remember, all cast to `dtype`.
 
         preset names the joining choices (PRESETS); changes override them. Sizes come from the folders' config.json.
         Raises ValueError or FileNotFoundError, naming folder and key.
@@ -215,35 +221,81 @@ class LLaVAVR(nn.Module):
         base = PRESETS[preset]
         joint = {name: getattr(base, name) for name in ("layers", "projector", "side", "remember", "window", "saliency", "image_mode")}
         joint.update(changes)
-        vision, text = CLIPVision.from_pretrained(clip, joint["layers"], joint["saliency"]), Qwen2.from_pretrained(llm)
-        model = cls(LLaVAVRConfig(vision.config, text.config, **joint), vision, text)
+        vision = CLIPVision.from_pretrained(clip, joint["layers"], joint["saliency"], dtype)
+        text = Qwen2.from_pretrained(llm, dtype)
+        model = cls(LLaVAVRConfig(vision.config, text.config, **joint), vision, text).to(dtype)
         model.read_tokenizer(llm)
+        model.parts = {name: {"path": str(Path(folder).resolve()), "files": fingerprint(folder)}
+                       for name, folder in (("vision_tower", clip), ("language_model", llm))}
         return model
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Read a folder of `save_pretrained`. Raises ValueError or FileNotFoundError in one line: see weights.py."""
+    def from_pretrained(cls, folder, dtype=torch.float32):
+        """Read a folder of `save_pretrained`, casting to `dtype`. Raises as weights.py does, also for a part moved or changed."""
         stored = read_config(folder)
         if stored.pop("model_type", None) != "llava_vr":
             raise ValueError(f"{folder}/config.json is not of a LLaVA-VR model: give a folder that train.py wrote")
+        parts = stored.pop("parts", {})
         try:
             config = LLaVAVRConfig(CLIPConfig(**stored.pop("vision")), Qwen2Config(**stored.pop("text")), **stored)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder}/config.json does not describe a LLaVA-VR model ({error}); was it edited?") from None
         with torch.device("meta"):                                               # shapes only, soon overwritten
-            model = cls(config)
+            model = cls(config).to(dtype)
         model.to_empty(device="cpu").language_model.tie()
-        load_weights(model, folder, lambda key: key)
+        for name, part in parts.items():
+            mend = f"bring it back, or correct parts.{name}.path in {folder}/config.json"
+            check_fingerprint(part["path"], part["files"], f"the {name} of {folder}", mend)
+            load_weights(getattr(model, name), part["path"], getattr(model, name).rename)
+        load_weights(model, folder, lambda key: key, skip=[f"{name}." for name in parts])
         model.read_tokenizer(folder)
+        model.parts = parts
         return model.eval()
 
     def read_tokenizer(self, folder):
         self.tokenizer, self.tokenizer_file = data.load_tokenizer(folder), Path(folder) / "tokenizer.json"
 
-    def save_pretrained(self, folder, extra=None):
-        """Write config.json, model.safetensors, tokenizer.json and copies of extra {name: path}, whole or not at all."""
-        tensors = self.state_dict()
+    def save_pretrained(self, folder, extra=None, whole=True):
+        """Write config.json, model.safetensors, tokenizer.json and copies of extra {name: path}, all or nothing.
+
+        whole: False leaves out the ViT and the decoder that `from_parts` read, if they were frozen since. config.json
+        then says where they lie and how to recognise them (weights.fingerprint), and loading takes them from there.
+        """
+        parts = {} if whole else self.parts
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if name.split(".")[0] not in parts}
         if self.config.text.tie_word_embeddings:
-            del tensors["language_model.lm_head.weight"]
-        save_weights(folder, tensors, {"model_type": "llava_vr", **asdict(self.config)},
+            tensors.pop("language_model.lm_head.weight", None)
+        save_weights(folder, tensors, {"model_type": "llava_vr", **asdict(self.config), **({"parts": parts} if parts else {})},
                      {"tokenizer.json": self.tokenizer_file, **(extra or {})})
+
+
+def check(folder):
+    """Load a CLIP, Qwen2 or LLaVA-VR folder strictly -> lines that say what it holds.
+
+    Raises ValueError or FileNotFoundError as loading does, and ValueError naming the tensors with NaN or infinity.
+    """
+    config, dtypes, sizes, broken = read_config(folder), Counter(), Counter(), []
+    for path, key, tensor in read_tensors(folder):
+        dtypes[tensor.dtype] += tensor.numel()
+        if not torch.isfinite(tensor).all():
+            broken.append(f"{key} in {path.name}")
+    if broken:
+        raise ValueError(f"{folder}: NaN or infinity in {', '.join(broken)}; download it again, or go back to an earlier save")
+    kind, options = config.get("model_type"), {"dtype": max(dtypes, key=dtypes.get)}             # a 7B in bf16 stays in bf16
+    if kind in ("clip", "clip_vision_model"):
+        options["layers"] = (CLIPConfig.from_dict(config).num_hidden_layers,)
+    loader = {"clip": CLIPVision, "clip_vision_model": CLIPVision, "qwen2": Qwen2}.get(kind, LLaVAVR)
+    for name, parameter in loader.from_pretrained(folder, **options).named_parameters():
+        sizes[name.split(".")[0]] += parameter.numel()
+    return [f"{folder}: {kind}, {sizes.total():,} parameters, all finite",
+            *(f"{size:15,}  {name}" for name, size in sizes.items()),
+            *(f"{count:15,}  numbers on disk in {dtype}" for dtype, count in dtypes.items())]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", metavar="FOLDER", required=True)
+    try:
+        print(*check(parser.parse_args().check), sep="\n")
+    except (ValueError, OSError) as error:
+        sys.exit(f"model.py: {error}")

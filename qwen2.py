@@ -263,9 +263,12 @@ class Qwen2(nn.Module):
         with torch.device("meta"):                  # shapes only: no time spent on numbers about to be overwritten
             model = cls(config).to(dtype)
         model.to_empty(device="cpu").tie()
-        # a tied checkpoint stores no head; the odd one that does repeats the embedding
-        load_weights(model, folder, lambda key: None if key == "lm_head.weight" and config.tie_word_embeddings else key)
+        load_weights(model, folder, model.rename)
         return model
+
+    def rename(self, key):
+        """A checkpoint's key -> our parameter name. A tied one stores no head; the odd one that does repeats the embedding."""
+        return None if key == "lm_head.weight" and self.config.tie_word_embeddings else key
 
     def save_pretrained(self, folder, extra=None):
         """Write a folder that from_pretrained and transformers read; extra {name: path} are files to copy in beside."""

@@ -256,7 +256,7 @@ def train(args, phase, rank, world, device):
         raise ValueError(f"none of the {skipped} records could be used (the reasons stand above); is {found['data']} the data "
                          f"of phase {phase}?")
     if rank == 0:
-        model.save_pretrained(out, {"log.jsonl": partial / "log.jsonl"})
+        model.save_pretrained(out, {"log.jsonl": partial / "log.jsonl"}, whole="language_model" in recipe.trains)
         shutil.rmtree(partial)
         print(f"phase {phase}: done, {out} holds the model" + (f"; {skipped} records skipped" if skipped else ""), flush=True)
     meet(world)

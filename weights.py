@@ -1,7 +1,9 @@
-"""A folder of weights <-> a module: config.json beside model.safetensors, as the Hugging Face hub lays them out.
+"""A folder of weights <-> a module: config.json beside model.safetensors or its shards, as the Hugging Face hub lays them out.
 
+Neither way holds the weights twice: files are mapped and copied tensor by tensor, and written one shard at a time.
 Every complaint is a FileNotFoundError or ValueError in one line: what is wrong, where, and how to mend it.
 """
+import hashlib
 import json
 import os
 import shutil
@@ -35,20 +37,18 @@ def load_weights(module, folder, rename, skip=()):
     skip: prefixes of parameter names that the folder need not hold (they keep the values they have).
     Raises ValueError for an unknown, missing, repeated or mis-shaped key and for a damaged file.
     """
-    folder = Path(folder)
     parameters = dict(module.named_parameters())       # a tied parameter appears once, under its first name
     came_from = {}
-    for path in _weight_files(folder):
-        for key, tensor in _tensors(path):
-            name = rename(key)
-            if name is None:
-                continue
-            if name not in parameters:
-                raise ValueError(f"{path}: unknown key {key} (it would be {name}); is this another kind of model?")
-            if name in came_from:
-                raise ValueError(f"{path}: key {key} fills {name}, which {came_from[name]} has filled already")
-            _copy(parameters[name], tensor, name, key, path)
-            came_from[name] = f"{path.name}:{key}"
+    for path, key, tensor in read_tensors(folder):
+        name = rename(key)
+        if name is None:
+            continue
+        if name not in parameters:
+            raise ValueError(f"{path}: unknown key {key} (it would be {name}); is this another kind of model?")
+        if name in came_from:
+            raise ValueError(f"{path}: key {key} fills {name}, which {came_from[name]} has filled already")
+        _copy(parameters[name], tensor, name, key, path)
+        came_from[name] = f"{path.name}:{key}"
     missing = [n for n in parameters if n not in came_from and not n.startswith(tuple(skip))]
     if missing:
         shape = tuple(parameters[missing[0]].shape)
@@ -56,10 +56,47 @@ def load_weights(module, folder, rename, skip=()):
         raise ValueError(f"{folder}: missing key {missing[0]} of shape {shape}{more}; is the download complete?")
 
 
-def save_weights(folder, tensors, config, extra=None):
+def read_tensors(folder):
+    """Yield (path, key, tensor) of all of a folder's weights, one at a time, mapped from the file rather than read."""
+    for path in _weight_files(Path(folder)):
+        for key, tensor in _tensors(path):
+            yield path, key, tensor
+
+
+def fingerprint(folder):
+    """{file name: mark} of a folder's config.json and weight files, to tell later whether they are still the same.
+
+    A mark is the file's size and a sha256 over 16 evenly spaced MiB, the first and the last among them. Another model,
+    size, dtype or version shows, as does a file cut short. Bytes changed only between the samples do not: this guards
+    against mistakes, not against forgery, and reads 16 MiB where a full hash reads 15 GB.
+    """
+    marks, folder = {}, Path(folder)
+    for path in [folder / "config.json", *_weight_files(folder)]:
+        size, digest = path.stat().st_size, hashlib.sha256()
+        with open(path, "rb") as file:
+            for part in range(16):
+                file.seek(max(size - 2**20, 0) * part // 15)
+                digest.update(file.read(2**20))
+        marks[path.name] = f"{size} bytes, {digest.hexdigest()[:32]}"
+    return marks
+
+
+def check_fingerprint(folder, marks, what, mend):
+    """Raises FileNotFoundError or ValueError in one line, built from `what` and `mend`, unless fingerprint(folder) == marks."""
+    if not Path(folder, "config.json").exists():
+        raise FileNotFoundError(f"{what} was in {folder} and is not there: {mend}")
+    found = fingerprint(folder)
+    changed = sorted(file for file in {*marks, *found} if marks.get(file) != found.get(file))
+    if changed:
+        raise ValueError(f"{what} was read from {folder}, where {changed[0]} is another now: {mend}")
+
+
+def save_weights(folder, tensors, config, extra=None, shard_bytes=5 * 10**9):
     """Write {name: tensor} and config to `folder`, whole or not at all; an existing folder is replaced.
 
     extra: {file name: path}, files to copy in beside the weights (a tokenizer, say).
+    shard_bytes: above it the weights are cut into model-00001-of-0000N.safetensors of at most so many bytes each (or one
+        tensor), with the hub's index beside them. Memory beyond the model stays at about one shard.
     Everything is written and flushed to disk in a sibling folder first, which then takes the name.
     """
     folder = Path(folder).absolute()
@@ -67,9 +104,7 @@ def save_weights(folder, tensors, config, extra=None):
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
     try:
         staging.chmod(0o755)                                       # mkdtemp's 0700 hides it from colleagues
-        # safetensors refuses gaps (made contiguous here) and shared storage (name a tied tensor once)
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, staging / "model.safetensors", metadata={"format": "pt"})
+        _write_shards(staging, tensors, _cut(tensors, shard_bytes))
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name, source in (extra or {}).items():
             shutil.copyfile(source, staging / name)
@@ -81,6 +116,31 @@ def save_weights(folder, tensors, config, extra=None):
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _cut(tensors, shard_bytes):
+    """-> lists of names in order, each of tensors that together fit into shard_bytes."""
+    shards, room = [[]], shard_bytes
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= tensor.nbytes
+    return shards
+
+
+def _write_shards(folder, tensors, shards):
+    """One file, or several and the index that says which file holds which tensor."""
+    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    names = names if shards[1:] else ["model.safetensors"]
+    for file, keys in zip(names, shards):
+        # safetensors refuses gaps (made contiguous here) and shared storage (name a tied tensor once)
+        save_file({key: tensors[key].detach().cpu().contiguous() for key in keys}, folder / file, metadata={"format": "pt"})
+    if shards[1:]:
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+                 "weight_map": {key: file for file, keys in zip(names, shards) for key in keys}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _swap_in(staging, folder):
@@ -123,7 +183,7 @@ def _weight_files(folder):
         content = _read_json(index)
         if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
             raise ValueError(f"{index}: no weight_map in it; download it again")
-        shards = [folder / name for name in sorted(set(content["weight_map"].values()))]
+        shards = [folder / Path(name).name for name in sorted(set(map(str, content["weight_map"].values())))]     # never outside
         for shard in shards:
             if not shard.is_file():
                 raise FileNotFoundError(f"{shard}: missing, though {index.name} lists it; complete the download")
@@ -149,6 +209,8 @@ def _tensors(path):
         # weights_only: tensors only, runs no code; mmap needs the zip format, which files before torch 1.6 are not in
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:             # torch raises RuntimeError, EOFError, UnpicklingError, ... by damage
+        if "unsupported global" in str(error).lower():
+            raise ValueError(f"{path}: asks for code to be run and was not opened; use a safetensors file instead") from None
         raise ValueError(damaged.format(str(error).split("\n")[0])) from None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise ValueError(f"{path}: not a plain {{key: tensor}} file; save the model's state_dict() in it")
@@ -160,6 +222,8 @@ def _copy(parameter, tensor, name, key, path):
     if parameter.shape != tensor.shape:
         raise ValueError(f"{path}: key {key} has shape {tuple(tensor.shape)}, but {name} has shape "
                          f"{tuple(parameter.shape)}; does config.json belong to these weights?")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{path}: key {key} holds {tensor.dtype}, not floating point; take weights that are not quantised")
     if parameter.is_meta:                  # copy_ into a meta tensor does nothing and says nothing
         raise ValueError(f"{name} is on the meta device; call to_empty() before loading {path}")
     parameter.copy_(tensor)

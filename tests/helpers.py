@@ -1,4 +1,5 @@
 """What several test files share: small random models, pictures, batches. No weights to fetch, no network."""
+import io
 import sys
 from pathlib import Path
 
@@ -51,6 +52,30 @@ def tiny_model(std=0.2, **changes):
 def picture(width, height, seed=0):
     """Noise, in which every misplaced pixel shows."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def sizes(count, longest, seed=0):
+    """Picture sizes (W, H), each side drawn so that 1 to 10 pixels are as likely as 10 to 100: many are slivers."""
+    logs = np.random.default_rng(seed).uniform(0, np.log(longest + 1), (count, 2))
+    return [tuple(pair) for pair in np.exp(logs).astype(int).tolist()]
+
+
+def files():
+    """Files as they occur in the wild, {kind: bytes}: the same 40x23 picture stored in other ways."""
+    image, exif, found = picture(40, 23), Image.Exif(), {}
+    exif[0x0112] = 6                                                            # "turn me a quarter to the right"
+    alpha = image.convert("RGBA")
+    alpha.putalpha(picture(40, 23, 1).getchannel(0))
+    deep = Image.fromarray(np.random.default_rng(2).integers(0, 600, (23, 40), dtype=np.uint16))
+    kinds = {"palette": image.quantize(16), "palette with a clear colour": image.quantize(16), "alpha": alpha,
+             "grey": image.convert("L"), "grey with alpha": alpha.convert("LA"), "one bit": image.convert("1"), "16 bit": deep,
+             "CMYK": image.convert("CMYK"), "turned by EXIF": image}
+    options = {"palette with a clear colour": {"transparency": 3}, "turned by EXIF": {"exif": exif}}
+    for kind, stored in kinds.items():
+        stream = io.BytesIO()
+        stored.save(stream, "TIFF" if kind == "CMYK" else "PNG", **options.get(kind, {}))
+        found[kind] = stream.getvalue()
+    return found
 
 
 def sample(model, pictures=(), question="What is the value of Apple?", answer="12", name="one", template="chat", mode=None):

@@ -1,4 +1,5 @@
 """data.py: AnyRes plans and cells, tiles, chat template and label masks, readers, batches."""
+import hashlib
 import io
 import json
 import math
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+from helpers import files  # noqa: E402
 from data import IGNORE, IMAGE, encode_chat, encode_sample, plan_image  # noqa: E402
 
 CASES = json.loads((Path(__file__).parent / "cases/anyres.json").read_text())
@@ -122,7 +125,7 @@ def test_slivers_keep_one_pixel():
 
 def test_planner_refuses_nonsense():
     """One clear line instead of a crash inside the arithmetic."""
-    with pytest.raises(ValueError, match="'anyres' is unknown: use one of a4, max9, square, pad"):
+    with pytest.raises(ValueError, match="'anyres' is unknown: use one of a4, a4hf, max9, square, pad"):
         plan_image((10, 10), "anyres")
     with pytest.raises(ValueError, match="0x10"):
         plan_image((0, 10))
@@ -208,6 +211,36 @@ def test_pictures_of_any_kind_become_rgb(tmp_path):
     (tmp_path / "a.png").write_bytes(png(noise(5, 4)))
     from_path = data.load_image(tmp_path / "a.png")
     assert from_path.tobytes() == data.load_image(png(noise(5, 4))).tobytes() == data.load_image(from_path).tobytes()
+
+
+PIXELS = json.loads((Path(__file__).parent / "cases/pixels.json").read_text())
+
+
+@pytest.mark.parametrize("mode", data.MODES)
+def test_tiles_equal_transformers_over_random_sizes(mode):
+    """Byte for byte, slivers of one pixel included: CLIP's processor for "square", LLaVA's for "pad", LlavaNext's for the
+    rest (record_parity.py). Left out is "square" beyond 1:64, where ours computes the window alone; see the test above."""
+    cases = [case for case in PIXELS["sizes"] if case[2] == mode]
+    assert len(cases) > 40 and min(min(case[:2]) for case in cases) == 1
+    for width, height, _, tile, digest in cases:
+        tiles = data.cut_tiles(noise(width, height), plan_image((width, height), mode, 2, tile))
+        assert hashlib.sha256(tiles.tobytes()).hexdigest()[:16] == digest, (width, height, tile)
+
+
+@pytest.mark.parametrize("kind", PIXELS["files"])
+def test_tiles_of_unusual_files_equal_the_reference(kind):
+    """Palette, alpha, CMYK, 16 bit, EXIF: Pillow's convert("RGB") and nothing else, as LLaVA reads them, then LlavaNext's
+    tiles. transformers 5 itself differs for transparent ones, see load_image and test_live.py."""
+    image = data.load_image(files()[kind])
+    tiles = data.cut_tiles(image, plan_image(image.size, "a4", 2, 28))
+    assert hashlib.sha256(tiles.tobytes()).hexdigest()[:16] == PIXELS["files"][kind]
+
+
+def test_every_byte_normalises_to_transformers_value():
+    """All 256 values in all three channels, in float32; off by one rounding at most."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
+    theirs = load_file(Path(__file__).parent / "fixtures/ramp.safetensors")["ramp"].view(3, 16, 16)
+    assert (data.normalise(ramp)[0] - theirs).abs().max() <= 2.4e-7            # one unit in the last place of 2.x
 
 
 def test_exif_rotation_is_not_applied():
@@ -370,10 +403,54 @@ def test_tokenizer_must_have_the_specials(tmp_path):
         data.load_tokenizer(tmp_path)
 
 
-@pytest.mark.skipif("LLAVAVR_QWEN2_TOKENIZER" not in os.environ, reason="names Qwen2's own tokenizer.json")
-def test_system_block_has_qwen2s_ids():
+@pytest.fixture(scope="module")
+def qwen():
+    """Qwen2's own tokenizer, too large to lie here: $QWEN2_TOKENIZER names its tokenizer.json, or weights/Qwen2-* holds it."""
+    named = os.environ.get("QWEN2_TOKENIZER")
+    found = [Path(named)] if named else sorted(Path(data.__file__).parent.glob("weights/Qwen2-*/tokenizer.json"))
+    if not found:
+        pytest.skip("no Qwen2 tokenizer.json: set QWEN2_TOKENIZER or download one into weights/")
+    return data.load_tokenizer(found[0].parent)
+
+
+CHAT = ask("What is this?\n<image>", "A red\nbus.") + ask("Sure\n\nReally?", "Yes.")
+
+
+def test_the_chat_template_has_qwen2s_ids(qwen):
+    """llava_next 3.1: the special ids, the frame of every turn and where a generation starts."""
+    ids, _ = encode_chat(qwen, CHAT, [2])
+    assert [qwen.token_to_id(name) for name in data.SPECIALS] == [151644, 151645, 151643]
+    assert ids[11:17] == [151644, 872, 198, IMAGE, IMAGE, 198]
+    assert [ids[at:at + 3] for at, i in enumerate(ids) if i == 151644][1:] == [[151644, 872, 198], [151644, 77091, 198]] * 2
+    assert [ids[at + 1] for at, i in enumerate(ids) if i == 151645] == [198] * 5
+    assert encode_chat(qwen, CHAT[:3], [2], generate=True)[0][-3:] == [151644, 77091, 198]
+
+
+def test_both_label_masks_train_the_spans_they_name(qwen):
+    """llava_next 3.3. Ours: answers and their end. LLaVA's: the whole of the answers' turns, and 151644, 151645 and 198
+    wherever they occur elsewhere; "\\n\\n" is another token and is not trained."""
+    ids, answer = encode_chat(qwen, CHAT, [2])
+    same, llava = encode_chat(qwen, CHAT, [2], train="llava")
+    starts = [at for at, i in enumerate(ids) if i == 151644] + [len(ids)]
+    turns = list(zip(starts, starts[1:]))                                       # system, user, assistant, user, assistant
+    expected, easy = [IGNORE] * len(ids), [i if i in (151644, 151645, 198) else IGNORE for i in ids]
+    for first, end in (turns[2], turns[4]):
+        expected[first + 3:end - 1] = ids[first + 3:end - 1]
+        easy[first:end] = ids[first:end]
+    assert same == ids and answer == expected and llava == easy
+    assert 271 in ids and 271 not in llava, "a double line break is one other token"
+    assert trained(qwen, ids, answer) == "A red\nbus.<|im_end|>Yes.<|im_end|>"
+
+
+def test_the_plain_template_has_no_frame(qwen):
+    """llava_next 3.4: vision tokens, caption, one line break; caption and line break trained, no end token."""
+    ids, labels = data.encode_plain(qwen, "a red bus", 3)
+    assert ids[:3] == [IMAGE] * 3 and ids[-1] == 198 and not {151643, 151644, 151645} & set(ids)
+    assert labels == [IGNORE] * 3 + ids[3:] and qwen.decode(ids[3:]) == "a red bus\n"
+
+
+def test_system_block_has_qwen2s_ids(qwen):
     """Eleven ids found in several public fixtures; and pieces tokenise like the whole string, seams being specials."""
-    qwen = data.load_tokenizer(Path(os.environ["LLAVAVR_QWEN2_TOKENIZER"]).parent)
     ids, _ = encode_chat(qwen, ask("<image>\nWas ist das? 这是什么? 1234", " 42 €.\n\nDone!"), [2])
     assert ids[:11] == [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]
     assert ids[11:14] == [151644, 872, 198] and ids[14:17] == [IMAGE, IMAGE, 198]

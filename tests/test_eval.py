@@ -3,10 +3,14 @@
 The stub answers with the red value of the picture's first pixel, so it "sees"; a grey picture makes it answer 128.
 """
 
+import base64
+import html.parser
 import io
 import json
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -18,7 +22,10 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import eval as evaluate
+import report
 import sample
+import standins
+import tasks
 
 PROMPTS = json.loads((ROOT / "tests/cases/prompts.json").read_text())
 REDS = [10, 200, 128, 250, 40, 60]  # the answers; blind, only row 2 is right
@@ -111,7 +118,7 @@ def test_every_sample_is_written_in_order_and_scored(setup, tmp_path, capfd):
     blind = lines(tmp_path / "model/eval/chartqa_blind.jsonl")
     assert [r["index"] for r in blind] == list(range(6)) and [r["score"] for r in blind] == [0, 0, 1, 0, 0, 0]
     assert entry["scores"]["overall"]["n"] == 6 and entry["unreadable_pictures"] == 1
-    assert json.loads((tmp_path / "model/eval/results.json").read_text()) == {"chartqa": entry}
+    assert json.loads((tmp_path / "model/eval/results.json").read_text())["chartqa"] == entry
     out, err = capfd.readouterr()
     table = [line.split() for line in out.splitlines()[:4]]
     assert table == [["chartqa", "score", "stderr", "n", "blind"], ["overall", "83.3", "16.7", "6", "16.7"],
@@ -167,7 +174,8 @@ def test_a_mistyped_task_is_answered_with_the_nearest_name(tmp_path):
     command = [sys.executable, str(ROOT / "eval.py"), "--task", "ChartQ"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1
-    assert run.stderr == "eval.py: unknown task 'ChartQ'; there are: chartqa (did you mean chartqa?)\n"
+    assert run.stderr.startswith("eval.py: unknown task 'ChartQ'; there are: gqa, mme, ") and run.stderr.count("\n") == 1
+    assert run.stderr.endswith("Vision-Centric, all (did you mean chartqa?)\n")
 
 
 @pytest.mark.parametrize("extra, message", [
@@ -191,6 +199,256 @@ def test_half_a_download_and_foreign_parquet_are_refused(setup, tmp_path):
     pq.write_table(pa.table({"question": ["?"], "label": [1]}), tmp_path / "other/test-0.parquet")
     with pytest.raises(ValueError, match="no column type, answer, image; it has question, label"):
         evaluate.main(setup[:2] + ["--data", str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize("text, names", [
+    ("chartqa", "chartqa"), ("textvqa,gqa", "gqa textvqa"), ("general", "gqa mme"), ("mme docvqa", "mme docvqa"),
+    ("Knowledge", "mmstar mmmu scienceqa ai2d"), ("OCR&Chart", "chartqa docvqa textvqa ocrbench"),
+    ("Vision-Centric, gqa", "gqa realworldqa cvbench2d cvbench3d"), ("all", " ".join(tasks.TASKS))])
+def test_tasks_are_named_alone_together_or_by_the_papers_groups(text, names):
+    """Always in the order of the paper's columns; the groups are those of its Sec. 5.2."""
+    assert tasks.chosen(text) == names.split()
+
+
+@pytest.mark.parametrize("word, near", [("docvq", "docvqa"), ("Knowlege", "Knowledge"), ("gqa mmu", "mmmu")])
+def test_a_mistyped_name_among_several_is_answered_with_the_nearest(word, near):
+    """Groups are among the names."""
+    with pytest.raises(ValueError, match=rf"unknown task.*did you mean {near}\?"):
+        tasks.chosen(word)
+
+
+def test_every_task_has_a_scorer_and_a_place_in_the_papers_table():
+    """One table: the scorers and the tasks have the same names in the same order, and the paper's rows give its averages."""
+    assert list(tasks.TASKS) == list(evaluate.metrics.SCORERS) == list(evaluate.metrics.AGGREGATES)
+    for place, average in ((0, 47.1), (1, 52.3)):
+        entries = {task: entry_of(task, spec.rows, spec.paper[place]) for task, spec in tasks.TASKS.items()}
+        assert round(report.average(entries)[0], 1) == average and report.average(entries)[2] == ""
+
+
+def entry_of(task, rows, score=50.0):
+    """An entry as eval.py makes it, with one part."""
+    part = {"score": score, "stderr": 1.0, "n": rows}
+    return {"rows": rows, "of": rows, "scores": {"overall": part}, "blind": None, "unparsed": 0.0, "seconds": 1.0, "model": "m"}
+
+
+def test_an_average_with_anything_missing_is_not_final():
+    """A missing task or a missing sample is named; MME-P enters divided by 20."""
+    text = report.summary({"gqa": entry_of("gqa", 12578), "mme": entry_of("mme", 8, 1000.0)}, "1.5b")
+    avg, note = text.splitlines()[-2:]
+    assert avg.split()[:2] == ["Avg", "50.0"] and avg.split()[-1] == "52.3"
+    assert "not final: without mmstar, " in note and "samples missing: mme 8 of 2374" in note and "gqa" not in note
+    full = {task: entry_of(task, spec.rows) for task, spec in tasks.TASKS.items()}
+    assert report.summary(full, "tiny").splitlines()[-1] == "Avg is over all 13, with MME-P/20"
+
+
+class Letter(Stub):
+    """Answers A to everything and notes how many pictures each question came with; None is no picture."""
+
+    def generate(self, images, prompts, max_new_tokens):
+        Stub.calls += [(0 if i is None else len(i) if isinstance(i, list) else 1, text) for i, text in zip(images, prompts)]
+        return ["A"] * len(prompts)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The thirteen stand-ins, eight rows each."""
+    folder = tmp_path_factory.mktemp("standins")
+    standins.fill(folder)
+    return folder
+
+
+def test_the_whole_table_runs_on_the_stand_ins(setup, drawn, tmp_path, monkeypatch, capsys):
+    """All thirteen folders in the official schema: every row is asked, scored and written, none fails; then again from
+    the saved answers without asking anything; then from the files, without model or data."""
+    monkeypatch.setitem(sys.modules, "model", types.SimpleNamespace(LLaVAVR=Letter))
+    run = setup[:2] + ["--data", str(drawn), "--task", "all", "--report"]
+    entries = evaluate.main(run)
+    assert list(entries) == list(tasks.TASKS) and all(e["rows"] == 8 and not e["errors"] for e in entries.values())
+    folder = tmp_path / "model/eval"
+    for task in tasks.TASKS:
+        assert [r["index"] for r in lines(folder / f"{task}.jsonl")] == list(range(8))
+    asked = [count for count, text in Stub.calls if "<image 1>" in text or "drawn" in text]
+    assert 2 in asked and 0 in [count for count, _ in Stub.calls]  # the MMMU rows with two pictures and with none
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[-16:-2]][1:] == [s.title for s in tasks.TASKS.values()]
+    assert "Avg is not final: samples missing: gqa 8 of 12578" in out
+
+    Stub.calls = []
+    again = evaluate.main(run)
+    assert Stub.calls == [] and {t: e["scores"] for t, e in again.items()} == {t: e["scores"] for t, e in entries.items()}
+    for files in (folder.glob("*.jsonl"), (folder / "answers").glob("*.jsonl")):
+        scored = evaluate.main(["--rescore", *map(str, files)])
+        assert {t: e["scores"] for t, e in scored.items()} == {t: e["scores"] for t, e in entries.items()}
+
+    results = json.loads((folder / "results.json").read_text())
+    assert results["results"]["mmmu_val"]["mmmu_acc,none"] == entries["mmmu"]["scores"]["overall"]["score"] / 100
+    assert results["results"]["mme"]["mme_perception_score,none"] == entries["mme"]["scores"]["overall"]["score"]
+    assert results["n-samples"]["gqa"] == {"original": 8, "effective": 8}
+    page = (folder / "report.html").read_text()
+    assert page.count("<div class=\"card ") == 13 * 8 and page.count("data:image/jpeg;base64,") >= 13 * 8
+    assert 'src="http' not in page and "<link" not in page and "@import" not in page
+
+
+def test_the_page_shows_text_from_data_and_model_as_text():
+    """A reply may hold anything; a page that runs it would be a hole."""
+    sample = {"index": 3, "prompt": "<b>?", "prediction": "<script>x</script>", "answer": "&", "score": 0.0}
+    page = report.page({"gqa": entry_of("gqa", 1)}, {"gqa": [(sample, [])]}, "tiny")
+    found = []
+    parser = html.parser.HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append(tag)
+    parser.feed(page)
+    assert found.count("script") == 1 and "&lt;script&gt;x" in page and 'class="card wrong"' in page
+
+
+def test_a_stopped_run_goes_on_where_it_was(setup, tmp_path, monkeypatch):
+    """The third batch raises; the second start asks only what has no answer, and gives the numbers of an undisturbed run.
+    A line that was cut short by the kill is asked again."""
+    whole = evaluate.main(setup + ["--batch", "1", "--blind", "--out", str(tmp_path / "whole")])
+    generate, asked = Stub.generate, len(Stub.calls)
+
+    def breaks(self, *args, **kwargs):
+        if len(Stub.calls) == asked + 5:
+            raise KeyboardInterrupt
+        return generate(self, *args, **kwargs)
+    monkeypatch.setattr(Stub, "generate", breaks)
+    part = setup + ["--batch", "1", "--blind", "--out", str(tmp_path / "part")]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(part)
+    monkeypatch.setattr(Stub, "generate", generate)
+    log = tmp_path / "part/answers/chartqa.0.jsonl"
+    log.write_bytes(log.read_bytes()[:-7])
+    Stub.calls = []
+    assert evaluate.main(part)["scores"] == whole["scores"] and len(Stub.calls) == 10 - 5 + 1
+    for name in ("chartqa.jsonl", "chartqa_blind.jsonl"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(line["index"] for line in lines(log)) == list(range(6))
+
+
+def test_answers_are_kept_for_the_same_question_only(setup, tmp_path):
+    """Rows that have changed are asked again; --fresh asks everything again."""
+    evaluate.main(setup)
+    write_chartqa(tmp_path / "new/ChartQA")
+    table = pq.read_table(tmp_path / "new/ChartQA/test-00001-of-00002.parquet")
+    table = table.set_column(table.schema.get_field_index("question"), "question", pa.array(["Other?", "How red is 5?"]))
+    pq.write_table(table, tmp_path / "new/ChartQA/test-00001-of-00002.parquet")
+    Stub.calls = []
+    evaluate.main(setup[:2] + ["--data", str(tmp_path / "new")])
+    assert [text for call in Stub.calls for text in call[3]] == ["Other?\nAnswer the question with a single word."]
+    evaluate.main(setup + ["--fresh"])
+    assert sum(len(call[3]) for call in Stub.calls) == 1 + 5
+
+
+def test_another_models_answers_are_refused(setup, tmp_path):
+    """Two models' answers in one score would be nobody's."""
+    evaluate.main(setup)
+    (tmp_path / "model/model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ValueError, match=r"chartqa\.0\.jsonl holds answers of another model .*--fresh"):
+        evaluate.main(setup)
+    assert evaluate.main(setup + ["--fresh"])["rows"] == 6
+
+
+def test_a_sample_is_drawn_by_its_seed(setup, tmp_path):
+    """The same rows for the same seed, others for another; --limit beside it is refused."""
+    picked = []
+    for seed in ("1", "1", "2"):
+        evaluate.main(setup + ["--sample", "3", "--seed", seed, "--out", str(tmp_path / "o")])
+        picked.append([r["index"] for r in lines(tmp_path / "o/chartqa.jsonl")])
+    assert picked[0] == picked[1] != picked[2] and all(len(p) == 3 for p in picked)
+    with pytest.raises(ValueError, match="--limit and --sample"):
+        evaluate.main(setup + ["--limit", "2", "--sample", "2"])
+
+
+def test_base64_pictures_and_broken_rows(setup, tmp_path, monkeypatch):
+    """A picture may be base64 text; a row whose options are no list counts as wrong, with its id in the report."""
+    monkeypatch.setitem(sys.modules, "model", types.SimpleNamespace(LLaVAVR=Letter))
+    text = base64.b64encode(png(9, (8, 8))).decode()
+    row = {f"image_{n}": None for n in range(1, 8)} | {"image_1": text, "question_type": "multiple-choice", "answer": "A"}
+    rows = [row | {"id": "v_1", "question": "<image 1>?", "options": "['x', 'y']"},
+            row | {"id": "v_2", "question": "<image 1>?", "options": "['x', "},
+            row | {"id": "v_3", "question": "<image 2>?", "options": "['x', 'y']"}]
+    (tmp_path / "m/MMMU").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m/MMMU/validation-00000-of-00001.parquet")
+    entry = evaluate.main(setup[:2] + ["--data", str(tmp_path / "m"), "--task", "mmmu"])
+    assert [r["score"] for r in lines(tmp_path / "model/eval/mmmu.jsonl")] == [1.0, 0.0, 0.0]
+    assert [e["id"] for e in entry["errors"]] == ["v_2", "v_3"] and entry["unparsed"] == 2 / 3
+
+
+def test_gqas_questions_meet_their_pictures(tmp_path):
+    """Two configs are joined by imageId, every picture read once; a question whose picture is not there still comes."""
+    standins.write("gqa", tmp_path, 4)
+    home = tmp_path / "GQA/testdev_balanced_images/testdev-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(home).slice(1), home)  # n0 is lost; n2 is left
+    found = dict(tasks.rows_of("gqa", tasks.find_files("gqa", tmp_path), range(1, 4), tmp_path))
+    assert sorted(found) == [1, 2, 3] and found[1]["imageId"] == "n2"
+    assert [found[i]["image"] is None for i in (1, 2, 3)] == [False, True, True]
+
+
+def test_one_file_of_both_cvbench_halves_is_told_apart_by_type(tmp_path):
+    """The default config holds 2D and 3D together; row numbers count within the half."""
+    for task in ("cvbench2d", "cvbench3d"):
+        standins.write(task, tmp_path, 3)
+    both = [pq.read_table(tmp_path / f"CV-Bench/test_{half}.parquet") for half in ("2d", "3d")]
+    (tmp_path / "one").mkdir()
+    pq.write_table(pa.concat_tables(both), tmp_path / "one/test-00000-of-00001.parquet")
+    for task, kind in (("cvbench2d", "2D"), ("cvbench3d", "3D")):
+        files = tasks.find_files(task, tmp_path / "one")
+        rows = list(tasks.rows_of(task, files, {0, 2}, pictures=False))
+        assert tasks.count_rows(task, files) == 3 and [i for i, _ in rows] == [0, 2] and {r["type"] for _, r in rows} == {kind}
+
+
+def test_a_folder_of_the_old_or_the_new_organisation_is_found(tmp_path):
+    """And a missing one is told with what was looked for and what is there."""
+    for name in ("ai2d", "lmms-lab/ai2d", "lmms-lab-encoder/ai2d"):
+        home = tmp_path / name.replace("/", "_") / name / "data"
+        home.mkdir(parents=True)
+        (home / "test-00000-of-00001-0a1b2c.parquet").touch()
+        assert len(tasks.find_files("ai2d", tmp_path / name.replace("/", "_"))) == 1
+    looked = r"validation-\*.parquet for docvqa in .*DocVQA/ or data/.*holds ai2d/.*--local-dir"
+    with pytest.raises(FileNotFoundError, match=looked):
+        tasks.find_files("docvqa", tmp_path)
+
+
+def test_of_a_group_what_is_missing_is_named_and_left_out(setup, capsys):
+    """`--task OCR&Chart` with one folder of four: scored, the others named, the average not final."""
+    entries = evaluate.main(setup + ["--task", "OCR&Chart"])
+    out, err = capsys.readouterr()
+    assert list(entries) == ["chartqa"] and all(f"for {name} in" in err for name in ("docvqa", "textvqa", "ocrbench"))
+    assert "Avg is not final: without gqa," in out
+    with pytest.raises(FileNotFoundError, match="for docvqa in"):
+        evaluate.main(setup + ["--task", "chartqa", "docvqa"])
+
+
+@pytest.mark.parametrize("text", ["{}", "not json"])
+def test_a_file_that_holds_no_answers_is_refused(tmp_path, text):
+    """With its name and line."""
+    (tmp_path / "chartqa.saved.jsonl").write_text(text + "\n")
+    with pytest.raises(ValueError, match=r"chartqa.saved.jsonl:1 is no answer"):
+        evaluate.main(["--rescore", str(tmp_path / "chartqa.saved.jsonl")])
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_the_result_is_the_same(setup, tmp_path):
+    """kill -9 after ten different times; the last start runs to its end. Each sample once, the undisturbed scores."""
+    whole = evaluate.main(setup + ["--blind", "--out", str(tmp_path / "whole")])
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"import sys, time, types\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+                      "from test_eval import Stub, evaluate\nquick = Stub.generate\n"
+                      "Stub.generate = lambda *a, **k: (time.sleep(0.05), quick(*a, **k))[1]\n"
+                      "sys.modules['model'] = types.SimpleNamespace(LLaVAVR=Stub)\nevaluate.main()\n")
+    run = [sys.executable, str(driver), *setup, "--blind", "--batch", "1", "--out", str(tmp_path / "part")]
+    log = tmp_path / "part/answers/chartqa_blind.0.jsonl"
+    for kill in range(10):
+        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = log.stat().st_size if log.exists() else 0
+        while process.poll() is None and not (log.exists() and log.stat().st_size > before):
+            time.sleep(0.005)
+        time.sleep(0.013 * kill)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(run, check=True, capture_output=True)
+    for name in ("chartqa.jsonl", "chartqa_blind.jsonl"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert json.loads((tmp_path / "part/results.json").read_text())["chartqa"]["scores"] == whole["scores"]
 
 
 class Talker:

@@ -46,6 +46,32 @@ def test_cached_equals_transformers_uncached(name):
     assert cache.lengths.tolist() == [11, 11]
 
 
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_greedy_tokens_equal_transformers(name):
+    """Eight tokens one by one through the cache, as transformers' generate picks them through its own."""
+    model, expected = Qwen2.from_pretrained(FIXTURES / name), load_file(FIXTURES / name / "expected.safetensors")
+    cache, said = KVCache(model.config, 2, 19), []
+    token = model(expected["input_ids"], cache=cache)[:, -1:].argmax(-1)        # (B, 1)
+    for _ in range(8):
+        said.append(token)
+        token = model(token, cache=cache).argmax(-1)
+    assert torch.equal(torch.cat(said, 1), expected["greedy"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_padded_and_packed_rows_equal_transformers(name):
+    """transformers is given a mask for the padding of row 1, and two samples of 7 and 4 tokens in one row; ours needs no
+    mask for the first and takes the second as two rows: it has no packed mode yet, so this is what one must equal."""
+    model, expected = Qwen2.from_pretrained(FIXTURES / name), load_file(FIXTURES / name / "expected.safetensors")
+    ids = expected["input_ids"]
+    padded = model(ids) * (torch.arange(11) < torch.tensor([11, 6])[:, None])[..., None]
+    assert off_by(padded, expected["padded"]) <= 1e-5
+    alone = torch.cat([model(part) for part in ids[:1].split([7, 4], 1)], 1)
+    assert off_by(alone, expected["packed"]) <= 1e-5 and off_by(model(ids[:1]), expected["packed"]) > 1e-2
+
+
 def test_right_padded_rows_decode_as_if_alone(model):
     """Rows of 3, 7 and 5 tokens in one batch: the cache writes, looks and rotates by each row's own length."""
     prompts, steps = [torch.randint(0, 31, (n,)) for n in (3, 7, 5)], torch.randint(0, 31, (3, 4))

@@ -1,12 +1,19 @@
 """What weights.py promises: a load is complete and exact, or it stops and says what, where and how to mend it."""
 import json
+import os
+import re
 import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from weights import load_weights, read_config, save_weights
+from helpers import ROOT
+from weights import check_fingerprint, fingerprint, load_weights, read_config, save_weights
 
 
 def same(key):
@@ -97,6 +104,52 @@ def test_a_truncated_file_says_so(module, folder, name, share):
         load_weights(module, folder, same)
 
 
+class Hostile:
+    """Pickled, it is the call os.system("touch ..."): unpickling it runs that."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_hostile_checkpoint_runs_no_code(module, folder, tmp_path, zipped):
+    """A pickle is a program. The same file, opened without care, does what it was made for: else this would prove nothing."""
+    (folder / "model.safetensors").unlink()
+    state = {"weight": torch.ones(2, 3), "bias": Hostile(tmp_path / "owned")}
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="pytorch_model.bin: asks for code to be run and was not opened; use a safetensors"):
+        load_weights(module, folder, same)
+    assert not (tmp_path / "owned").exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 988\n", b"<html>404</html>",
+                                     bytes(range(256)) * 40, b"\xff" * 4096])
+def test_a_file_that_holds_something_else_says_so(module, folder, name, content):
+    """Git without LFS leaves a three-line pointer, a wrong address a web page; a header may also promise 2^64 bytes."""
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: truncated or corrupt.*download it again") as caught:
+        load_weights(module, folder, same)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_a_table_or_not_floating_point_are_refused(module, folder):
+    """A pickled list; quantised integers, which would be copied as if they were the values themselves."""
+    rewrite(folder, {"weight": torch.ones(2, 3, dtype=torch.int8), "bias": torch.ones(2)})
+    with pytest.raises(ValueError, match="key weight holds torch.int8, not floating point"):
+        load_weights(module, folder, same)
+    (folder / "model.safetensors").unlink()
+    torch.save([torch.ones(2)], folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not a plain {key: tensor} file"):
+        load_weights(module, folder, same)
+
+
 def test_a_module_without_storage_is_refused(folder):
     """Copying into a meta tensor does nothing and says nothing."""
     with pytest.raises(ValueError, match="meta device"):
@@ -135,3 +188,102 @@ def test_a_save_that_fails_leaves_the_old_folder_as_it_was(folder, tmp_path):
         save_weights(folder, {"weight": torch.zeros(1)}, {}, {"tokenizer.json": tmp_path / "absent"})
     assert (folder / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
+# ---- shards and memory
+
+def test_above_a_size_the_weights_are_cut_into_the_hubs_shards(tmp_path):
+    """Names, index and sizes as transformers writes them; a tensor larger than a shard has one to itself; all come back."""
+    tensors = {f"t{n}": torch.full((n,), float(n)) for n in (2, 3, 9, 1, 4)}                  # 8, 12, 36, 4, 16 bytes
+    save_weights(tmp_path / "w", tensors, {}, shard_bytes=20)
+    files = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == ["config.json", *files, "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "w/model.safetensors.index.json").read_text())
+    places = dict(zip(tensors, [files[0], files[0], files[1], files[2], files[2]]))
+    assert index == {"metadata": {"total_size": 76}, "weight_map": places}
+    module = torch.nn.ParameterDict({key: torch.zeros_like(tensor) for key, tensor in tensors.items()})
+    load_weights(module, tmp_path / "w", same)
+    assert all(torch.equal(module[key], tensor) for key, tensor in tensors.items())
+    save_weights(tmp_path / "w", tensors, {}, shard_bytes=76)
+    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == ["config.json", "model.safetensors"]
+    assert load_file(tmp_path / "w/model.safetensors").keys() == tensors.keys()
+
+
+MEASURED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from weights import load_weights, save_weights
+module = torch.nn.ParameterList(torch.ones(1024, 2048) for _ in range(32))                  # 32 x 8 MiB
+torch.ones(9, 9) @ torch.ones(9, 9)
+print("ready", flush=True)
+sys.stdin.readline()
+if sys.argv[3] == "save":
+    save_weights(sys.argv[2], dict(module.named_parameters()), {}, shard_bytes=2**26)
+else:
+    load_weights(module, sys.argv[2], lambda key: key)
+"""
+
+
+def anonymous(pid):
+    """Bytes of a process that no file backs: what it would swap, not what it has mapped. 0 for one that has ended."""
+    found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("action", ["save", "load"])
+def test_memory_beyond_the_model_stays_under_a_shard(tmp_path, action):
+    """256 MiB in shards of 64, watched from outside every millisecond: a 15 GB model must fit where it just fits."""
+    module = [torch.ones(1024, 2048) for _ in range(32)]
+    save_weights(tmp_path / "w", {str(n): tensor for n, tensor in enumerate(module)}, {}, shard_bytes=2**26)
+    run = subprocess.Popen([sys.executable, "-c", MEASURED, str(ROOT), str(tmp_path / "w"), action], text=True,
+                           stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert run.stdout.readline() == "ready\n"
+    before = peak = anonymous(run.pid)
+    run.stdin.write("go\n")
+    run.stdin.flush()
+    looks = 0
+    while run.poll() is None:
+        peak, looks = max(peak, anonymous(run.pid)), looks + 1
+        time.sleep(0.001)
+    assert run.returncode == 0 and looks > 20
+    extra = (peak - before) / 2**20
+    print(f"{action}: {extra:.0f} MiB beyond a model of {before / 2**20:.0f} MiB in all")
+    assert before > 2**28 and extra <= 64 + 4, "one shard, and the interpreter's own small change"
+
+
+# ---- fingerprints
+
+@pytest.mark.parametrize("size", [100, 2**20 + 5, 40 * 2**20])
+def test_a_fingerprint_knows_a_folder_again_and_notices_what_it_claims_to(tmp_path, size):
+    """First and last byte, one byte more or less, config.json. What it does not claim: a byte between the samples."""
+    folder = tmp_path / "w"
+    folder.mkdir()
+    content = bytearray(os.urandom(size))
+
+    def write(content, config="{}"):
+        (folder / "config.json").write_text(config)
+        (folder / "pytorch_model.bin").write_bytes(content)
+        return fingerprint(folder)
+    marks = write(content)
+    assert marks == fingerprint(folder) and marks.keys() == {"config.json", "pytorch_model.bin"}
+    for place in (0, size // 15 // 2, size - 1) if size < 2**21 else (0, size - 1, (size - 2**20) * 7 // 15):
+        changed = content.copy()
+        changed[place] ^= 1
+        assert write(changed) != marks, place
+    assert write(content[:-1]) != marks and write(content + b"0") != marks and write(content, "{ }") != marks
+    if size > 2**24:
+        changed = content.copy()
+        changed[2**20 + 2**19] ^= 1
+        assert write(changed) == marks, "then the docstring may claim more"
+    assert write(content) == marks
+
+
+def test_a_part_that_is_gone_or_another_is_named_with_the_cure(folder):
+    marks = fingerprint(folder)
+    check_fingerprint(folder, marks, "the part", "mend it")
+    rewrite(folder, {"weight": torch.zeros(2, 3), "bias": torch.ones(2)})
+    with pytest.raises(ValueError, match="the part was read from .*w, where model.safetensors is another now: mend it"):
+        check_fingerprint(folder, marks, "the part", "mend it")
+    with pytest.raises(FileNotFoundError, match="the part was in .*gone and is not there: mend it"):
+        check_fingerprint(folder.parent / "gone", marks, "the part", "mend it")

@@ -1,0 +1,194 @@
+"""What convert.py promises: Hugging Face's LLaVA-NeXT and ours are the same model, key by key and number by number.
+
+fixtures/llava_next is a random LlavaNext as transformers saved it, with what transformers' own image processor and model
+made of sixteen pictures of as many aspect ratios (record_parity.py). Ours starts from the same PIL pictures.
+"""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+from convert import TABLE, config_from_next, convert, from_next, our_name, to_next
+from helpers import ROOT, TOKENIZER, batch_of, picture, randomise, sample, sizes, tiny_model
+from model import LLaVAVR, LLaVAVRConfig
+
+FIXTURE = ROOT / "tests/fixtures/llava_next"
+QUESTION = "What is the value of Apple?"
+SHAPES = sizes(14, 120) + [(47, 47), (20, 28)]                      # as in record_parity.py
+
+
+def off_by(ours, theirs):
+    """Largest error, relative to the largest output."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.fixture
+def source(tmp_path):
+    """The fixture with its tokenizer, as a folder that may be changed."""
+    shutil.copytree(FIXTURE, tmp_path / "hf")
+    shutil.copy(TOKENIZER / "tokenizer.json", tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@torch.no_grad()
+def logits(model, image):
+    """A PIL picture under QUESTION -> (logits (T, V), number of vision tokens)."""
+    batch = batch_of(model, model.question(image, QUESTION))
+    x, remember = model.embed(batch)
+    return model.language_model(inputs_embeds=x, hook=remember)[0].float(), int((batch.input_ids == data.IMAGE).sum())
+
+
+def next_model(**changes):
+    """A small LLaVAVR that is a LLaVA-NeXT, with rows to spare in its embedding for `<image>`."""
+    base = tiny_model(projector="mlp", side=8, remember=())
+    base.config.text.vocab_size += 5
+    joint = {"layers": (1, 2), "projector": "mlp", "side": 8, "remember": (), **changes}
+    model = randomise(LLaVAVR(LLaVAVRConfig(base.config.vision, base.config.text, **joint)))
+    model.read_tokenizer(TOKENIZER)
+    return model
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_logits_equal_transformers_from_the_picture_on(source, tmp_path, dtype, tolerance):
+    """Tiles, ViT, projector, un-padding, newlines, decoder. Measured: 2.8e-7 in float32, 1.0e-2 in bfloat16 (-rP prints it)."""
+    convert(source, tmp_path / "ours")
+    model, expected = LLaVAVR.from_pretrained(tmp_path / "ours", dtype), load_file(FIXTURE / "expected.safetensors")
+    worst = 0
+    for n, shape in enumerate(SHAPES):
+        ours, tokens = logits(model, picture(*shape, n))
+        assert tokens == expected["tokens"][n], shape
+        some = ours[torch.linspace(0, len(ours) - 1, 8).long(), :40]
+        worst = max(worst, off_by(ours[-1], expected["last"][n]), off_by(some, expected["spread"][n]))
+    print(f"{dtype}: off by at most {worst:.1e} of the largest logit")
+    assert worst <= tolerance
+
+
+def test_greedy_answers_equal_transformers(source, tmp_path):
+    """Eight tokens about each picture, through generate and its cache."""
+    convert(source, tmp_path / "ours")
+    model, expected = LLaVAVR.from_pretrained(tmp_path / "ours"), load_file(FIXTURE / "expected.safetensors")["greedy"].tolist()
+    ends = [model.tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    for n, (shape, ids) in enumerate(zip(SHAPES, expected, strict=True)):
+        ids = ids[:min([ids.index(end) for end in ends if end in ids], default=8)]
+        assert model.generate([picture(*shape, n)], [QUESTION], 8) == [model.tokenizer.decode(ids).strip()], shape
+    assert len({tuple(ids) for ids in expected}) > 4, "equal answers would prove nothing"
+
+
+def test_both_ways_of_writing_keys_are_read(source):
+    """Files of transformers 4 and 5, and the names its newer modules have in memory; the same model bit for bit."""
+    tensors, first = load_file(source / "model.safetensors"), from_next(source).state_dict()
+    bare = {key.replace("vision_model.", ""): tensor for key, tensor in tensors.items()}
+    saved = {key.replace("vision_tower.", "vision_tower.vision_model."): tensor for key, tensor in bare.items()}
+    named = {}
+    for key, tensor in saved.items():
+        start, newer = next((theirs, newer) for _, theirs, newer in TABLE if key.startswith(theirs))
+        named[newer + key.removeprefix(start)] = tensor
+    assert "model.image_newline" in named and "model.vision_tower.embeddings.class_embedding" in named
+    whole = {key.replace("model.vision_tower.", "model.vision_tower.vision_model."): tensor for key, tensor in named.items()}
+    for style in (saved, named, whole):
+        save_file(style, source / "model.safetensors")
+        again = from_next(source).state_dict()
+        assert all(torch.equal(first[key], again[key]) for key in first)
+    save_file({**named, "model.surprise": torch.ones(1)}, source / "model.safetensors")
+    with pytest.raises(ValueError, match="unknown key model.surprise"):
+        from_next(source)
+
+
+def test_the_table_is_the_one_in_the_usage_and_covers_every_parameter():
+    """The documented table is the code; every parameter of ours has one row, and the way back is the way here."""
+    assert len(TABLE) == 6 and all(len(row) == 3 for row in TABLE)
+    for name in next_model().state_dict():
+        (ours, theirs, newer), = [row for row in TABLE if name.startswith(row[0])]
+        assert our_name(theirs + name.removeprefix(ours)).replace("vision_model.", "") == name
+        assert our_name(newer + name.removeprefix(ours)) == name
+
+
+@pytest.mark.parametrize("mode", ("a4", "a4hf"))
+@pytest.mark.parametrize("tied", (True, False))
+def test_there_and_back_is_exact(tmp_path, mode, tied):
+    """ours -> LlavaNext -> ours: every tensor, every choice; of several layers the one that is read."""
+    model = next_model(image_mode=mode)
+    if not tied:
+        model.config.text.tie_word_embeddings = False
+        model.language_model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.language_model.lm_head.weight))
+    model.save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b")
+    convert(tmp_path / "b", tmp_path / "c")
+    again = LLaVAVR.from_pretrained(tmp_path / "c")
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert again.config.layers == (2,) and again.config.image_mode == mode and again.config.text == model.config.text
+    assert torch.equal(logits(model, picture(70, 31))[0], logits(again, picture(70, 31))[0])
+    assert ("language_model.lm_head.weight" in load_file(tmp_path / "b/model.safetensors")) != tied
+
+
+def test_the_two_orders_of_canvases_differ_in_ties_only():
+    """transformers reads LLaVA's (width, height) list as (height, width): a small square goes on 2x1 there, on 1x2 here."""
+    ours, theirs = (data.plan_image((20, 20), mode, 4, 28).grid for mode in ("a4", "a4hf"))
+    assert (ours, theirs) == ((1, 2), (2, 1))
+    assert sorted(data.CANVASES["a4"]) == sorted(data.CANVASES["a4hf"])
+    grids = [[data.plan_image(size, mode, 4, 28).grid for mode in ("a4", "a4hf")] for size in sizes(300, 300)]
+    different = [(ours, theirs) for ours, theirs in grids if ours != theirs]
+    assert 0 < len(different) < 200 and all(ours == theirs[::-1] for ours, theirs in different)
+
+
+BROKEN = [(dict(text_config={"model_type": "llama"}), "'llama': expected 'qwen2'"),
+          (dict(projector_hidden_act="relu"), "projector_hidden_act 'relu'"),
+          (dict(multimodal_projector_bias=False), "multimodal_projector_bias False"),
+          (dict(vision_feature_select_strategy="full"), "select_strategy 'full': only 'default'"),
+          (dict(vision_feature_layer=[-2, -1]), r"vision_feature_layer \[-2, -1\]: only one"),
+          (dict(vision_feature_layer=9), "layer 9 is out of range"),
+          (dict(image_grid_pinpoints=[[28, 28]]), r"image_grid_pinpoints \[\[28, 28\]\]: no mode"),
+          (dict(vision_config={"model_type": "siglip_vision_model"}), "siglip_vision_model"),
+          (dict(model_type="llava"), "model_type 'llava': expected")]
+
+
+@pytest.mark.parametrize("change, complaint", BROKEN)
+def test_what_ours_cannot_represent_is_refused(source, tmp_path, change, complaint):
+    """One line with the entry; nothing is written."""
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=complaint) as caught:
+        convert(source, tmp_path / "ours")
+    assert "\n" not in str(caught.value) and not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("changes", [dict(projector="aap", side=4), dict(remember=(1,)), dict(image_mode="max9")])
+def test_what_llava_next_cannot_represent_is_refused(tmp_path, changes):
+    with pytest.raises(ValueError, match="LLaVA-NeXT is 'mlp'"):
+        to_next(tiny_model(**{"projector": "mlp", "side": 8, "remember": (), **changes}), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_embedding_without_a_row_for_the_mark_is_refused(tmp_path):
+    """transformers embeds `<image>` before it replaces it: one row too few would be an index error there."""
+    with pytest.raises(ValueError, match="<image> would be token 891, but the embedding ends at row 890"):
+        to_next(tiny_model(projector="mlp", side=8, remember=()), tmp_path / "hf")
+
+
+def test_defaults_that_a_config_leaves_out_are_those_of_transformers():
+    """A nested config.json holds only what differs: Qwen2-0.5B's vocabulary equals the default and is not written."""
+    text = dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                num_key_value_heads=2)
+    vision = dict(model_type="clip_vision_model", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+                  image_size=336, patch_size=14)
+    config = config_from_next({"vision_config": vision, "text_config": text})
+    assert (config.text.vocab_size, config.text.rope_theta, config.layers) == (151936, 1e4, (23,))
+    assert (config.image_mode, config.side) == ("a4hf", 24)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    named = config_from_next({"vision_config": vision, "text_config": text})
+    assert named.text.rope_theta == 1e6
+
+
+def test_the_command_converts_and_never_overwrites(source, tmp_path):
+    """As typed; a second time it stops, in one line."""
+    command = [sys.executable, str(ROOT / "convert.py"), str(source), str(tmp_path / "ours")]
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
+    assert (tmp_path / "ours/tokenizer.json").exists()
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and "is there already" in run.stderr and run.stderr.count("\n") == 1

@@ -1,0 +1,82 @@
+"""The real sizes, on random weights in the published layouts: slow, and large (the 7B needs 16 GB of memory and of disk).
+
+    python -m pytest -m slow tests/test_full_size.py -s
+
+Each test writes a CLIP-L as pytorch_model.bin and a Qwen2 as safetensors, as their publishers do, joins them, prints the
+parameters and has the model answer about a picture. The answers mean nothing; that there are any is the claim.
+"""
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+
+from clip import CLIPVision
+from helpers import TOKENIZER, picture
+from model import CLIP_L, PRESETS, LLaVAVR
+from qwen2 import QWEN2, Qwen2
+
+PAPER = {"0.5b": 0.9e9, "1.5b": 2.0e9}                               # Table 3
+FILES = {"0.5b": ["model.safetensors"], "1.5b": ["model.safetensors"],
+         "7b": [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]}
+
+
+def write_clip(folder):
+    """openai/clip-vit-large-patch14-336: a whole CLIP pickled in float32, with its position ids and a text model to skip."""
+    folder.mkdir()
+    tower = CLIPVision(CLIP_L, (24,))
+    state = {f"vision_model.{name}": tensor for name, tensor in tower.state_dict().items()}
+    state |= {"vision_model.embeddings.position_ids": torch.arange(577)[None], "logit_scale": torch.tensor(4.6),
+              "vision_model.post_layernorm.weight": torch.ones(1024), "vision_model.post_layernorm.bias": torch.zeros(1024),
+              "text_model.embeddings.token_embedding.weight": torch.zeros(9, 768),
+              "visual_projection.weight": torch.zeros(768, 1024)}
+    torch.save(state, folder / "pytorch_model.bin")
+    vision = {name: getattr(CLIP_L, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers",
+                                                       "num_attention_heads", "image_size", "patch_size")}
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision, "vision_config_dict": vision}))
+
+
+def write_qwen2(folder, preset):
+    """Qwen/Qwen2-*: bfloat16, one file with a tied head or four shards without."""
+    with torch.device("meta"):
+        model = Qwen2(QWEN2[preset]).to(torch.bfloat16)
+    model.to_empty(device="cpu").tie()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1) if "norm" in name else parameter.normal_(std=0.02)
+    model.save_pretrained(folder, {"tokenizer.json": TOKENIZER / "tokenizer.json"})
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == FILES[preset]
+
+
+def compute_in_fp32(model):
+    """Cast each linear, convolution and norm up before it runs and down after: many CPUs multiply bfloat16 very slowly."""
+    def up(module, inputs):
+        module.float()
+        return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
+
+    def down(module, inputs, output):
+        module.bfloat16()
+        return output.bfloat16()
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm)):
+            module.register_forward_pre_hook(up)
+            module.register_forward_hook(down)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ("0.5b", "1.5b", "7b"))
+def test_the_real_size_answers_about_a_picture(preset, tmp_path):
+    """Published layouts in, parameters counted, an answer out; 7B stays in bfloat16 and comes from four shards."""
+    dtype = torch.bfloat16 if preset == "7b" else torch.float32
+    write_clip(tmp_path / "clip")
+    write_qwen2(tmp_path / "llm", preset)
+    model = LLaVAVR.from_parts(tmp_path / "clip", tmp_path / "llm", preset, dtype).eval()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"\n{preset}: {count:,} parameters" + (f", the paper says {PAPER[preset] / 1e9:.1f}B" if preset in PAPER else ""))
+    assert model.config == PRESETS[preset] and (preset not in PAPER or round(count / 1e9, 1) * 1e9 == PAPER[preset])
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    if dtype == torch.bfloat16:
+        compute_in_fp32(model)
+    answer, = model.generate([picture(200, 150)], ["What is this?"], max_new_tokens=2)
+    print(f"{preset}: answered {answer!r}")
+    assert isinstance(answer, str)
