@@ -10,9 +10,9 @@ import pytest
 import pyarrow.parquet as pq
 
 import data
-import eval as evaluate
 import metrics
 import synth
+import tasks
 from helpers import ROOT
 
 WRITE = """
@@ -154,15 +154,15 @@ def test_both_training_formats_are_read_by_the_readers_of_the_real_ones(tmp_path
 
 
 def test_the_exam_alternates_types_and_its_answers_score_full(tmp_path):
-    """ChartQA's columns, half look-up and half reasoning, as eval.py reads and metrics.py scores them."""
+    """ChartQA's columns, half look-up and half reasoning, as tasks.py reads and metrics.py scores them."""
     synth.write_chartqa(tmp_path / "ChartQA", 12, seed=5)
-    files = evaluate.find_files("chartqa", tmp_path)
-    assert evaluate.count_rows(files, evaluate.TASKS["chartqa"].columns) == 12
-    rows = [row for _, row in evaluate.read_rows(files, evaluate.TASKS["chartqa"].columns, 12)]
+    files = tasks.find_files("chartqa", tmp_path)
+    assert tasks.count_rows("chartqa", files) == 12
+    rows = [row for _, row in tasks.rows_of("chartqa", files, range(12))]
     assert [row["type"] for row in rows] == ["augmented_test", "human_test"] * 6
     for i, row in enumerate(rows):
         drawing = synth.draw(5 + i, "test", synth.CHARTS, synth.SIZES)
-        assert evaluate.open_picture(row["image"]).tobytes() == drawing.image.tobytes()
+        assert tasks.open_picture(row["image"]).tobytes() == drawing.image.tobytes()
         assert (row["question"], row["answer"], row["type"].removesuffix("_test")) in {qa[:3] for qa in drawing.qa}
         assert metrics.score("chartqa", row["answer"], row) == 1
 
