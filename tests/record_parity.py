@@ -110,7 +110,7 @@ def qwen2_case(shape):
 
 
 def next_case(mode, tied):
-    """-> (a random LlavaNext, its processor with the tokenizer of tiny/qwen2)."""
+    """-> (a random LlavaNext, its processor with the tokenizer of the fixtures)."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER / "tokenizer.json"))
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     mark = tokenizer.convert_tokens_to_ids("<image>")
