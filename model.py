@@ -236,6 +236,8 @@ class LLaVAVR(nn.Module):
         if stored.pop("model_type", None) != "llava_vr":
             raise ValueError(f"{folder}/config.json is not of a LLaVA-VR model: give a folder that train.py wrote")
         parts = stored.pop("parts", {})
+        if not all(isinstance(part, dict) and {"path", "files"} <= part.keys() for part in parts.values()):
+            raise ValueError(f"{folder}/config.json: an entry of parts has no path or no files; was it edited?")
         try:
             config = LLaVAVRConfig(CLIPConfig(**stored.pop("vision")), Qwen2Config(**stored.pop("text")), **stored)
         except (KeyError, TypeError) as error:

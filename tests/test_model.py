@@ -432,6 +432,14 @@ def test_a_part_that_moved_says_how_to_mend_and_the_mend_works(tmp_path):
     assert torch.equal(again.language_model.lm_head.weight, model.language_model.lm_head.weight)
 
 
+def test_a_damaged_entry_of_parts_is_named(tmp_path):
+    """A KeyError says nothing to whoever edited the file by hand."""
+    small(tmp_path)
+    edit(tmp_path / "m", lambda c: c["parts"]["language_model"].pop("path"))
+    with pytest.raises(ValueError, match="config.json: an entry of parts has no path or no files; was it edited"):
+        LLaVAVR.from_pretrained(tmp_path / "m")
+
+
 def test_a_part_that_changed_or_has_another_size_is_refused(tmp_path):
     """A projector trained for one decoder loads beside another of the same shape, and talks nonsense."""
     small(tmp_path)
