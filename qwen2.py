@@ -121,6 +121,16 @@ def attention(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def packing(lengths, size, device):
+    """Samples of these lengths, end to end in one row of `size` tokens -> (positions (T,), each sample's from 0, mask
+    (1, 1, T, T), True = look: at one's own sample and not ahead). Raises ValueError if the lengths do not add up."""
+    if sum(lengths) != size:
+        raise ValueError(f"lengths {list(lengths)} add up to {sum(lengths)}, but the row has {size} tokens")
+    sample = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))     # (T,)
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])    # (T,)
+    return positions, (sample[:, None] == sample).tril()[None, None]
+
+
 def rotary(positions, width, theta):
     """positions (..., T) -> cos, sin (..., 1, T, D) in float32: at position 30000, bfloat16 could not count by ones."""
     steps = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device)
@@ -219,12 +229,13 @@ class Qwen2(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids=None, *, inputs_embeds=None, cache=None, hook=None, keep=None):
+    def forward(self, input_ids=None, *, inputs_embeds=None, cache=None, hook=None, keep=None, lengths=None):
         """input_ids (B, T) or inputs_embeds (B, T, d) -> logits (B, T, V), or (n, V) where keep (B, T) is True.
 
         cache: a KVCache to fill (first call) or to go on from (later calls); its lengths advance by T.
         hook(layer index, hidden (B, T, d)) -> hidden (B, T, d), called before each decoder layer.
-        Raises ValueError unless exactly one input is given, or when the cache is full.
+        lengths: list of int, of samples packed end to end into one row (B = 1, no cache), each as if it were alone.
+        Raises ValueError unless exactly one input is given, when the cache is full, and for lengths that do not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -232,6 +243,10 @@ class Qwen2(nn.Module):
         positions, mask = torch.arange(x.shape[1], device=x.device), None       # (T,)
         if cache is not None:
             positions, mask = cache.plan(*x.shape[:2])                          # (B, T), (B, 1, T, S)
+        if lengths is not None:
+            if cache is not None or len(x) != 1:
+                raise ValueError(f"packed samples come in one row and without a cache, not in {len(x)} rows or with one")
+            positions, mask = packing(lengths, x.shape[1], x.device)            # (T,), (1, 1, T, T)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)      # (1 or B, 1, T, D)
         for index, layer in enumerate(self.model.layers):
             if hook is not None:

@@ -63,13 +63,22 @@ def test_greedy_tokens_equal_transformers(name):
 @torch.no_grad()
 def test_padded_and_packed_rows_equal_transformers(name):
     """transformers is given a mask for the padding of row 1, and two samples of 7 and 4 tokens in one row; ours needs no
-    mask for the first and takes the second as two rows: it has no packed mode yet, so this is what one must equal."""
+    mask for the first and the lengths for the second."""
     model, expected = Qwen2.from_pretrained(FIXTURES / name), load_file(FIXTURES / name / "expected.safetensors")
     ids = expected["input_ids"]
     padded = model(ids) * (torch.arange(11) < torch.tensor([11, 6])[:, None])[..., None]
     assert off_by(padded, expected["padded"]) <= 1e-5
+    packed = model(ids[:1], lengths=[7, 4])
+    assert off_by(packed, expected["packed"]) <= 1e-5 and off_by(model(ids[:1]), expected["packed"]) > 1e-2
     alone = torch.cat([model(part) for part in ids[:1].split([7, 4], 1)], 1)
-    assert off_by(alone, expected["packed"]) <= 1e-5 and off_by(model(ids[:1]), expected["packed"]) > 1e-2
+    assert off_by(packed, alone) <= 1e-5
+
+
+@pytest.mark.parametrize("rows, lengths, says", ((1, [7, 3], "add up to 10, but the row has 11"), (2, [11], "not in 2 rows")))
+def test_lengths_that_do_not_fit_are_refused(model, rows, lengths, says):
+    """A wrong length shifts every later sample by a token, and nothing else would tell."""
+    with pytest.raises(ValueError, match=says):
+        model(torch.zeros(rows, 11, dtype=torch.long), lengths=lengths)
 
 
 def test_right_padded_rows_decode_as_if_alone(model):
