@@ -7,11 +7,11 @@ The real CLIP and Qwen2 knew much before LLaVA joined them, so the tiny ones mus
 start from noise. Four stages, each checkpointed under runs/pretrain and logged as JSON lines:
 
 tokenizer   byte-level BPE with Qwen2's splitting rule and special tokens, on the drawn captions and questions
-vision      the ViT alone: every patch says which glyphs, word, number, colour and owner lie in it (the drawing program
-            knows), the CLS token says which words and colours the tile holds. Stands in for CLIP's contrastive training
+vision      the ViT alone: every patch says which glyphs, word, number and colour lie in it and what they belong to (the
+            drawing program knows), the CLS token says which words and colours the tile holds. Stands in for CLIP's contrastive training
 language    the decoder alone: the caption in place of the picture, then the questions: to copy, recall and compare
-joint       both as an uncompressed LLaVA-NeXT (2-layer MLP, no Vision Remember): the projector alone, then the decoder too, on
-            single tiles, then AnyRes. The projector is thrown away after
+joint       both as an uncompressed LLaVA-NeXT (2-layer MLP, no Vision Remember): the projector alone, then the decoder too: drills,
+            captions and talk on single tiles, then AnyRes. The projector is thrown away after
 """
 import argparse
 import json
@@ -66,8 +66,8 @@ def patch_targets(drawing, plan):
     """-> dict of arrays over (tiles, 64 patches): what lies in each patch; -100 = not to be known from this tile."""
     n = (plan.tiles, SIDE * SIDE)
     target = {"glyphs": np.zeros((*n, len(GLYPHS)), np.float32), "word": np.zeros(n, np.int64), "number": np.zeros((*n, 3), np.int64),
-              "owner": np.zeros(n, np.int64), "value": np.zeros((*n, 3), np.int64), "colour": np.zeros(n, np.int64), "paint": np.zeros(n, np.int64),
-              "length": np.full(n, -1, np.float32), "tile": np.zeros((plan.tiles, len(WORDS) + len(COLOURS)), np.float32)}
+              "owner": np.zeros(n, np.int64), "value": np.zeros((*n, 3), np.int64), "colour": np.zeros(n, np.int64),
+              "paint": np.zeros(n, np.int64), "length": np.full(n, -1, np.float32), "tile": np.zeros((plan.tiles, len(WORDS) + len(COLOURS)), np.float32)}
     (width, height), (rw, rh), (px, py), columns = plan.size, plan.resized, plan.paste, plan.grid[0]
     for t in range(plan.tiles):
         row, column = divmod(t - 1, columns)
@@ -307,11 +307,12 @@ def text_talk(tokenizer, number):
 
 def picture_talk(tokenizer, number, size, mode):
     """A conversation about a picture; under mode "square" just its caption, as in phase 1."""
-    drawing, template, turns = synth.draw(number, sizes=(size,)), "chat", None
-    turns = synth.conversation(drawing, 6)
+    drawing = synth.draw(number, sizes=(size,))
+    kind, template, turns = "talk", "chat", synth.conversation(drawing, 6)
     if mode == "square":
-        template, turns = "plain", [{"from": "human", "value": data.MARK}, {"from": "gpt", "value": drawing.caption}]
-    record = {"id": f"talk-{number}" if template == "chat" else f"caption-{number}", "conversations": turns, "images": [drawing.image]}
+        kind, template = "caption", "plain"
+        turns = [{"from": "human", "value": data.MARK}, {"from": "gpt", "value": drawing.caption}]
+    record = {"id": f"{kind}-{number}", "conversations": turns, "images": [drawing.image]}
     return data.encode_sample(record, tokenizer, template, mode, SIDE, TILE)
 
 
@@ -428,7 +429,8 @@ def save_llm(llm):
 # ---- the loop all stages share --------------------------------------------------------------------------------------
 
 def fit(name, module, batches, loss_of, steps, peak, hold=0):
-    """AdamW, 3 % warm-up (300 steps at most), the peak for `hold` steps, half a cosine to its hundredth, a checkpoint every 500 steps; goes on from the newest one."""
+    """AdamW, 3 % warm-up (300 steps at most), the peak for `hold` steps, half a cosine to its hundredth; a checkpoint every
+    500 steps, and goes on from the newest one."""
     os.makedirs(RUNS, exist_ok=True)
     path, log = f"{RUNS}/{name}.pt", open(f"{RUNS}/{name}.jsonl", "a")
     decay = [p for p in module.parameters() if p.dim() > 1 and p.requires_grad]

@@ -8,7 +8,7 @@ pixels at `scale` 1, which suits tiles of 112 pixels; scale 3 suits tiles of 336
 
 Text stands on a raster of 14 pixels, as on a form: lines of that height, words that begin at a column, and every row of
 a chart or a document has two lines to itself. The tiny ViT's patches are as large and the projector pools 2 x 2 of them,
-so a number lies in one patch and a vision token holds one thing. CLIP had 400 million pictures to learn reading without.
+so two digits lie in one patch and a vision token holds one thing. CLIP had 400 million pictures to learn reading without.
 
 A picture belongs to the train or to the test half by a hash of what it says, so the halves share no content, whatever
 the seeds. `write_*` store drawings in the two public formats (LLaVA JSON + image folder, Hugging Face Parquet).
@@ -152,7 +152,7 @@ def chart(rng, kind, size):
     count = max(2, min(room - (kind == "hbar" and not printed), rng.choice((3, 4, 4, 5, 5, 6))))
     names = rng.sample(THEMES[theme], count)
     values = rng.sample(range(5, 100) if printed else range(10, 101, 10), count)     # what is not printed can be read off
-    if kind == "pie":                                                # slices of a whole: distinct, summing to 100
+    if kind == "pie":                                                # slices of a whole: they sum to 100
         cuts = [rng.uniform(1, 5) for _ in names]
         values = [max(3, round(100 * c / sum(cuts))) for c in cuts]
         values[0] += 100 - sum(values)

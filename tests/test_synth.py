@@ -129,6 +129,32 @@ def test_asked_numbers_are_written_on_the_picture_or_have_a_scale(drawings):
     assert printed > 50 and ticked > 10
 
 
+def test_every_word_begins_with_a_patch_and_no_line_is_cut(drawings):
+    """The raster that lets the tiny ViT read: off it, the same ViT stayed at chance."""
+    for drawing in drawings:
+        for mark in (m for m in drawing.marks if m.text):
+            at = 0
+            for word in mark.text.split():
+                assert mark.glyphs[at][1] % synth.LINE == 0, f"{word} of {drawing.caption}"
+                at += len(word)
+            top = mark.box[1] // synth.LINE * synth.LINE
+            assert mark.box[3] <= top + synth.LINE + 1, f"{mark.text} of {drawing.caption}"        # a tail may hang a pixel out
+
+
+def test_a_printed_value_stands_behind_its_name_or_below_it(drawings):
+    """What belongs together is drawn together: at most one blank column between, or the line below."""
+    seen = 0
+    for drawing in (d for d in drawings if d.kind in synth.CHARTS):
+        at = {(m.name, m.text): m for m in drawing.marks if m.text and m.name}
+        for (name, text), number in at.items():
+            if text.isdigit():
+                word, seen = at[name, name], seen + 1
+                behind = 0 < number.glyphs[0][1] - word.glyphs[-1][2] < 2 * synth.LINE and abs(number.box[1] - word.box[1]) < 7
+                below = number.glyphs[0][1] == word.glyphs[0][1] and 7 < number.box[1] - word.box[1] < 21
+                assert behind or below, f"{name} {text} of {drawing.caption}"
+    assert seen > 100
+
+
 def test_everything_written_lies_inside_the_picture(drawings):
     """A word that is cut off at the edge cannot be read, and its question would train a guess. One pixel of tolerance."""
     for drawing in drawings:
