@@ -54,18 +54,10 @@ def load_model(folder):
     return model.eval()
 
 
-def fingerprint(folder):
-    """Twelve hex digits that tell one trained model from another: its config.json, and size and 64 blocks of every weight
-    file (the whole of a small one), since reading 15 GB would take longer than a benchmark."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for i in range(64):
-                file.seek(i * max(size // 64, 1))
-                digest.update(file.read(min(size // 64 + 1, 65536)))
-    return digest.hexdigest()[:12]
+def model_mark(folder):
+    """Twelve hex digits that tell one trained model from another, from the fingerprint of its files (see weights.py)."""
+    from weights import fingerprint  # brings torch with it
+    return hashlib.sha256(json.dumps(fingerprint(folder), sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Answers:
@@ -372,7 +364,7 @@ def main(argv=None):
         import torch.distributed as dist
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # ranks meet once a task, hours apart perhaps
         dist.barrier()
-    model, load = fingerprint(args.model), functools.cache(lambda: load_model(args.model))
+    model, load = model_mark(args.model), functools.cache(lambda: load_model(args.model))
     entries, cards = {}, {}
     for task, files in locate(args).items():
         entries[task], records = evaluate(task, files, args, model, load, rank, world)

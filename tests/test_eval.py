@@ -78,6 +78,8 @@ def setup(tmp_path, monkeypatch):
     Stub.calls = []
     monkeypatch.setitem(sys.modules, "model", types.SimpleNamespace(LLaVAVR=Stub))
     (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    (tmp_path / "model/model.safetensors").write_bytes(b"weights")
     write_chartqa(tmp_path / "data/ChartQA/data")
     return ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
 
