@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from weights import load_weights, read_config, save_weights
 
@@ -134,6 +135,7 @@ class CLIPVision(nn.Module):
     def __init__(self, config, layers=(13, 18, 23), saliency="sigmoid"):
         super().__init__()
         self.config, self.layers, self.saliency = config, tuple(layers), saliency
+        self.recompute = False               # True: keep only what enters each block for the backward pass
         if saliency not in SALIENCY:
             raise ValueError(f"saliency {saliency!r}: choose one of {', '.join(SALIENCY)}")
         if not self.layers:
@@ -163,7 +165,10 @@ class CLIPVision(nn.Module):
         x = self.pre_layrnorm(self.embeddings(pixels))                          # (B, 1+N, C)
         hidden, deepest = {0: x}, len(self.encoder.layers)
         for layer, block in enumerate(self.encoder.layers, start=1):
-            x, cls_row = block(x, want_cls_row=layer == deepest)                # (B, 1+N, C), (B, A, 1+N)
+            if self.recompute and torch.is_grad_enabled():
+                x, cls_row = checkpoint(block, x, layer == deepest, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, cls_row = block(x, want_cls_row=layer == deepest)            # (B, 1+N, C), (B, A, 1+N)
             if layer in self.layers:
                 hidden[layer] = x
         return hidden, cls_row

@@ -1,4 +1,9 @@
-"""From files to batches: AnyRes plans, tiles, the Qwen2 chat template with its label mask, readers, batches.
+"""From records to batches: AnyRes plans, tiles, the Qwen2 chat template with its label mask, lengths, batches.
+
+    python data.py --check data/LLaVA-NeXT-Data/data --workers 8      # decode everything, name what is wrong, write the index
+    python data.py --check my.json --images my.zip                    # exit status 1 if anything is wrong
+    python data.py --show 3                                           # what the tiny model is shown and trained on
+    python data.py --show 3 --data data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json --template plain
 
 Nothing here knows of projectors: the model says how many tokens a side of one tile makes (`side`) and how wide a tile
 is in pixels (`tile`). One planner serves the data and the model, so token counts and features cannot disagree:
@@ -10,30 +15,30 @@ is in pixels (`tile`). One planner serves the data and the model, so token count
 
 Sources: LLaVA-VL/LLaVA-NeXT at df179663 (AnyRes, template, label mask), "Vision Remember" arXiv 2506.03928.
 """
-import bisect
+import argparse
 import functools
 import io
-import json
+import itertools
 import math
 import os
-import re
-import zipfile
-import zlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageDraw, ImageFile, ImageFont
+from tqdm import tqdm
+
+import records
+from records import MARK, open_records
 
 IMAGE = -200      # in input_ids: "here stands one vision token"; never an id of the tokenizer
 IGNORE = -100     # in labels: not trained
-MARK = "<image>"  # in text: "here stands one picture"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 ImageFile.LOAD_TRUNCATED_IMAGES = True  # as the reference: half a JPEG is read as far as it goes, the rest is grey
-Image.MAX_IMAGE_PIXELS = 2**29          # scans of DocVQA exceed Pillow's default; beyond 2**30 pixels it still refuses
 
 # -------------------------------------------------------------------------------------------- AnyRes
 
@@ -340,204 +345,24 @@ def encode_plain(tokenizer, caption, image_tokens):
     return [IMAGE] * count + text, [IGNORE] * count + text
 
 
-# ------------------------------------------------------------------------------------------- readers
+# ------------------------------------------------------------------------------------------- lengths
 
-def record_problem(record, pictures):
-    """What is wrong with a LLaVA record that comes with this list of pictures, in words, or None."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    if not turns or not isinstance(turns, list):
-        return "has no list of conversations"
-    texts = [turn.get("value", turn.get("content")) if isinstance(turn, dict) else None for turn in turns]
-    if not all(isinstance(text, str) for text in texts):
-        return "has a turn without text: each needs from and value"
-    if not all(isinstance(name, (str, bytes)) for name in pictures):
-        return "has a picture that is neither a path nor bytes"
-    marks, pictures = sum(text.count(MARK) for text in texts), len(pictures)
-    if pictures and marks != pictures:
-        return f"has {marks} {MARK} marks but {pictures} pictures: they must agree"
+FRAME = {"chat": 21, "plain": 1}  # tokens around the text: system block and one round, 11 + 5 + 5; the caption's line break
 
 
-def as_list(value):
-    """A record's `image`, which may be absent, one or a list, as a list."""
-    return value if isinstance(value, list) else [] if value is None else [value]
+def lengths(index, template, mode, side, tile):
+    """Rows of `records.index` or `estimate` -> (records,) int64: planned tokens of every sample, to balance work by.
 
-
-class PerProcess:
-    """Open handles that a forked or unpickled DataLoader worker opens anew: a shared file has one shared position."""
-
-    def handle(self, key, opener):
-        """What `opener()` returned for `key` in this process; opened on first use."""
-        if getattr(self, "_handles", (None,))[0] != os.getpid():
-            self._handles = os.getpid(), {}
-        handles = self._handles[1]
-        if key not in handles:
-            handles[key] = opener()
-        return handles[key]
-
-    def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name != "_handles"}
-
-
-class LlavaJSON(PerProcess):
-    """A .json list or .jsonl file of LLaVA records, pictures in a folder or in a .zip that stays packed.
-
-    The text is read once to check every record and to note where it starts. The records stay on disk: each costs 16
-    bytes of memory, and DataLoader workers have no large object to copy.
+    Vision tokens are those of `plan_image`: one picture in `mode`, several "pad" each. An unknown size, 0 x 0, counts as a
+    picture two tiles wide in 4:3, what 640x480 is to tiles of 336. Text is an estimate, a token per four characters, and
+    FRAME knows one round only; plain drops the question, which is counted here.
     """
-
-    def __init__(self, path, images=None):
-        self.path = Path(path)
-        self.spans, first = self._scan()
-        self.images = self._find_images(images, first)
-
-    def _scan(self):
-        """-> (first and end byte of each record, (records, 2) int64; number of the first record with a picture)."""
-        text = self.path.read_bytes().decode("latin-1")  # one character per byte, so positions in it are file offsets
-        gap, decode = re.compile("[ \t\r\n,]*"), json.JSONDecoder().raw_decode
-        at = gap.match(text, 3 if text.startswith("\xef\xbb\xbf") else 0).end()
-        is_list = text[at:at + 1] == "["
-        at, line, counted, spans, problems, first = at + is_list, 1, 0, [], [], None
-        while True:
-            at = gap.match(text, at).end()
-            line, counted = line + text.count("\n", counted, at), at
-            if at == len(text) or text[at] == "]":
-                break
-            try:
-                record, end = decode(text, at)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{self.path}:{line}: not valid JSON from here ({error.msg})") from error
-            names = as_list(record.get("image")) if isinstance(record, dict) else []
-            problem = record_problem(record, names)
-            if problem:
-                record = json.loads(text[at:end].encode("latin-1"))
-                name = record.get("id", len(spans)) if isinstance(record, dict) else len(spans)
-                problems.append(f"{self.path}:{line}: record {name} {problem}")
-            first = len(spans) if names and first is None else first
-            spans.append((at, end))
-            at = end
-        if problems:
-            raise ValueError(problems[0] + (f" (and {len(problems) - 1} more such records)" if problems[1:] else ""))
-        if not spans or is_list and at == len(text):
-            raise ValueError(f"{self.path}:{line}: the file ends {'inside the list' if spans else 'without a record'}")
-        return np.array(spans, np.int64), first
-
-    def _find_images(self, images, first):
-        if images and not Path(images).exists():
-            raise FileNotFoundError(f"{images} does not exist: give the folder or .zip of the pictures of {self.path}")
-        if images or first is None:
-            return Path(images or self.path.parent)
-        name = as_list(self._record(first)["image"])[0]
-        places = [self.path.parent / "images", self.path.parent, self.path.parent / "images.zip"]
-        for place in places:
-            if self._picture(place, name) is not None:
-                return place
-        raise FileNotFoundError(f"picture {name} of {self.path} is in none of {', '.join(map(str, places))}: "
-                                "name the folder or .zip with the pictures")
-
-    def _record(self, i):
-        start, end = self.spans[i].tolist()
-        file = self.handle(self.path, lambda: open(self.path, "rb"))
-        file.seek(start)
-        return json.loads(file.read(end - start))
-
-    def _picture(self, place, name):
-        """Bytes of a picture in a folder or .zip, there also below images/; None if it has no such picture."""
-        if place.suffix != ".zip":
-            return (place / name).read_bytes() if (place / name).is_file() else None
-        if not place.is_file():
-            return None
-        try:
-            archive = self.handle(place, lambda: zipfile.ZipFile(place))
-            member = next((path for path in (name, f"images/{name}") if path in archive.NameToInfo), None)
-            return archive.read(member) if member else None
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{place} is damaged at {name} ({error}): fetch it again") from error
-
-    def __len__(self):
-        return len(self.spans)
-
-    def __getitem__(self, i):
-        """{"id": str, "conversations": [turns], "images": [bytes]}. FileNotFoundError names a missing picture."""
-        i = range(len(self))[i]  # negative numbers count from the end; IndexError beyond it
-        record = self._record(i)
-        identity, names = str(record.get("id", i)), as_list(record.get("image"))
-        images = [self._picture(self.images, name) for name in names]
-        if None in images:
-            raise FileNotFoundError(f"record {identity}: picture {names[images.index(None)]} is not in {self.images}")
-        return {"id": identity, "conversations": record["conversations"], "images": images}
-
-
-class ParquetShards(PerProcess):
-    """One .parquet file, or all below a folder in order of path, read where they lie (lmms-lab/LLaVA-NeXT-Data).
-
-    Columns: conversations, and where present id and image (struct{bytes, path}, binary, a list of either, or null for
-    text). Parquet is read one row group at a time and the last one is kept: `starts` gives the first row of each, for
-    a sampler that would rather shuffle groups, and rows within them, than pay one group per row.
-    """
-
-    def __init__(self, path):
-        import pyarrow.parquet as parquet
-        path = Path(path)
-        self.files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-        if not self.files:
-            raise FileNotFoundError(f"no .parquet file below {path}: fetch data/ of LLaVA-NeXT-Data there")
-        self.starts, self.groups, rows = [], [], 0
-        for number, file in enumerate(self.files):
-            try:
-                meta = parquet.ParquetFile(file)
-            except Exception as error:
-                raise ValueError(f"{file} is no complete parquet file ({error}): download it again") from error
-            if "conversations" not in meta.schema_arrow.names:
-                raise ValueError(f"{file} has no column conversations, only {', '.join(meta.schema_arrow.names)}")
-            for group in range(meta.num_row_groups):
-                self.starts.append(rows)
-                self.groups.append((number, group))
-                rows += meta.metadata.row_group(group).num_rows
-            meta.close()
-        self.rows = rows
-
-    def __len__(self):
-        return self.rows
-
-    def _table(self, which):
-        import pyarrow.parquet as parquet
-        kept = self.handle("kept", dict)  # {which: table}: the one row group read last
-        if which not in kept:
-            number, group = self.groups[which]
-            file = self.handle(number, lambda: parquet.ParquetFile(self.files[number]))
-            columns = [name for name in ("id", "conversations", "image") if name in file.schema_arrow.names]
-            kept.clear()
-            kept[which] = file.read_row_group(group, columns=columns)
-        return kept[which]
-
-    def __getitem__(self, i):
-        """{"id": str, "conversations": [turns], "images": [bytes]}. ValueError names a bad record, file and row."""
-        i = range(self.rows)[i]
-        which = bisect.bisect_right(self.starts, i) - 1
-        record = self._table(which).slice(i - self.starts[which], 1).to_pylist()[0]
-        identity = str(i if record.get("id") is None else record["id"])
-        images = [image["bytes"] if isinstance(image, dict) else image for image in as_list(record.get("image"))]
-        images = [image for image in images if image is not None]
-        problem = record_problem(record, images)
-        if problem:
-            raise ValueError(f"{self.files[self.groups[which][0]]}: row {i} of the set, record {identity} {problem}")
-        return {"id": identity, "conversations": record["conversations"], "images": images}
-
-
-def open_records(path, images=None):
-    """A sequence of records {"id", "conversations", "images"} from a .json, .jsonl, .parquet or a parquet folder.
-
-    images: folder or .zip of a JSON's pictures; by default `images/`, the JSON's own folder or `images.zip` in it,
-    whichever holds the first picture. Raises FileNotFoundError for what is missing, ValueError for what is malformed.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: give a LLaVA .json or .jsonl, a .parquet or a folder of these")
-    if path.is_dir() or path.suffix == ".parquet":
-        return ParquetShards(path)
-    if path.suffix in (".json", ".jsonl"):
-        return LlavaJSON(path, images)
-    raise ValueError(f"{path} is neither .json, .jsonl, .parquet nor a folder of .parquet files")
+    chars, pictures, width, height = (index[name].astype(np.int64) for name in ("chars", "pictures", "width", "height"))
+    sizes, which = np.unique(width << 32 | height, return_inverse=True)
+    sizes = [divmod(size, 2**32) if size else (2 * tile, 3 * tile // 2) for size in sizes.tolist()]
+    one = np.array([plan_image(size, mode, side, tile).tokens for size in sizes], np.int64)[which]
+    several = pictures * plan_image((tile, tile), "pad", side, tile).tokens
+    return np.select([pictures == 0, pictures == 1], [0, one], several) + chars // 4 + FRAME[template]
 
 
 # ------------------------------------------------------------------------------- samples and batches
@@ -582,6 +407,7 @@ class Batch:
     pixels: torch.Tensor | None   # (n, 3, P, P) float32, tiles of all pictures in order of `plans`
     plans: list                   # ImagePlan of every picture, in order of occurrence over the batch
     ids: list                     # record ids
+    packed: list | None = None    # samples end to end in one row: their lengths. Then B is 1 above, but for `lengths`
 
     def to(self, device, non_blocking=False):
         """The batch with its tensors on `device`."""
@@ -589,9 +415,23 @@ class Batch:
                  if torch.is_tensor(value)}
         return Batch(**{**vars(self), **moved})
 
+    def pin_memory(self):
+        """Called by the DataLoader: pinned tensors are copied to the GPU while it computes."""
+        return Batch(**{name: value.pin_memory() if torch.is_tensor(value) else value for name, value in vars(self).items()})
+
+
+def pack(samples):
+    """Samples of `encode_sample` -> Batch of one row, end to end: no padding is computed. For training."""
+    lengths = [len(sample["ids"]) for sample in samples]
+    labels = [label for sample in samples for label in (IGNORE, *sample["labels"][1:])]      # none is told by its neighbour
+    tiles = [sample["tiles"] for sample in samples if len(sample["tiles"])]
+    return Batch(torch.tensor([[i for sample in samples for i in sample["ids"]]]), torch.tensor([labels]), torch.tensor(lengths),
+                 normalise(np.concatenate(tiles)) if tiles else None,
+                 [plan for sample in samples for plan in sample["plans"]], [sample["id"] for sample in samples], lengths)
+
 
 def collate(samples, pad_id):
-    """Samples of `encode_sample` -> Batch, padded on the right with pad_id."""
+    """Samples of `encode_sample` -> Batch, padded on the right with pad_id. For answering, where rows grow apart."""
     lengths = torch.tensor([len(sample["ids"]) for sample in samples])
     input_ids = torch.full((len(samples), int(lengths.max())), pad_id)  # (B, T)
     labels = torch.full_like(input_ids, IGNORE)
@@ -601,3 +441,253 @@ def collate(samples, pad_id):
     tiles = [sample["tiles"] for sample in samples if len(sample["tiles"])]
     return Batch(input_ids, labels, lengths, normalise(np.concatenate(tiles)) if tiles else None,
                  [plan for sample in samples for plan in sample["plans"]], [sample["id"] for sample in samples])
+
+
+# ------------------------------------------------------------------------------------- which sample when, and on which rank
+
+def epoch_order(starts, total, text_only, seed, epoch=0):
+    """(total,) int64: the records of one epoch in the order they are trained, from nothing but the arguments.
+
+    starts: first record of each block that is cheap to read together (a Parquet row group); blocks are shuffled, and the
+        records within them. text_only: (total,) bool, records without a picture: they are spread evenly over the epoch, for
+        a batch with many of them would be a short one and the next a long one.
+    """
+    random = np.random.default_rng([seed, epoch])
+    block = np.searchsorted(starts, np.arange(total), "right") - 1                   # of every record
+    order = np.lexsort((random.random(total), random.permutation(len(starts))[block]))
+    text = text_only[order]
+    rank = np.where(text, np.cumsum(text), np.cumsum(~text)) - 0.5                   # place within its own kind, ...
+    return order[np.argsort(rank / np.where(text, text.sum(), (~text).sum()), kind="stable")]      # ... as a share of it
+
+
+def shares(batch, lengths, count):
+    """Indices and their lengths in tokens -> `count` lists of indices with nearly the same sum: the longest first, each to
+    the list that has least so far. Some are empty if there are fewer samples than lists."""
+    parts, loads = [[] for _ in range(count)], [0] * count
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        least = loads.index(min(loads))
+        parts[least].append(int(batch[place]))
+        loads[least] += int(lengths[place])
+    return parts
+
+
+class Order:
+    """The global batches of a run, and each rank's micro-batches in them: a pure function of (seed, step), so that a run
+    goes on at any step, with any number of ranks, as if it had never stopped.
+
+    Plans `batch` samples per step for `epochs` passes over `records`, at most `limit` of each pass, without those `held_out`.
+    """
+
+    def __init__(self, starts, lengths, text_only, batch, seed, epochs=1, limit=None, held_out=()):
+        self.starts, self.lengths, self.text_only, self.batch, self.seed = np.asarray(starts), lengths, text_only, batch, seed
+        self.held_out, self.limit, self.kept = np.asarray(held_out, np.int64), limit, (None, None)
+        self.samples = min(limit or len(lengths), len(lengths) - len(self.held_out))
+        self.per_epoch = -(-self.samples // batch)
+        self.steps = epochs * self.per_epoch
+
+    def global_batch(self, step):
+        """(at most `batch`,) indices of the records of 0-based `step`; the last of an epoch may be smaller."""
+        epoch, place = divmod(step, self.per_epoch)
+        if self.kept[0] != epoch:
+            order = epoch_order(self.starts, len(self.lengths), self.text_only, self.seed, epoch)
+            self.kept = epoch, order[~np.isin(order, self.held_out)][:self.samples]
+        return self.kept[1][place * self.batch:(place + 1) * self.batch]
+
+    def micro_batches(self, step, micro, rank=0, world=1):
+        """This rank's share of a step, cut into lists of about `micro` indices, all of similar token counts. As many lists on
+        every rank, be they empty: all meet in the exchange of gradients, and of weights where they are in shards."""
+        batch = self.global_batch(step)
+        ranks = shares(batch, self.lengths[batch], world)
+        mine, count = np.array(ranks[rank], np.int64), -(-max(map(len, ranks)) // micro)
+        return shares(mine, self.lengths[mine], count)
+
+
+# ------------------------------------------------------------------------------ checking and showing
+
+DEFECTS = MISSING, CORRUPT, MISMATCH, EMPTY, NOTHING, MALFORMED = (
+    "missing pictures", "corrupt pictures", "mark/picture mismatches", "empty answers", "records that would train nothing",
+    "malformed records")
+
+
+def decoded(file):
+    """An open picture, decoded to its last pixel -> ((W, H), what is wrong with it or None). Stricter than training: a
+    picture that is cut short counts as corrupt."""
+    blob = file.read()
+    try:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        return load_image(blob).size, None
+    except ValueError as error:
+        why = str(error)
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        return load_image(blob).size, "it is cut short, training sees it as far as it goes"
+    except ValueError:
+        return (0, 0), why
+
+
+def text_problem(record):
+    """What is wrong with the turns of a `reader.read(i)` -> (one of DEFECTS, why) or None. Stricter than training: a first
+    turn that begins or ends with a mark, as those of pictures do, must have a picture."""
+    problem = records.record_problem(record, record["names"])
+    if problem:
+        return (MISMATCH if MARK in problem else MALFORMED), problem
+    first = records.texts_of(record["conversations"])[0].strip()
+    if not record["names"] and (first.startswith(MARK) or first.endswith(MARK)):
+        return MISMATCH, f"asks about {MARK} but has no picture"
+    try:
+        roles = [role for role, _ in read_turns(record["conversations"], bool(record["names"]))]
+    except ValueError as error:
+        return (EMPTY if "is empty" in str(error) else NOTHING), str(error)
+    return None if "assistant" in roles else (NOTHING, "has no answer")
+
+
+def examine(source, i):
+    """Record i, every picture decoded -> (its row of the index, [(one of DEFECTS, where and why)])."""
+    try:
+        record = source.read(i, decoded)
+    except (ValueError, OSError) as error:
+        return (0, 0, 0, 0), [(MALFORMED, f"row {i}: {error}")]
+    found, sizes = [text_problem(record)], []
+    for name, picture in zip(record["names"], record["images"]):
+        size, why = picture or (None, "it is missing")
+        found.append(why and (CORRUPT if picture else MISSING, f"picture {name}: {why}"))
+        sizes.append(size)
+    problems = [(kind, f"row {i}, record {record['id']}: {why}") for kind, why in filter(None, found)]
+    return records.row_of(record, sizes), problems
+
+
+def check(path, images, workers, side, tile):
+    """Reads all of a set, prints what it holds and what is wrong with it, writes its index. -> number of problems"""
+    refused, index, found = [], [], []
+    source = open_records(path, images, refused)
+    found += [(MISMATCH if f"{MARK} marks" in why else MALFORMED, why) for why in refused]
+    with tqdm(total=len(source), unit=" records", mininterval=1) as bar:
+        for row, problems in records.sweep(source, examine, workers, bar.update):
+            index.append(row)
+            found += problems
+    index = np.array(index, records.ROW)
+    records.save_index(source, index)
+    pictures = index["pictures"]
+    counts = {"records": len(source) + len(refused), "pictures": pictures.sum(), "text-only records": (pictures == 0).sum(),
+              "several-picture records": (pictures > 1).sum(), **{kind: sum(k == kind for k, _ in found) for kind in DEFECTS}}
+    print("\n".join(f"{name:<32}{count:>15,}" for name, count in counts.items()))
+    print_lengths(index, side, tile)
+    print("\n".join(why for _, why in found[:20]) if found else "no problem found")
+    if len(found) > 20:
+        print(f"and {len(found) - 20:,} more")
+    return len(found)
+
+
+def print_lengths(index, side, tile):
+    """How many samples have how many tokens in the two phases, as `lengths` plans them."""
+    edges = [0, *(2**n + 1 for n in range(6, 14)), 2**31]
+    phases = lengths(index, "plain", "square", side, tile), lengths(index, "chat", "a4", side, tile)
+    print(f"\n{'planned tokens, text estimated':<32}{'square, plain':>15}{'a4, chat':>15}")
+    for low, high, *counts in zip(edges, edges[1:], *(np.histogram(phase, edges)[0] for phase in phases)):
+        print(f"{f'{low:,} to {high - 1:,}' if high < 2**31 else f'{low:,} and more':<32}{counts[0]:>15,}{counts[1]:>15,}")
+    print(f"{'mean':<32}{phases[0].mean():>15,.1f}{phases[1].mean():>15,.1f}\n")
+
+
+def spell(sample, tokenizer, start="\u27e6", end="\u27e7"):
+    """A sample of `encode_sample` as text: what is trained stands between start and end, a picture as its token count."""
+    plans, pieces = iter(sample["plans"]), []
+    kind = lambda pair: (pair[0] == IMAGE, pair[1] != IGNORE)
+    for (picture, trained), run in itertools.groupby(zip(sample["ids"], sample["labels"]), kind):
+        ids = [i for i, _ in run]
+        while picture and ids:                                            # two pictures may stand side by side
+            count = next(plans).tokens
+            pieces.append(f"<image: {count} tokens>")
+            ids = ids[count:]
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        pieces.append(f"{start}{text}{end}" if trained else text)
+    return "".join(pieces)
+
+
+def strip(tiles, plan, name):
+    """A picture of one plan's tiles, the base beside the canvas, what becomes tokens framed in red, the plan below."""
+    gap, P, (top, left, h, w) = 8, plan.tile, (max(1, edge * plan.tile // plan.side) for edge in plan.crop)
+    corners = [(gap, gap)]
+    if plan.tiles > 1:
+        corners += [(2 * gap + P + x, gap + y) for y in range(0, plan.canvas[1], P) for x in range(0, plan.canvas[0], P)]
+    rest = {"square": "", "pad": " + 1"}.get(plan.mode, " + {} rows of ({} + 1)".format(*plan.map))
+    caption = (f"{name}: {plan.size[0]} x {plan.size[1]} pixels, {plan.mode}, {plan.tiles} tiles, "
+               f"{plan.side} x {plan.side}{rest} = {plan.tokens} tokens")
+    font = ImageFont.load_default(16)
+    width = max(corners[-1][0] + P, math.ceil(font.getlength(caption)) + gap) + gap
+    image = Image.new("RGB", (width, plan.canvas[1] + 5 * gap), "white")
+    pen = ImageDraw.Draw(image)
+    for tile, (x, y) in zip(tiles, corners, strict=True):
+        image.paste(Image.fromarray(tile), (x, y))
+        pen.rectangle((x, y, x + P - 1, y + P - 1), outline="grey")
+    x, y = corners[plan.tiles > 1]
+    pen.rectangle((x + left, y + top, x + left + w - 1, y + top + h - 1), outline="red", width=2)
+    pen.text((gap, plan.canvas[1] + 2 * gap), caption, fill="black", font=font)
+    return image
+
+
+def sheet(samples):
+    """The strips of all pictures of these samples below each other, or None if they have no picture."""
+    strips = []
+    for sample in samples:
+        ends = np.cumsum([plan.tiles for plan in sample["plans"]])
+        strips += [strip(sample["tiles"][end - plan.tiles:end], plan, f"{sample['id']}, picture {n + 1}")
+                   for n, (plan, end) in enumerate(zip(sample["plans"], ends))]
+    if not strips:
+        return None
+    page = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    for n, image in enumerate(strips):
+        page.paste(image, (0, sum(above.height for above in strips[:n])))
+    return page
+
+
+def show(source, count, tokenizer, template, mode, side, tile, out):
+    """Prints `count` samples, evenly spaced over the set, as the model gets them, and saves their tiles to `out`."""
+    rows = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
+    samples = [encode_sample(source[i], tokenizer, template, mode, side, tile) for i in rows]
+    marks = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("\u27e6", "\u27e7")
+    for i, sample in zip(rows, samples):
+        trained = sum(label != IGNORE for label in sample["labels"])
+        print(f"--- row {i}, record {sample['id']}: {len(sample['ids'])} tokens, {trained} trained {marks[0]}like this{marks[1]}")
+        print(spell(sample, tokenizer, *marks))
+    page = sheet(samples)
+    if page:
+        page.save(out)
+        print(f"--- {out} shows the tiles")
+
+
+def main(argv=None):
+    """The command line. -> exit status: 1 if --check found a problem. Raises ValueError, OSError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--check", metavar="PATH", help="read a whole set, decode every picture, report, write the index")
+    task.add_argument("--show", type=int, metavar="N", help="print N samples as the model gets them and save their tiles")
+    parser.add_argument("--data", default="data/tiny/finetune", metavar="PATH", help="what --show shows; default: %(default)s")
+    parser.add_argument("--images", metavar="PLACE", help="folder or .zip with the pictures of a .json")
+    parser.add_argument("--workers", type=int, default=0, help="processes of --check; default: none but this one")
+    parser.add_argument("--template", choices=FRAME, default="chat")
+    parser.add_argument("--mode", choices=MODES, help="default: square for plain, a4 for chat")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="default: tiny/qwen2 for data/tiny, else Qwen2-0.5B-Instruct's")
+    parser.add_argument("--tile", type=int, help="pixels along a tile; default: 112 for data/tiny, else 336")
+    parser.add_argument("--side", type=int, help="tokens along a tile; default: 4 for data/tiny, else 12")
+    parser.add_argument("--out", default="shown.png", help="picture that --show writes; default: %(default)s")
+    args = parser.parse_args(argv)
+    tiny = Path("data/tiny").resolve() in Path(args.check or args.data).resolve().parents
+    side, tile = args.side or (4 if tiny else 12), args.tile or (112 if tiny else 336)
+    if args.check:
+        return int(check(args.check, args.images, args.workers, side, tile) > 0)
+    if args.show < 1:
+        raise ValueError(f"--show {args.show}: ask for at least one sample")
+    if tiny and not os.path.exists(args.data):
+        raise FileNotFoundError(f"{args.data} does not exist: python synth.py --out data/tiny draws it; or give --data")
+    tokenizer = load_tokenizer(args.tokenizer or ("tiny/qwen2" if tiny else "weights/Qwen2-0.5B-Instruct"))
+    mode = args.mode or ("square" if args.template == "plain" else "a4")
+    show(open_records(args.data, args.images), args.show, tokenizer, args.template, mode, side, tile, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"data.py: {error}")

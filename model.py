@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import data
 from clip import CLIPConfig, CLIPVision
@@ -90,11 +91,12 @@ class LLaVAVR(nn.Module):
         gradient however it is split; None divides by those of this batch.
         """
         x, remember = self.embed(batch)                                          # (B, T, d)
+        x = x + self.unused(batch).to(x.dtype)                                   # (B, T, d)
         targets = batch.labels[:, 1:]                                            # a token is predicted by the one before
         keep = F.pad(targets != data.IGNORE, (0, 1))                             # (B, T) where a logit row is needed
-        logits = self.language_model(inputs_embeds=x, hook=remember, keep=keep)  # (kept, V)
-        loss = F.cross_entropy(logits.float(), targets[keep[:, :-1]], reduction="sum")
-        return loss / (denominator or keep.sum().clamp(min=1)) + self.unused(batch)
+        hidden = self.language_model(inputs_embeds=x, hook=remember, keep=keep, lengths=batch.packed, head=False)   # (n, d)
+        loss = summed_loss(hidden, self.language_model.lm_head, targets[keep[:, :-1]])
+        return loss / (denominator or keep.sum().clamp(min=1))
 
     def embed(self, batch):
         """A batch -> (embeddings (B, T, d) with vision tokens in place, the hook that remembers before decoder layers)."""
@@ -114,7 +116,9 @@ class LLaVAVR(nn.Module):
             if index not in self.config.remember:
                 return h
             flat = h.flatten(0, 1)                                               # (B*T, d)
-            new = self.vision_remember[str(index)](flat[seen], features, saliency, cells)
+            module, given = self.vision_remember[str(index)], (flat[seen], features, saliency, cells)
+            recompute = self.language_model.recompute and torch.is_grad_enabled()
+            new = checkpoint(module, *given, use_reentrant=False, preserve_rng_state=False) if recompute else module(*given)
             return flat.index_copy(0, seen, new.to(h.dtype)).view_as(h)
         return x, remember
 
@@ -147,12 +151,13 @@ class LLaVAVR(nn.Module):
         return torch.cat([grid, newline], 2).flatten(1).T
 
     def unused(self, batch):
-        """Zero, but with a gradient for whatever this batch did not touch: DDP waits for every parameter on every rank."""
+        """Zero, but with a gradient for whatever this batch does not touch: with several ranks each waits for every
+        parameter's, and for every layer's pass, also where only another rank has a picture."""
         idle = [self.image_newline]
         if batch.pixels is None:
             for part in (self.vision_tower, self.mm_projector, self.vision_remember):
                 idle += part.parameters()
-        return sum(p.sum() for p in idle if p.requires_grad) * 0
+        return sum((p.sum() for p in idle if p.requires_grad), torch.zeros((), device=self.image_newline.device)) * 0
 
     @torch.inference_mode()
     def generate(self, images, prompts, max_new_tokens=64, on_token=None):
@@ -257,18 +262,30 @@ class LLaVAVR(nn.Module):
     def read_tokenizer(self, folder):
         self.tokenizer, self.tokenizer_file = data.load_tokenizer(folder), Path(folder) / "tokenizer.json"
 
-    def save_pretrained(self, folder, extra=None, whole=True):
+    def save_pretrained(self, folder, extra=None, whole=True, state=None):
         """Write config.json, model.safetensors, tokenizer.json and copies of extra {name: path}, all or nothing.
 
         whole: False leaves out the ViT and the decoder that `from_parts` read, if they were frozen since. config.json
         then says where they lie and how to recognise them (weights.fingerprint), and loading takes them from there.
+        state: what to write, where it is not this module's own state_dict() (weights that lie in shards, gathered).
         """
         parts = {} if whole else self.parts
-        tensors = {name: tensor for name, tensor in self.state_dict().items() if name.split(".")[0] not in parts}
+        tensors = {name: tensor for name, tensor in (state or self.state_dict()).items() if name.split(".")[0] not in parts}
         if self.config.text.tie_word_embeddings:
             tensors.pop("language_model.lm_head.weight", None)
         save_weights(folder, tensors, {"model_type": "llava_vr", **asdict(self.config), **({"parts": parts} if parts else {})},
                      {"tokenizer.json": self.tokenizer_file, **(extra or {})})
+
+
+def summed_loss(hidden, head, targets, rows=1024):
+    """What the head reads (n, d), targets (n,) -> summed cross-entropy. 30 000 rows of Qwen2's 152 000 logits would be 18 GB
+    in float32: at most `rows` exist at a time, and the backward pass computes them again."""
+    def part(h, t):
+        return F.cross_entropy(head(h).float(), t, reduction="sum")
+    if len(hidden) <= rows:
+        return part(hidden, targets)
+    return sum(checkpoint(part, *pair, use_reentrant=False, preserve_rng_state=False)
+               for pair in zip(hidden.split(rows), targets.split(rows)))
 
 
 def check(folder):

@@ -11,7 +11,7 @@ vision      the ViT alone: every patch says which glyphs, word, number and colou
             drawing program knows), the CLS token says which words and colours the tile holds. Stands in for CLIP's contrastive training
 language    the decoder alone: the caption in place of the picture, then the questions: to copy, recall and compare
 joint       both as an uncompressed LLaVA-NeXT (2-layer MLP, no Vision Remember): the projector alone, then the decoder too: drills,
-            captions and talk on single tiles, then AnyRes. The projector is thrown away after
+            captions and talk on single tiles, then AnyRes; then mostly talk. The projector is thrown away after
 """
 import argparse
 import json
@@ -217,7 +217,7 @@ def pretrain_vision(args):
                               for name in ("glyphs", "word", "number", "colour"))
         return sum(losses.values()), {**{f"loss {k}": v.item() for k, v in losses.items()}, **{k: v.item() for k, v in right.items()}}
 
-    fit("vision", nn.ModuleList([vision, heads, early]), lambda start: Tiles(args.seed, start), step, args.vision_steps, 1.5e-3)
+    fit("vision", nn.ModuleList([vision, heads, early]), lambda start: Tiles(args.seed, start), step, args.vision_steps, 1e-3)
     vision.save_pretrained(CLIP_FOLDER)
 
 
@@ -338,13 +338,13 @@ def language_lesson(tokenizer, step, numbers):
     return [text_talk(tokenizer, n) for n in numbers]
 
 
-def joint_lesson(tokenizer, step, numbers, single):
+def joint_lesson(tokenizer, step, numbers, single, drills=0.45):
     """Pictures of one size a batch, for little padding: for `single` steps one tile, then AnyRes. Drills, captions, talk."""
     rng = random.Random(step)
     if step < single:
         drill, size = rng.random() < 0.75, synth.SIZES[0]
     else:
-        drill, size = rng.random() < 0.45, rng.choices((None, *synth.SIZES), (3, 3, 5, 4, 4))[0]
+        drill, size = rng.random() < drills, rng.choices((None, *synth.SIZES), (3, 3, 5, 4, 4))[0]
     mode = "square" if step < single or size is None else "a4"
     return [(picture_drill if drill else picture_talk)(tokenizer, n, size or synth.SIZES[0], mode) for n in numbers]
 
@@ -397,7 +397,7 @@ def pretrain_joint(args):
     model.mm_projector.requires_grad_(True)
     lesson = partial(joint_lesson, single=args.joint_steps // 5)
 
-    def talk(batch):
+    def learn(batch):
         loss = model(batch)
         return loss, {"loss " + batch.ids[0].split("-")[0]: loss.item()}
     table = model.language_model.model.embed_tokens.weight
@@ -410,8 +410,9 @@ def pretrain_joint(args):
     fit("align", model, lambda start: Tiles(args.seed, start), align, args.align_steps, 2e-3)
     model.language_model.requires_grad_(True)
     model.image_newline.requires_grad_(True)
-    fit("joint", model, lambda start: Lessons(args.seed + 5_000_000, start, lesson), talk, args.joint_steps,
-        8e-4, hold=args.joint_steps * 2 // 3)
+    fit("joint", model, lambda start: Lessons(args.seed + 5_000_000, start, lesson), learn, args.joint_steps, 6e-4)
+    lesson = partial(joint_lesson, single=0, drills=0.2)                         # what is known by now is mostly talked about
+    fit("talk", model, lambda start: Lessons(args.seed + 6_000_000, start, lesson), learn, args.talk_steps, 5e-4)
     half(model.vision_tower).save_pretrained(CLIP_FOLDER)
     save_llm(half(model.language_model))
 
@@ -428,9 +429,9 @@ def save_llm(llm):
 
 # ---- the loop all stages share --------------------------------------------------------------------------------------
 
-def fit(name, module, batches, loss_of, steps, peak, hold=0):
-    """AdamW, 3 % warm-up (300 steps at most), the peak for `hold` steps, half a cosine to its hundredth; a checkpoint every
-    500 steps, and goes on from the newest one."""
+def fit(name, module, batches, loss_of, steps, peak):
+    """AdamW, 3 % warm-up (300 steps at most), half a cosine to a hundredth of the peak; a checkpoint every 500 steps, and goes
+    on from the newest one."""
     os.makedirs(RUNS, exist_ok=True)
     path, log = f"{RUNS}/{name}.pt", open(f"{RUNS}/{name}.jsonl", "a")
     decay = [p for p in module.parameters() if p.dim() > 1 and p.requires_grad]
@@ -447,7 +448,7 @@ def fit(name, module, batches, loss_of, steps, peak, hold=0):
     clock, notes = time.time(), {}
     for i in range(start, steps):
         warm = min(300, int(0.03 * steps) + 1)
-        lr = peak * min((i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, i - warm - hold) / (steps - warm - hold))) + 0.01)
+        lr = peak * min((i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, i - warm) / (steps - warm))) + 0.01)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
@@ -476,10 +477,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("tokenizer", "vision", "language", "joint", "all"), default="all")
     parser.add_argument("--seed", type=int, default=10_000_000, help="first drawing; apart from those of --preset tiny")
-    parser.add_argument("--vision-steps", type=int, default=8000)
+    parser.add_argument("--vision-steps", type=int, default=7000)
     parser.add_argument("--language-steps", type=int, default=3600)
     parser.add_argument("--align-steps", type=int, default=1500)
     parser.add_argument("--joint-steps", type=int, default=5200)
+    parser.add_argument("--talk-steps", type=int, default=3000)
     args = parser.parse_args()
     stages = {"tokenizer": pretrain_tokenizer, "vision": pretrain_vision, "language": pretrain_language, "joint": pretrain_joint}
     for stage in stages if args.stage == "all" else [args.stage]:

@@ -7,17 +7,20 @@ Padding is on the RIGHT, everywhere. Under a causal mask a token sees only what 
 right reaches no real token and neither training nor prefill needs a mask. (Left padding would need one in every layer.)
 """
 from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 from weights import load_weights, read_config, save_weights
 
 try:
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 except ImportError:
-    flash_attn_func = None
+    flash_attn_func = flash_attn_varlen_func = None
 
 
 @dataclass
@@ -111,24 +114,52 @@ class KVCache:
         return positions, (keys <= positions[..., None])[:, None]               # (B, 1, T, S)
 
 
-def attention(q, k, v, mask=None):
-    """q (B, H, T, D), k v (B, G, S, D), mask (B, 1, T, S) of bool, True = look -> (B, H, T, D). No mask means causal.
+class Packing(NamedTuple):
+    """Samples laid end to end in one row, each as if it were alone: nothing is computed for padding."""
+    lengths: list             # tokens of each sample
+    starts: torch.Tensor      # (samples + 1,) int32, where each begins, and the end
+    positions: torch.Tensor   # (T,) counted from 0 within each sample
 
-    Query head h reads key/value head h // (H/G).
+    @classmethod
+    def of(cls, lengths, size, device):
+        """Raises ValueError if the lengths do not add up to `size` tokens."""
+        if sum(lengths) != size:
+            raise ValueError(f"lengths {list(lengths)} add up to {sum(lengths)}, but the row has {size} tokens")
+        starts = torch.tensor([0, *lengths]).cumsum(0)                          # (samples + 1,)
+        positions = torch.arange(size) - starts[:-1].repeat_interleave(torch.tensor(lengths))      # (T,)
+        return cls(lengths, starts.int().to(device, non_blocking=True), positions.to(device, non_blocking=True))
+
+
+def attention(q, k, v, scope=None):
+    """q (B, H, T, D), k v (B, G, S, D) -> (B, H, T, D). Query head h reads key/value head h // (H/G).
+
+    scope: None for causal; a mask (B, 1, T, S) of bool, True = look; or a Packing (B = 1), causal within each sample.
     """
-    if flash_attn_func and mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    if isinstance(scope, Packing):
+        return packed_attention(q, k, v, scope)
+    if flash_attn_func and scope is None and fused(q):
         return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, scope, is_causal=scope is None, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def packing(lengths, size, device):
-    """Samples of these lengths, end to end in one row of `size` tokens -> (positions (T,), each sample's from 0, mask
-    (1, 1, T, T), True = look: at one's own sample and not ahead). Raises ValueError if the lengths do not add up."""
-    if sum(lengths) != size:
-        raise ValueError(f"lengths {list(lengths)} add up to {sum(lengths)}, but the row has {size} tokens")
-    sample = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))     # (T,)
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])    # (T,)
-    return positions, (sample[:, None] == sample).tril()[None, None]
+def packed_attention(q, k, v, packing):
+    """As `attention`: by flash-attn where it is installed, else by PyTorch's kernel of the same kind, else one by one."""
+    if not fused(q):
+        parts = zip(*(x.split(packing.lengths, 2) for x in (q, k, v)))
+        return torch.cat([attention(*part) for part in parts], 2)               # (1, H, T, D)
+    grouped = q.shape[1] != k.shape[1]
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                         # (T, H or G, D)
+    spans = packing.starts, packing.starts, max(packing.lengths), max(packing.lengths)
+    if flash_attn_varlen_func:
+        out = flash_attn_varlen_func(q, k, v, *spans, causal=True)
+    else:
+        out = varlen_attn(q, k, v, *spans, window_size=(-1, 0), enable_gqa=grouped)         # (all before, none ahead)
+    return out.transpose(0, 1).unsqueeze(0)                                     # (1, H, T, D)
+
+
+def fused(x):
+    """Whether the kernels for tensor cores take x: half precision, on a GPU since Ampere."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def rotary(positions, width, theta):
@@ -174,13 +205,13 @@ class Attention(nn.Module):
     def split(self, x):
         return x.unflatten(-1, (-1, self.width)).transpose(1, 2)                # (B, H or G, T, D)
 
-    def forward(self, x, cos, sin, write, mask):
+    def forward(self, x, cos, sin, write, scope):
         q = rotate(self.split(self.q_proj(x)), cos, sin)                        # (B, H, T, D)
         k = rotate(self.split(self.k_proj(x)), cos, sin)                        # (B, G, T, D)
         v = self.split(self.v_proj(x))                                          # (B, G, T, D)
         if write:
             k, v = write(k, v)                                                  # (B, G, S, D)
-        return self.o_proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))     # (B, T, d)
+        return self.o_proj(attention(q, k, v, scope).transpose(1, 2).flatten(2))     # (B, T, d)
 
 
 class MLP(nn.Module):
@@ -205,8 +236,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, write=None, mask=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, write, mask)  # (B, T, d)
+    def forward(self, x, cos, sin, write=None, scope=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, write, scope)     # (B, T, d)
         return x + self.mlp(self.post_attention_layernorm(x))                   # (B, T, d)
 
 
@@ -215,7 +246,7 @@ class Qwen2(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False      # True: keep only what enters each layer for the backward pass
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -229,34 +260,40 @@ class Qwen2(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids=None, *, inputs_embeds=None, cache=None, hook=None, keep=None, lengths=None):
+    def forward(self, input_ids=None, *, inputs_embeds=None, cache=None, hook=None, keep=None, lengths=None, head=True):
         """input_ids (B, T) or inputs_embeds (B, T, d) -> logits (B, T, V), or (n, V) where keep (B, T) is True.
 
         cache: a KVCache to fill (first call) or to go on from (later calls); its lengths advance by T.
         hook(layer index, hidden (B, T, d)) -> hidden (B, T, d), called before each decoder layer.
         lengths: list of int, of samples packed end to end into one row (B = 1, no cache), each as if it were alone.
+        head: False gives what the head would read, (B, T, d) or (n, d), for a loss that never holds all logits.
         Raises ValueError unless exactly one input is given, when the cache is full, and for lengths that do not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds      # (B, T, d)
-        positions, mask = torch.arange(x.shape[1], device=x.device), None       # (T,)
+        positions, scope = torch.arange(x.shape[1], device=x.device), None      # (T,)
         if cache is not None:
-            positions, mask = cache.plan(*x.shape[:2])                          # (B, T), (B, 1, T, S)
+            positions, scope = cache.plan(*x.shape[:2])                         # (B, T), (B, 1, T, S)
         if lengths is not None:
             if cache is not None or len(x) != 1:
                 raise ValueError(f"packed samples come in one row and without a cache, not in {len(x)} rows or with one")
-            positions, mask = packing(lengths, x.shape[1], x.device)            # (T,), (1, 1, T, T)
+            scope = Packing.of(lengths, x.shape[1], x.device)
+            positions = scope.positions                                         # (T,)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)      # (1 or B, 1, T, D)
         for index, layer in enumerate(self.model.layers):
             if hook is not None:
                 x = hook(index, x)                                              # (B, T, d)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, None, scope, use_reentrant=False, preserve_rng_state=False)
+                continue
             write = cache and (lambda k, v: cache.write(index, k, v, positions))
-            x = layer(x, cos, sin, write, mask)                                 # (B, T, d)
+            x = layer(x, cos, sin, write, scope)                                # (B, T, d)
         if cache is not None:
             cache.lengths, cache.prefilled = cache.lengths + x.shape[1], True
         x = self.model.norm(x)
-        return self.lm_head(x if keep is None else x[keep])                     # (B, T, V) or (n, V)
+        x = x if keep is None else x[keep]                                      # (B, T, d) or (n, d)
+        return self.lm_head(x) if head else x                                   # (B, T, V) or (n, V)
 
     @torch.no_grad()
     def reset_parameters(self):

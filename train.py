@@ -3,76 +3,50 @@
     python train.py --preset tiny                                  # laptop: both phases on drawn pictures, minutes
     python train.py --preset 0.5b --phase 1 --micro 16             # one GPU: the same global batch, accumulated
     torchrun --nproc_per_node=8 train.py --phase 2                 # eight GPUs: the paper's second phase
+    torchrun --nproc_per_node=8 train.py --phase si --preset 7b --shard --recompute     # Table 3's recipe, weights in shards
     python train.py --preset tiny --resume                         # goes on where a stopped run was saved
 
-Without --phase both run, one after the other. runs/<preset>/phase1 and phase2 hold the finished models with log.jsonl,
-one line a step; phase1.partial holds log and state while a phase runs. README.md says where weights and data go.
+Without --phase, 1 and 2 run one after the other. runs/<preset>/phase1 and phase2 hold the finished models with log.jsonl,
+one line a step, and loss.svg; phase1.partial holds them and the checkpoints while a phase runs. Ctrl-C or SIGTERM saves
+and ends the run. recipes.py holds every number, README.md says where weights and data go.
 """
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import os
+import resource
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import checkpoint
+import cost
 import data
-import synth
+import records as readers
 from model import PRESETS, LLaVAVR
-
-
-@dataclasses.dataclass
-class Recipe:
-    """One phase. The defaults that both phases of the paper share (Sec. 5.1) or take from LLaVA-NeXT's scripts."""
-    batch: int                       # samples per optimizer step over all ranks and micro-batches
-    lr: float                        # peak
-    trains: tuple                    # parts of the model; all else is frozen
-    template: str
-    mode: str | None                 # data.plan_image; None: the model's own AnyRes
-    micro: int = 8                   # samples per forward on one device
-    warmup: float = 0.03             # share of the steps; LLaVA
-    clip: float = 1.0
-    betas: tuple = (0.9, 0.999)      # weight decay is 0 in LLaVA, so it is left out
-    max_length: int = 8192           # LLaVA-NeXT's pretrain script; its finetune script allows 32768
-
-
-ALIGN, ALL = ("mm_projector", "vision_remember"), ("mm_projector", "vision_remember", "image_newline", "language_model")
-PAPER = {1: Recipe(batch=256, lr=1e-3, trains=ALIGN, template="plain", mode="square", micro=32),
-         2: Recipe(batch=32, lr=2e-5, trains=ALL, template="chat", mode=None, micro=4)}
-TINY = {1: dataclasses.replace(PAPER[1], batch=16, lr=2e-3, micro=16), 2: dataclasses.replace(PAPER[2], batch=16, lr=1e-3, micro=16)}
-RECIPES = {"tiny": TINY, "0.5b": PAPER, "1.5b": PAPER, "7b": PAPER}     # tiny: small batches, for many steps in minutes
-
-QWEN = {"0.5b": "Qwen2-0.5B-Instruct", "1.5b": "Qwen2-1.5B-Instruct", "7b": "Qwen2-7B-Instruct"}
-NEXT = "lmms-lab/LLaVA-NeXT-Data"
-
-
-def folders(preset, phase):
-    """Where things are by default -> {"clip", "llm", "data"}, each (path, how to get it)."""
-    if preset == "tiny":
-        return {"clip": ("tiny/clip", "git checkout tiny"), "llm": ("tiny/qwen2", "git checkout tiny"),
-                "data": (f"data/tiny/{'pretrain/captions.json' if phase == 1 else 'finetune'}", "python synth.py --out data/tiny")}
-    fetch = "hf download {} --local-dir {}"
-    clip, llm = "weights/clip-vit-large-patch14-336", f"weights/{QWEN[preset]}"
-    captions = "data/LLaVA-Pretrain"
-    return {"clip": (clip, fetch.format("--exclude tf_model.h5 openai/clip-vit-large-patch14-336", clip)),
-            "llm": (llm, fetch.format(f"Qwen/{QWEN[preset]}", llm)),
-            "data": (f"{captions}/blip_laion_cc_sbu_558k.json", fetch.format("--repo-type dataset liuhaotian/LLaVA-Pretrain", captions))
-            if phase == 1 else ("data/LLaVA-NeXT-Data/data", fetch.format(f'--repo-type dataset --include "data/*" {NEXT}', "data/LLaVA-NeXT-Data"))}
+from recipes import PAPER, RECIPES, folders, table
+from track import Log
 
 
 def locate(args, phase):
-    """-> ({"clip", "llm", "data"}: paths, flags before defaults, and the folder that phase 2 starts from)."""
+    """-> ({"clip", "llm", "data"}: paths, flags before defaults, and the folder of the phase before, None for phase 1)."""
     found = {name: getattr(args, name) or path for name, (path, _) in folders(args.preset, phase).items()}
-    return found, Path(args.out or "runs") / args.preset / "phase1"
+    start = PAPER[phase].start
+    return found, start and Path(args.out or "runs") / args.preset / start
 
 
 def check_places(args, phases):
@@ -81,217 +55,397 @@ def check_places(args, phases):
     for phase in phases:
         found, start = locate(args, phase)
         for name, (_, how) in folders(args.preset, phase).items():
-            if not (phase == 2 and name != "data") and not os.path.exists(found[name]):      # parts come with phase 1
+            if not (start and name != "data") and not os.path.exists(found[name]):      # parts come with phase 1
                 missing[found[name]] = f"  --{name}: {found[name]} is not there. Get it with: {how}"
-        if phases == [2] and not start.exists():
+        if start and not start.exists() and "1" not in phases:
             missing[start] = f"  {start} is not there. Make it with: python train.py --preset {args.preset} --phase 1"
     if missing:
-        raise FileNotFoundError(f"phase {' and '.join(map(str, phases))} of preset {args.preset} misses:\n" + "\n".join(missing.values()) +
+        raise FileNotFoundError(f"phase {' and '.join(phases)} of preset {args.preset} misses:\n" + "\n".join(missing.values()) +
                                 "\nTo try the whole path without any download: python train.py --preset tiny")
 
 
-def lr_at(step, steps, recipe):
-    """Learning rate of 0-based `step`: linear warm-up, then half a cosine down to 0."""
-    warm = math.ceil(recipe.warmup * steps)
+def lr_at(step, steps, warmup):
+    """Share of the peak learning rate at 0-based `step`: linear warm-up, then half a cosine down to 0."""
+    warm = math.ceil(warmup * steps)
     if step < warm:
-        return recipe.lr * (step + 1) / warm
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def shuffled(records, seed):
-    """The order of an epoch, the same on every rank. Parquet is shuffled by row groups and within them, since reading
-    one row costs its whole group."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = getattr(records, "starts", [0])
-    ends = [*starts[1:], len(records)]
-    if len(starts) == 1:
-        return torch.randperm(len(records), generator=generator).tolist()
-    groups = torch.randperm(len(starts), generator=generator).tolist()
-    return [starts[g] + i for g in groups for i in torch.randperm(ends[g] - starts[g], generator=generator).tolist()]
-
-
-def micro_batches(order, batch, micro, rank, world):
-    """-> per step a list of this rank's micro-batches of indices. Every rank has at least one in every step (an empty
-    one, if the last global batch is smaller than the world), so that all meet in the gradient exchange."""
-    steps = [order[i:i + batch][rank::world] for i in range(0, len(order), batch)]
-    return [[mine[i:i + micro] for i in range(0, len(mine), micro)] or [[]] for mine in steps]
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 class Samples(Dataset):
-    """Micro-batches of indices -> (data.Batch, [why a record was skipped]). What cannot be read or would train nothing
-    is skipped, counted and named, never replaced by a neighbour."""
+    """A list of indices -> (data.Batch, [why a record was skipped]). What cannot be read or would train nothing is
+    skipped, counted and named, never replaced by a neighbour."""
 
-    def __init__(self, records, tokenizer, recipe, config, lists):
-        self.records, self.tokenizer, self.recipe, self.config, self.lists = records, tokenizer, recipe, config, lists
+    def __init__(self, records, tokenizer, recipe, config):
+        self.records, self.tokenizer, self.recipe = records, tokenizer, recipe
+        self.side, self.tile = config.side, config.vision.image_size
 
     def __len__(self):
-        return len(self.lists)
+        return len(self.records)
 
-    def __getitem__(self, position):
-        samples, skipped, r, c = [], [], self.recipe, self.config
-        for index in self.lists[position]:
+    def __getitem__(self, indices):
+        samples, skipped, r = [], [], self.recipe
+        for index in indices:
             try:
-                samples.append(data.encode_sample(self.records[index], self.tokenizer, r.template, r.mode or c.image_mode,
-                                                  c.side, c.vision.image_size, max_length=r.max_length))
+                samples.append(data.encode_sample(self.records[index], self.tokenizer, r.template, r.mode, self.side, self.tile,
+                                                  max_length=r.max_length))
             except (ValueError, OSError) as error:
                 skipped.append(f"skipped: {error}")
-        pad = self.tokenizer.token_to_id("<|endoftext|>")
         if not samples:                                                          # nothing to learn, but a forward to make
+            pad = self.tokenizer.token_to_id("<|endoftext|>")
             samples = [{"id": "(empty)", "ids": [pad], "labels": [data.IGNORE], "tiles": [], "plans": []}]
-        return data.collate(samples, pad), skipped
+        return data.pack(samples), skipped
+
+
+def build_model(args, phase, recipe, device):
+    """The model of the phase before, or its parts under a fresh projector and Vision Remember; frozen but for what trains."""
+    found, start = locate(args, phase)
+    torch.manual_seed(args.seed)                                                 # the fresh projector and Vision Remember
+    model = LLaVAVR.from_pretrained(start) if start else LLaVAVR.from_parts(found["clip"], found["llm"], args.preset)
+    if recipe.template == "chat":
+        model.config.image_mode = recipe.mode                                    # it will be asked as it was taught
+    freeze(model, recipe.trains)
+    if args.recompute:
+        model.language_model.recompute, model.vision_tower.recompute = True, "vision_tower" in recipe.trains
+    model.train()
+    return model.to(device)
+
+
+def freeze(model, trains):
+    """All but the parts that train."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.split(".")[0] in trains
+
+
+def lower_frozen(model, precision):
+    """Under bf16, frozen weights take half the memory and no cast in every step. -> their values as they were, on the CPU"""
+    if precision != "bf16":
+        return {}
+    kept = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            kept[name], parameter.data = parameter.data.cpu(), parameter.data.bfloat16()
+    return kept
+
+
+def distribute(model, args, world):
+    """-> the module to call: compiled, and with gradients exchanged between the ranks (DDP), or with the weights in shards
+    too (FSDP2), gathered one decoder layer at a time."""
+    layers = model.language_model.model.layers
+    if args.compile:
+        for block in [*layers, *model.vision_tower.encoder.layers]:
+            block.compile()
+    if args.shard:
+        policy = MixedPrecisionPolicy(torch.bfloat16 if args.precision == "bf16" else None, torch.float32)
+        for layer in layers:
+            fully_shard(layer, mp_policy=policy)
+        return fully_shard(model, mp_policy=policy)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
 
 def build_optimizer(model, recipe):
-    """Freezes all but the parts the phase trains and hands those to AdamW. -> optimizer"""
+    """AdamW over what trains, one group for each learning rate; every group knows its peak."""
+    peaks = {}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.split(".")[0] in recipe.trains
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=recipe.lr, betas=recipe.betas, weight_decay=0, fused=trained[0].is_cuda)
+        if parameter.requires_grad:
+            peaks.setdefault(recipe.peak(name.split(".")[0]), []).append(parameter)
+    groups = [{"params": parameters, "lr": peak, "peak": peak} for peak, parameters in peaks.items()]
+    return torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=0, fused=True)
 
 
-def save_state(path, model, optimizer, step, identity):
-    """What --resume needs: trained weights, optimizer, steps done. Renamed into place: a kill leaves the old file whole."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    torch.save({"model": trained, "optimizer": optimizer.state_dict(), "step": step, "run": identity}, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+class Ranks(NamedTuple):
+    """This process among all that train."""
+    rank: int
+    world: int
+    device: torch.device
 
-
-def load_state(path, model, optimizer, identity):
-    """-> the step to go on from. Raises ValueError if the state belongs to another recipe, data set or model size."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    changed = [f"{k}: {state['run'].get(k)} then, {v} now" for k, v in identity.items() if state["run"].get(k) != v]
-    if changed:
-        raise ValueError(f"{path} is of another run ({'; '.join(changed)}); leave --resume out or undo the change")
-    model.load_state_dict(state["model"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-def train(args, phase, rank, world, device):
-    recipe = dataclasses.replace(RECIPES[args.preset][phase], **{k: v for k in ("batch", "micro", "lr") if (v := getattr(args, k))})
-    found, start = locate(args, phase)
-    out = Path(args.out or "runs") / args.preset / f"phase{phase}"
-    partial = out.with_name(out.name + ".partial")                               # until the model is whole
-    if phase == 1:
-        torch.manual_seed(args.seed)                                             # the fresh projector and Vision Remember
-        model = LLaVAVR.from_parts(found["clip"], found["llm"], args.preset)
-    else:
-        model = LLaVAVR.from_pretrained(start)
-    model = model.to(device).train()
-    optimizer = build_optimizer(model, recipe)
-    records = data.open_records(found["data"], args.images)
-    order = shuffled(records, args.seed + phase)[:args.limit]
-    plan = micro_batches(order, recipe.batch, recipe.micro, rank, world)
-    steps, identity = len(plan), {"phase": phase, "records": len(records), "seed": args.seed, "batch": recipe.batch,
-                                  "parameters": sum(p.numel() for p in model.parameters()), "steps": len(plan)}
-    first = 0
-    if args.resume and (partial / "state.pt").exists():
-        first = load_state(partial / "state.pt", model, optimizer, identity)
-    elif args.resume and (out / "config.json").exists() and not partial.exists():
-        return                                                                   # this phase is done
-    partial.mkdir(parents=True, exist_ok=True)
-    loader = iter(DataLoader(Samples(records, model.tokenizer, recipe, model.config, [m for step in plan[first:] for m in step]),
-                             batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda"))
-    parallel = DistributedDataParallel(model) if world > 1 else model
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if rank == 0:
-        print(f"phase {phase}: {len(order):,} samples, {steps} steps of {recipe.batch}, lr {recipe.lr:g}, training "
-              f"{trained / 1e6:.1f}M of {identity['parameters'] / 1e6:.1f}M parameters on {world} x {device.type}", flush=True)
-    skipped = 0
-    if rank == 0:
-        lines = (partial / "log.jsonl").read_text().splitlines(True)[:first] if first else []    # steps taken again: anew
-        skipped = json.loads(lines[-1])["skipped"] if lines else 0
-        log = open(partial / "log.jsonl", "w")
-        log.writelines(lines)
-    bar, clock = tqdm(range(first, steps), initial=first, total=steps, disable=rank > 0, mininterval=1), time.time()
-
-    for step in bar:
-        lr = lr_at(step, steps, recipe)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        # the global batch: this rank's micro-batches, and how many tokens all ranks train
-        batches = [next(loader) for _ in plan[step]]
-        for why in (why for _, reasons in batches for why in reasons):
-            tqdm.write(why, file=sys.stderr)
-        batches, problems = [b.to(device, non_blocking=True) for b, _ in batches], sum(len(r) for _, r in batches)
-        counts = torch.tensor([sum((b.labels[:, 1:] != data.IGNORE).sum().item() for b in batches),
-                               sum(b.lengths.sum().item() for b in batches), problems], dtype=torch.float64, device=device)
-        if world > 1:
-            dist.all_reduce(counts)
-        targets, tokens, problems = counts.tolist()
-        skipped += int(problems)
-
-        # forward and backward; gradients are exchanged once, on the last micro-batch
-        total = 0.0
-        for i, batch in enumerate(batches):
-            sync = contextlib.nullcontext() if world == 1 or i == len(batches) - 1 else parallel.no_sync()
-            with sync, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                loss = parallel(batch, max(targets, 1) / world)                  # DDP averages, the loss is a sum: times world
-                if not torch.isfinite(loss):
-                    raise ValueError(f"step {step}: the loss is {loss.item()} on samples {', '.join(batch.ids)}; the last "
-                                     f"saved state is kept. Look at these samples, or lower --lr")
-                loss.backward()
-            total += loss.detach() / world
-        if world > 1:
+    def summed(self, *values):
+        """Numbers of this rank -> their sums over all ranks."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world > 1:
             dist.all_reduce(total)
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], recipe.clip)
-        if not torch.isfinite(norm):
-            raise ValueError(f"step {step}: the gradient is {norm.item()} on samples {', '.join(i for b in batches for i in b.ids)}; "
-                             f"the last saved state is kept. Look at these samples, or lower --lr")
+        return total.tolist()
+
+    def meet(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+class Stop:
+    """Asked for by SIGTERM or Ctrl-C: the run saves after the step it is in. Asked again, it ends at once."""
+
+    def __enter__(self):
+        self.asked, self.before = False, {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def plan(args, recipe, records, config):
+    """Which record when -> data.Order, a pure function of the seed and the step."""
+    index = readers.load_index(records)
+    index = readers.estimate(records) if index is None else index
+    lengths = data.lengths(index, recipe.template, recipe.mode, config.side, config.vision.image_size)
+    held_out = np.random.default_rng(args.seed).permutation(len(records))[:args.validate]
+    return data.Order(getattr(records, "starts", [0]), lengths, index["pictures"] == 0, recipe.batch, args.seed, recipe.epochs,
+                      args.limit, held_out)
+
+
+def targets_of(batch):
+    """Tokens that a packed batch trains."""
+    return (batch.labels[:, 1:] != data.IGNORE).sum().item()
+
+
+def precision(args, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def exchange(module, now):
+    """Gradients meet in this backward pass, or wait for that of the last micro-batch."""
+    if isinstance(module, DistributedDataParallel) and not now:
+        return module.no_sync()
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
+    return contextlib.nullcontext()
+
+
+def learn(args, module, batches, targets, recipe, ranks, step):
+    """Forward and backward over this rank's micro-batches, of a global batch that trains `targets` tokens -> (loss of all
+    ranks, gradient norm). Raises ValueError where either is not finite, naming this rank's samples."""
+    def finite(value, what, samples):
+        if not math.isfinite(value):
+            raise ValueError(f"step {step}: the {what} is {value} on samples {', '.join(samples)}; the last checkpoint is kept. "
+                             f"Look at these samples, or lower --lr")
+        return value
+    total = 0.0
+    for i, batch in enumerate(batches):
+        with exchange(module, i == len(batches) - 1), precision(args, ranks.device):
+            loss = module(batch.to(ranks.device, non_blocking=True), max(targets, 1) / ranks.world)    # the mean over ranks follows
+            total += finite(loss.item(), "loss", batch.ids) / ranks.world
+            loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], recipe.clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return ranks.summed(total)[0], finite(norm.item(), "gradient", [name for batch in batches for name in batch.ids])
+
+
+@torch.no_grad()
+def validate(args, module, samples, held_out, recipe, ranks):
+    """Mean loss per trained token over the held-out records, each rank its part."""
+    mine, loss, tokens = held_out[ranks.rank::ranks.world].tolist(), 0.0, 0
+    for i in range(0, len(held_out[::ranks.world]), recipe.micro):               # as many forwards on every rank
+        batch, _ = samples[mine[i:i + recipe.micro]]
+        with precision(args, ranks.device):
+            loss += module(batch.to(ranks.device), 1).item()
+        tokens += targets_of(batch)
+    loss, tokens = ranks.summed(loss, tokens)
+    return loss / max(tokens, 1)
+
+
+def identity(args, recipe, records, order, model):
+    """What must be the same for a checkpoint to be gone on from. Ranks and micro-batches need not."""
+    run = {**dataclasses.asdict(recipe), "preset": args.preset, "seed": args.seed, "data": records.fingerprint(),
+           "samples": order.samples, "steps": order.steps, "validate": args.validate, "precision": args.precision,
+           "parameters": sum(p.numel() for p in model.parameters())}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in run.items() if name != "micro"}
+
+
+def opening(args, phase, recipe, changed, model, order, ranks, peak):
+    """What is about to be trained, on what, how and at what cost -> lines. `peak`: FLOP/s of this device."""
+    sizes, total = cost.parameters(model.config), sum(p.numel() for p in model.parameters())
+    records, warm = order.samples * recipe.epochs, math.ceil(recipe.warmup * order.steps)
+    mean = int(order.lengths.mean())
+    tiles = max(1, mean // model.config.side ** 2)                               # about: the text is counted for pictures
+    need = cost.memory(model.config, recipe.trains, ranks.world, args.shard, args.precision, recipe.micro * mean, recipe.micro * tiles,
+                       args.recompute)
+    work = cost.flops(model.config, [mean], tiles, mean // 10, recipe.trains)
+    hours = records * work / (peak * cost.MFU * ranks.world) / 3600
+    return [f"phase {phase} of preset {args.preset} on {ranks.world} x {ranks.device.type}, {args.precision}",
+            *table(recipe, args.preset, changed),
+            f"  {'steps':12}{order.steps:,} of {recipe.batch} samples, {warm:,} of them warm-up: {order.samples:,} records, "
+            f"about {cost.short(records * mean)} tokens",
+            f"  {'parameters':12}{cost.short(total)}, training " + ", ".join(f"{part} {cost.short(sizes[part])}" for part in recipe.trains),
+            f"  {'memory':12}about {cost.short(sum(need.values()), 'B')} a device: " +
+            ", ".join(f"{name} {cost.short(size, 'B')}" for name, size in need.items() if size),
+            f"  {'time':12}about {hours:.2g} hours at {cost.MFU:.0%} of the {cost.short(peak, 'FLOP/s')} that a matrix product reaches here; "
+            f"mfu in the log is the share reached"]
+
+
+class Report:
+    """What rank 0 says of a run: the recipe at the start, a line in log.jsonl for every step, the bar."""
+
+    def __init__(self, args, phase, recipe, changed, model, order, first, folder, ranks):
+        self.config, self.recipe, self.ranks = model.config, recipe, ranks
+        self.peak = cost.gemm_peak(ranks.device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+        self.log = Log(folder, first, args.wandb, {"phase": phase, **dataclasses.asdict(recipe)})
+        self.skipped = self.log.last.get("skipped", 0)
+        print(*opening(args, phase, recipe, changed, model, order, ranks, self.peak), sep="\n", flush=True)
+        self.bar, self.clock = tqdm(total=order.steps, initial=first, mininterval=1), time.perf_counter()
+
+    def step(self, step, losses, optimizer, norm, tokens, targets, problems, waited, batches):
+        """Write down a finished step: losses, what it cost, and what part of the time went where."""
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        self.skipped += problems
+        work = sum(cost.flops(self.config, batch.packed, 0 if batch.pixels is None else len(batch.pixels), targets_of(batch),
+                              self.recipe.trains, (batch.input_ids == data.IMAGE).sum().item()) for batch in batches)
+        device, mine = self.ranks.device, sum(len(batch.packed) for batch in batches)
+        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        rates = {f"lr_{i}" if i else "lr": group["lr"] for i, group in enumerate(optimizer.param_groups)}
+        self.log.write({"step": step, **{name: round(value, 5) for name, value in losses.items()}, **rates, "grad_norm": round(norm, 4),
+                        "tokens": tokens, "trained_tokens": targets, "skipped": self.skipped, "seconds": round(seconds, 3),
+                        "tokens_per_second": round(tokens / seconds), "samples_per_second": round(mine * self.ranks.world / seconds, 2),
+                        "mfu": round(work / seconds / self.peak, 4), "data_wait": round(waited / seconds, 3),
+                        "memory_gb": round(memory / 2**30, 2)})
+        self.bar.set_postfix_str(f"loss {losses['loss']:.3f} lr {rates['lr']:.1e} {tokens / seconds:,.0f} tok/s", refresh=False)
+        self.bar.update()
+
+    def close(self):
+        self.log.close()
+        self.bar.close()
+
+
+def save(args, folder, step, model, optimizer, run, losses, ranks):
+    """A checkpoint, or one line why there is none: a full disk is no reason to lose what stands in memory."""
+    try:
+        checkpoint.save(folder, step, model, optimizer, run, losses)
+        checkpoint.prune(folder, args.keep_every)
+    except OSError as error:
+        tqdm.write(f"train.py: step {step} could not be saved, training goes on ({error})", file=sys.stderr)
+        return False
+    return True
+
+
+def train(args, phase, ranks, stop):
+    """One phase from its start, or from where it stopped, to its saved model. -> False if it was asked to stop before"""
+    changed = {name: value for name in ("batch", "micro", "lr", "vision_lr", "epochs") if (value := getattr(args, name))}
+    recipe = dataclasses.replace(RECIPES[args.preset][phase], **changed)
+    if ranks.world > recipe.batch:
+        even = ", ".join(str(n) for n in range(1, recipe.batch + 1) if recipe.batch % n == 0)
+        raise ValueError(f"{ranks.world} ranks for a global batch of {recipe.batch}: use 1 to {recipe.batch} ranks, best {' or '.join(even.rsplit(', ', 1))}, "
+                         f"or a larger --batch")
+    out = Path(args.out or "runs") / args.preset / recipe.folder
+    partial = out.with_name(out.name + ".partial")                               # until the model is whole
+    if args.resume and (out / "config.json").exists() and not partial.exists():
+        return True                                                              # this phase is done
+    model = build_model(args, phase, recipe, ranks.device)
+    originals = lower_frozen(model, args.precision)
+    module = distribute(model, args, ranks.world)
+    optimizer = build_optimizer(model, recipe)
+    records = data.open_records(locate(args, phase)[0]["data"], args.images)
+    order = plan(args, recipe, records, model.config)
+    run, first = identity(args, recipe, records, order, model), 0
+    if args.resume:
+        path, skipped = checkpoint.newest(partial / "checkpoints")
+        for line in skipped * (ranks.rank == 0):
+            print(f"phase {phase}: {line}", flush=True)
+        first = checkpoint.restore(path, model, optimizer, run, args.accept_changes)["step"] if path else 0
+    samples = Samples(records, model.tokenizer, recipe, model.config)
+    todo = (indices for step in range(first, order.steps) for indices in order.micro_batches(step, recipe.micro, *ranks[:2]))
+    loader = iter(DataLoader(samples, sampler=todo, batch_size=None, num_workers=args.workers,
+                             pin_memory=ranks.device.type == "cuda"))
+    report = Report(args, phase, recipe, changed, model, order, first, partial, ranks) if ranks.rank == 0 else None
+
+    for step in range(first, order.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_at(step, order.steps, recipe.warmup)
+
+        # this rank's share of the global batch, and what all ranks have together
+        clock = time.perf_counter()
+        batches, skipped = zip(*(next(loader) for _ in order.micro_batches(step, recipe.micro, *ranks[:2])))
+        waited = time.perf_counter() - clock
+        for why in (why for reasons in skipped for why in reasons):
+            tqdm.write(why, file=sys.stderr)
+        targets, tokens, problems, asked = ranks.summed(sum(map(targets_of, batches)), sum(b.input_ids.numel() for b in batches),
+                                                        sum(map(len, skipped)), stop.asked)
+
+        loss, norm = learn(args, module, batches, targets, recipe, ranks, step)
         if targets > 0:                                                          # else every record was skipped
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if rank == 0:
-            seconds, clock = time.time() - clock, time.time()
-            line = {"step": step, "loss": round(float(total), 5), "lr": lr, "grad_norm": round(float(norm), 4), "tokens": int(tokens),
-                    "trained_tokens": int(targets), "seconds": round(seconds, 3), "skipped": skipped}
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            bar.set_postfix_str(f"loss {line['loss']:.3f} lr {lr:.1e} {tokens / seconds:,.0f} tok/s", refresh=False)
-            if (step + 1) % args.save_every == 0 and step + 1 < steps:
-                save_state(partial / "state.pt", model, optimizer, step + 1, identity)
-    if skipped == len(order):
-        raise ValueError(f"none of the {skipped} records could be used (the reasons stand above); is {found['data']} the data "
-                         f"of phase {phase}?")
-    if rank == 0:
-        model.save_pretrained(out, {"log.jsonl": partial / "log.jsonl"}, whole="language_model" in recipe.trains)
+        losses, last = {"loss": loss}, step + 1 == order.steps
+        if args.validate and (last or (step + 1) % args.validate_every == 0):
+            losses["validation"] = validate(args, module, samples, order.held_out, recipe, ranks)
+        if ranks.rank == 0:
+            report.step(step, losses, optimizer, norm, int(tokens), int(targets), int(problems), waited, batches)
+        if not last and (asked or (step + 1) % args.save_every == 0):
+            kept = save(args, partial / "checkpoints", step + 1, model, optimizer, run, losses, ranks)
+        if asked and not last:
+            if ranks.rank == 0:
+                report.close()
+            if not kept:
+                raise OSError(f"stopped after step {step + 1}, which could not be saved; the last checkpoint is kept")
+            if ranks.rank == 0:
+                print(f"phase {phase}: stopped after step {step + 1} of {order.steps}, saved; go on with --resume", flush=True)
+            return False
+    finish(args, phase, model, originals, recipe, order, partial, out, report, ranks)
+    return True
+
+
+def gather(tensor, keep):
+    """A tensor that lies in shards -> the whole of it on the CPU where `keep`, else None; all ranks take part."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole = tensor.full_tensor()
+    return whole.cpu() if keep else None
+
+
+def finish(args, phase, model, originals, recipe, order, partial, out, report, ranks):
+    """Writes the model in the place of the partial folder. Raises ValueError if nothing was trained."""
+    if report and report.skipped == order.samples * recipe.epochs:
+        raise ValueError(f"none of the {report.skipped} records could be used (the reasons stand above); is {locate(args, phase)[0]['data']} "
+                         f"the data of phase {phase}?")
+    state = {name: gather(tensor, report) for name, tensor in model.state_dict().items()}
+    if report:
+        report.close()
+        model.save_pretrained(out, {name: partial / name for name in ("log.jsonl", "loss.svg")}, whole="language_model" in recipe.trains,
+                              state={**state, **originals})
         shutil.rmtree(partial)
-        print(f"phase {phase}: done, {out} holds the model" + (f"; {skipped} records skipped" if skipped else ""), flush=True)
-    meet(world)
-
-
-def meet(world):
-    if world > 1:
-        dist.barrier()
+        print(f"phase {phase}: done, {out} holds the model" + (f"; {report.skipped} records skipped" if report.skipped else ""), flush=True)
+    ranks.meet()
 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--phase", type=int, choices=(1, 2), help="default: both, in order")
+    parser.add_argument("--phase", choices=PAPER, help="default: 1 and 2, in order")
     parser.add_argument("--preset", choices=PRESETS, default="0.5b")
     parser.add_argument("--clip", help="folder of the CLIP weights (phase 1)")
     parser.add_argument("--llm", help="folder of the Qwen2 weights (phase 1)")
-    parser.add_argument("--data", help="LLaVA .json or .jsonl, or a folder of Parquet shards")
+    parser.add_argument("--data", help="LLaVA .json or .jsonl, a folder of Parquet shards, or a .mix of several")
     parser.add_argument("--images", help="folder or .zip with the pictures of a .json")
     parser.add_argument("--out", help="folder of all runs; default: runs")
-    parser.add_argument("--resume", action="store_true", help="go on from the last saved state, if there is one")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint, if there is one")
+    parser.add_argument("--accept-changes", action="store_true", help="resume although the recipe or the data differ")
     parser.add_argument("--batch", type=int, help="global batch, whatever the number of ranks")
     parser.add_argument("--micro", type=int, help="samples per forward on one device")
-    parser.add_argument("--lr", type=float)
+    parser.add_argument("--lr", type=float, help="peak; of the ViT: --vision-lr")
+    parser.add_argument("--vision-lr", type=float)
+    parser.add_argument("--epochs", type=int)
     parser.add_argument("--limit", type=int, help="train on the first N samples of the shuffled order")
+    parser.add_argument("--validate", type=int, default=0, metavar="N", help="hold N records back and log the loss on them")
+    parser.add_argument("--validate-every", type=int, default=500, metavar="STEPS")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--workers", type=int, help="processes that read data; default: 4 on CUDA, 1 elsewhere")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 autocast on CUDA, fp32 elsewhere")
-    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, a third more work")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for every block of ViT and decoder")
+    parser.add_argument("--shard", action="store_true", help="FSDP2: weights, gradients and moments divided among the ranks")
+    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="checkpoints; the last and the best stay")
+    parser.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="and those of every so many steps")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log there too, if wandb is installed")
     args = parser.parse_args(argv)
-    for name in ("batch", "micro", "limit", "lr", "save_every"):
+    for name in ("batch", "micro", "limit", "lr", "vision_lr", "epochs", "save_every", "validate_every"):
         if (value := getattr(args, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} {value}: must be above 0")
     cuda = torch.cuda.is_available()
     args.precision = args.precision or ("bf16" if cuda else "fp32")
     args.workers = (4 if cuda else 1) if args.workers is None else args.workers
+    args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0      # torchrun --max-restarts started us again
     return args
 
 
@@ -299,21 +453,23 @@ def main(argv=None):
     args = arguments(argv)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    ranks = Ranks(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"))
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(ranks.device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
-    phases = [args.phase] if args.phase else [1, 2]
+    phases = [args.phase] if args.phase else ["1", "2"]
     try:
         if args.preset == "tiny" and not args.data:
             if rank == 0:
-                synth.write_all("data/tiny")
-            meet(world)
+                subprocess.run([sys.executable, Path(__file__).with_name("synth.py"), "--out", "data/tiny"], check=True)
+            ranks.meet()
         check_places(args, phases)
-        for phase in phases:
-            train(args, phase, rank, world, device)
+        with Stop() as stop:
+            for phase in phases:
+                if not train(args, phase, ranks, stop):
+                    break
     finally:
         if world > 1:
             dist.destroy_process_group()
@@ -322,5 +478,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"train.py: {error}")

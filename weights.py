@@ -136,7 +136,10 @@ def _write_shards(folder, tensors, shards):
     names = names if shards[1:] else ["model.safetensors"]
     for file, keys in zip(names, shards):
         # safetensors refuses gaps (made contiguous here) and shared storage (name a tied tensor once)
-        save_file({key: tensors[key].detach().cpu().contiguous() for key in keys}, folder / file, metadata={"format": "pt"})
+        try:
+            save_file({key: tensors[key].detach().cpu().contiguous() for key in keys}, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:                           # a full disk comes as this
+            raise OSError(f"{folder / file}: cannot be written ({error}); make room on the disk") from None
     if shards[1:]:
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
                  "weight_map": {key: file for file, keys in zip(names, shards) for key in keys}}

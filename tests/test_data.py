@@ -1,4 +1,4 @@
-"""data.py: AnyRes plans and cells, tiles, chat template and label masks, readers, batches."""
+"""data.py: AnyRes plans and cells, tiles, chat template and label masks, lengths, batches."""
 import hashlib
 import io
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import pickle
 import sys
-import zipfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+import records  # noqa: E402
 from helpers import files  # noqa: E402
 from data import IGNORE, IMAGE, encode_chat, encode_sample, plan_image  # noqa: E402
 
@@ -464,150 +465,42 @@ def test_system_block_has_qwen2s_ids(qwen):
     assert ids == reference[:at] + [IMAGE] * 2 + reference[at + 1:]
 
 
-# ------------------------------------------------------------------------------------------- readers
+# ------------------------------------------------------------------------------------------- lengths
 
-def write_set(folder, records, name="set.json", lines=False):
-    text = "\n".join(json.dumps(record, ensure_ascii=False) for record in records) if lines else \
-        json.dumps(records, ensure_ascii=False, indent=1)
-    (folder / name).write_text(text, encoding="utf-8")
-    return folder / name
+def rows(*values):
+    return np.array(list(values), records.ROW)
 
 
-def three_records():
-    return [{"id": "ä/1.png", "image": "00/é.png", "conversations": ask("<image>\nWas?", "Öl, 油")},
-            {"id": 2, "conversations": ask("Say \"[<image>]\"")},
-            {"image": ["00/é.png", "b.png"], "conversations": ask("<image> or <image>")}]
+def test_planned_lengths_follow_the_planner():
+    """No picture, one, several and an unknown one: vision tokens from `plan_image`, text as characters / 4 and a frame."""
+    index = rows((40, 0, 0, 0), (8, 1, 64, 48), (0, 2, 64, 48), (3, 1, 0, 0))
+    found = data.lengths(index, "chat", "a4", 2, 32)
+    four_by_three = plan_image((64, 48), "a4", 2, 32).tokens
+    assert found.dtype == np.int64 and (found - data.FRAME["chat"]).tolist() == [10, four_by_three + 2, 2 * 5, four_by_three]
+    assert data.lengths(index, "plain", "square", 2, 32).tolist() == [11, 4 + 3, 10 + 1, 4 + 1]
+    assert data.lengths(rows(), "chat", "a4", 2, 32).shape == (0,)
 
 
-def pack(folder):
-    """The pictures of `three_records` in folder/images and in folder/packed.zip."""
-    (folder / "images/00").mkdir(parents=True)
-    with zipfile.ZipFile(folder / "packed.zip", "w") as archive:
-        for seed, name in enumerate(("00/é.png", "b.png")):
-            (folder / "images" / name).write_bytes(png(noise(9, 7, seed)))
-            archive.write(folder / "images" / name, name)
+def test_the_frame_of_a_round_is_counted(tokenizer):
+    """The constant is the template's: special tokens, role names and line breaks around one question and one answer."""
+    ids, _ = encode_chat(tokenizer, ask("A?"), [])
+    texts = ("system", "You are a helpful assistant.", "user", "A?", "assistant", "yes")
+    seams = len(ids) - sum(len(data.text_ids(tokenizer, text)) for text in texts)
+    assert seams + 6 + 3 == data.FRAME["chat"], "in Qwen2 the system text has 6 tokens and each role's name one"
 
 
-def test_folder_and_zip_and_lines_read_alike(tmp_path):
-    """27 GB of phase-1 pictures need not be unpacked, and a .jsonl is the same set as a .json."""
-    pack(tmp_path)
-    path, lines = write_set(tmp_path, three_records()), write_set(tmp_path, three_records(), "set.jsonl", lines=True)
-    sets = [data.open_records(path), data.open_records(path, tmp_path / "packed.zip"), data.open_records(lines),
-            data.open_records(path, tmp_path / "images"), pickle.loads(pickle.dumps(data.open_records(path)))]
-    first = [sets[0][i] for i in range(3)]
-    assert all([each[i] for i in range(len(each))] == first for each in sets)
-    assert [record["id"] for record in first] == ["ä/1.png", "2", "2"]
-    assert [len(record["images"]) for record in first] == [1, 0, 2]
-    assert first[0]["conversations"][1]["value"] == "Öl, 油" and sets[0][-1] == first[2]
-    with pytest.raises(IndexError):
-        sets[0][3]
-
-
-def test_pictures_are_found_beside_the_json(tmp_path):
-    """By default images/, the JSON's own folder, or images.zip, whose members may themselves start with images/."""
-    path = write_set(tmp_path, [{"id": 1, "image": "a.png", "conversations": ask("<image>")}])
-    with pytest.raises(FileNotFoundError, match="a.png .* is in none of .*images.zip"):
-        data.open_records(path)
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        archive.writestr("images/a.png", b"zip")
-    assert data.open_records(path)[0]["images"] == [b"zip"]
-    (tmp_path / "a.png").write_bytes(b"own")
-    assert data.open_records(path)[0]["images"] == [b"own"]
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        data.open_records(path, tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("lines, line", [(False, 16), (True, 2)])
-def test_disagreeing_marks_are_named_by_id_and_line(tmp_path, lines, line):
-    """The reference trains on them in silence. The set is refused at once, not after a night of training."""
-    good = {"id": "good", "image": "a", "conversations": ask("<image>")}
-    few, many = ({"id": name, "image": "a", "conversations": ask(text)} for name, text in
-                 (("few-ß", "A?"), ("many", "<image><image>")))
-    path = write_set(tmp_path, [good, few, many], "set.jsonl" if lines else "set.json", lines)
-    with pytest.raises(ValueError, match=rf"set.jsonl?:{line}: record few-ß has 0 <image> marks but 1 .*\(and 1 more"):
-        data.open_records(path)
-    path = write_set(tmp_path, [good, many], "set.jsonl" if lines else "set.json", lines)
-    with pytest.raises(ValueError, match=rf"set.jsonl?:{line}: record many has 2 <image> marks but 1 pictures"):
-        data.open_records(path)
-
-
-def test_malformed_json_is_named_by_line(tmp_path):
-    """A half-downloaded file should not look like a small data set."""
-    line = json.dumps({"id": 1, "conversations": ask("A?")})
-    for text, message in ((f"{line}\n{line[:-9]}\n", ":2: not valid JSON"), (f"[{line},\n{line}", "ends inside"),
-                          ("[]", "ends without a record"), ('[{"id": 7}]', ":1: record 7 has no list of conv"),
-                          ('[{"conversations": [{"from": "human"}]}]', "record 0 has a turn without text"),
-                          ("[3]", "record 0 has no list of conversations")):
-        (tmp_path / "x.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            data.open_records(tmp_path / "x.json")
-
-
-def test_a_missing_picture_names_record_and_place(tmp_path):
-    """Found on reading, since asking for half a million files at the start takes minutes."""
-    path = write_set(tmp_path, [{"id": "r7", "image": "gone.png", "conversations": ask("<image>")}])
-    with pytest.raises(FileNotFoundError, match="record r7: picture gone.png is not in"):
-        data.open_records(path, tmp_path)[0]
-
-
-def test_open_records_says_what_it_takes(tmp_path):
-    """Wrong paths are the most common first error."""
-    (tmp_path / "a.yaml").write_text("")
-    with pytest.raises(FileNotFoundError, match="set.json does not exist: give"):
-        data.open_records(tmp_path / "set.json")
-    with pytest.raises(FileNotFoundError, match="no .parquet file below"):
-        data.open_records(tmp_path)
-    with pytest.raises(ValueError, match="a.yaml is neither"):
-        data.open_records(tmp_path / "a.yaml")
-
-
-def write_parquet(path, rows, group=2):
-    """Rows in the layout of lmms-lab/LLaVA-NeXT-Data."""
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as parquet
-    turn = pa.struct([("from", pa.string()), ("value", pa.string())])
-    schema = pa.schema([("id", pa.string()), ("conversations", pa.list_(turn)), ("data_source", pa.string()),
-                        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=group)
-
-
-def test_parquet_shards_are_one_sequence(tmp_path):
-    """Rows over shards and row groups in order, null pictures as text, and the same after pickling to a worker."""
-    rows = [{"id": f"r{n}", "conversations": ask("<image>" if n % 2 else f"text {n}"), "data_source": "x",
-             "image": {"bytes": png(noise(4, 3, n)), "path": "p"} if n % 2 else None} for n in range(7)]
-    write_parquet(tmp_path / "data/train-00000-of-00002.parquet", rows[:5])
-    write_parquet(tmp_path / "data/train-00001-of-00002.parquet", rows[5:])
-    shards = data.open_records(tmp_path)
-    assert len(shards) == 7 and shards.starts == [0, 2, 4, 5]
-    for n in (6, 0, 3, 4, 5, 1, 2):
-        expected = [row["bytes"] for row in [rows[n]["image"]] if row]
-        assert shards[n] == {"id": f"r{n}", "conversations": rows[n]["conversations"], "images": expected}
-        assert pickle.loads(pickle.dumps(shards))[n] == shards[n]
-    loader = torch.utils.data.DataLoader(shards, batch_size=None, num_workers=2, multiprocessing_context="fork")
-    assert [record["id"] for record in loader] == [row["id"] for row in rows]
-    assert data.open_records(tmp_path / "data/train-00001-of-00002.parquet")[0]["id"] == "r5"
-    with pytest.raises(IndexError):
-        shards[7]
-
-
-def test_plain_binary_pictures_are_read(tmp_path):
-    """Some conversions store bytes without the struct, and leave out id."""
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as parquet
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pa.Table.from_pylist([{"conversations": ask("<image>"), "image": b"abc"}]), path)
-    assert data.open_records(path)[0] == {"id": "0", "conversations": ask("<image>"), "images": [b"abc"]}
-
-
-def test_bad_parquet_is_named(tmp_path):
-    """Row, id and file of a record whose marks disagree; the file, if it is cut short."""
-    write_parquet(tmp_path / "a.parquet", [{"id": "r0", "conversations": ask("A?"), "image": {"bytes": b"x"}}])
-    with pytest.raises(ValueError, match="a.parquet: row 0 of the set, record r0 has 0 <image> marks but 1 pictures"):
-        data.open_records(tmp_path)[0]
-    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
-    with pytest.raises(ValueError, match="b.parquet is no complete parquet file"):
-        data.open_records(tmp_path)
+def test_lengths_of_a_whole_epoch_take_seconds():
+    """779 000 records of 20 000 sizes; one plan each would take minutes of a run's start."""
+    random = np.random.default_rng(0)
+    index = np.zeros(779_000, records.ROW)
+    index["chars"], index["pictures"] = 400, 1
+    index["width"], index["height"] = random.integers(200, 400, 779_000), random.integers(200, 300, 779_000)
+    start = time.process_time()
+    found = data.lengths(index, "chat", "a4", 12, 336)
+    seconds = time.process_time() - start
+    print(f"779,000 lengths planned in {seconds:.1f} s")
+    assert seconds < 10
+    assert found[7] == data.lengths(index[7:8], "chat", "a4", 12, 336)[0]
 
 
 # ------------------------------------------------------------------------------- samples and batches
@@ -687,3 +580,69 @@ def test_a_batch_without_pictures_has_no_pixels(tokenizer):
     """The model decides what to run for text; data does not invent a dummy tile."""
     batch = data.collate([sample(tokenizer, "A?")], 0)
     assert batch.pixels is None and batch.plans == [] and batch.to("cpu").pixels is None
+
+
+# ---- which sample when
+
+def plan_of(total=100, batch=16, seed=1, **more):
+    random = np.random.default_rng(0)
+    lengths = random.lognormal(5, 1, total).astype(np.int64) + 1
+    return data.Order([0, 30, 70], lengths, random.random(total) < 0.2, batch, seed, **more)
+
+
+@pytest.mark.parametrize("world", (1, 2, 3, 8, 16))
+def test_ranks_share_every_global_batch_exactly_once(world):
+    """The same global batches whatever the number of ranks, also the last, smaller one; every rank takes part in every step."""
+    order = plan_of(epochs=2)
+    assert order.steps == 14 and sum(len(order.global_batch(step)) for step in range(7)) == 100
+    for step in range(14):
+        lists = [order.micro_batches(step, 3, rank, world) for rank in range(world)]
+        assert sorted(i for mine in lists for micro in mine for i in micro) == sorted(order.global_batch(step).tolist())
+        assert len({len(mine) for mine in lists}) == 1 and lists[0], "as many forwards on every rank"
+    epochs = [np.concatenate([order.global_batch(step) for step in steps]) for steps in (range(7), range(7, 14))]
+    assert all(sorted(epoch.tolist()) == list(range(100)) for epoch in epochs) and (epochs[0] != epochs[1]).any()
+
+
+def test_an_order_is_a_pure_function_of_seed_and_step():
+    """So a run goes on anywhere without having gone through what was before."""
+    straight = [plan_of(epochs=2).global_batch(step).tolist() for step in range(14)]
+    assert [plan_of(epochs=2).global_batch(step).tolist() for step in reversed(range(14))][::-1] == straight
+    assert plan_of(seed=2).global_batch(0).tolist() != straight[0]
+
+
+def test_ranks_get_nearly_the_same_tokens():
+    """Of 64 samples of log-normal length eight ranks get the mean within 2 %; dealt out in turn they would be 20 % off."""
+    order = plan_of(1000, 64)
+    tokens = lambda lists: np.array([order.lengths[indices].sum() for indices in lists])
+    spread = lambda sums: (sums.max() / sums.mean() - 1)
+    balanced, dealt = [], []
+    for step in range(10):
+        balanced.append(spread(tokens([sum(order.micro_batches(step, 4, rank, 8), []) for rank in range(8)])))
+        dealt.append(spread(tokens([order.global_batch(step)[rank::8] for rank in range(8)])))
+    assert np.median(balanced) < 0.02 and np.median(dealt) > 0.2, "a sample longer than a share cannot be cut"
+
+
+def test_samples_without_a_picture_are_spread_evenly():
+    """Their share of every batch is that of the set, within one sample; shuffled freely it would not be."""
+    order = plan_of(1000, 50)
+    share = order.text_only.mean() * 50
+    counts = [order.text_only[order.global_batch(step)].sum() for step in range(order.steps)]
+    assert all(abs(count - share) <= 1 for count in counts)
+
+
+def test_blocks_that_are_read_together_stay_together():
+    """One row of another Parquet row group costs reading that whole group; two streams of blocks, with and without pictures."""
+    order = plan_of(batch=100)
+    block = np.searchsorted([30, 70], order.global_batch(0), "right")
+    for kind in (True, False):
+        mine = block[order.text_only[order.global_batch(0)] == kind]
+        assert (mine[1:] != mine[:-1]).sum() == 2
+    assert (np.diff(order.global_batch(0)[:30]) != 1).any(), "and shuffled within"
+
+
+def test_limit_and_held_out_records():
+    """--limit takes the first N of the shuffled order; what is held out for validation is never among them."""
+    order = plan_of(limit=20, held_out=[3, 7])
+    seen = np.concatenate([order.global_batch(step) for step in range(order.steps)])
+    assert len(seen) == 20 == order.samples and not {3, 7} & set(seen.tolist())
+    assert plan_of(held_out=[3, 7]).samples == 98

@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import qwen2
 from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config, attention
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -79,6 +81,57 @@ def test_lengths_that_do_not_fit_are_refused(model, rows, lengths, says):
     """A wrong length shifts every later sample by a token, and nothing else would tell."""
     with pytest.raises(ValueError, match=says):
         model(torch.zeros(rows, 11, dtype=torch.long), lengths=lengths)
+
+
+def stand_in(causal):
+    """A variable-length kernel of flash-attn's signature (causal=True) or PyTorch's (window_size), made of plain attention."""
+    def kernel(q, k, v, starts_q, starts_k, longest_q, longest_k, **how):
+        assert how == ({"causal": True} if causal else {"window_size": (-1, 0), "enable_gqa": True})
+        assert q.shape == (11, 4, 8) and k.shape == v.shape == (11, 2, 8) and starts_q.dtype == starts_k.dtype == torch.int32
+        assert starts_q.tolist() == starts_k.tolist() == [0, 7, 11] and longest_q == longest_k == 7
+        parts = [F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=True, enable_gqa=True)
+                 for a, b in ((0, 7), (7, 11))]
+        return torch.cat(parts, 1).transpose(0, 1)
+    return kernel
+
+
+@pytest.mark.parametrize("installed", (True, False))
+def test_packed_kernels_are_called_as_they_want_it(installed, monkeypatch):
+    """flash-attn's where it is installed, PyTorch's otherwise: heads behind tokens, starts in int32, looking back only."""
+    q, k, v = torch.randn(1, 4, 11, 8), torch.randn(1, 2, 11, 8), torch.randn(1, 2, 11, 8)
+    packing = qwen2.Packing.of([7, 4], 11, "cpu")
+    alone = qwen2.attention(q, k, v, packing)
+    assert packing.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3]
+    monkeypatch.setattr(qwen2, "fused", lambda x: True)
+    monkeypatch.setattr(qwen2, "flash_attn_varlen_func", stand_in(True) if installed else None)
+    monkeypatch.setattr(qwen2, "varlen_attn", None if installed else stand_in(False))
+    assert off_by(qwen2.attention(q, k, v, packing), alone) <= 1e-6
+    mask = torch.block_diag(torch.ones(7, 7), torch.ones(4, 4)).tril().bool()[None, None]
+    assert off_by(qwen2.attention(q, k, v, mask), alone) <= 1e-6, "and as one row under a mask"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_packed_attention_on_a_gpu_equals_sample_by_sample():
+    """bfloat16, also backward: whichever kernel this machine has, against float32 one by one."""
+    parts = [torch.randn(1, heads, 611, 64, device="cuda") for heads in (8, 2, 2)]
+    packing, results = qwen2.Packing.of([300, 11, 300], 611, "cuda"), []
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = (x.to(dtype).requires_grad_() for x in parts)
+        out = qwen2.attention(q, k, v, packing)
+        out.float().square().sum().backward()
+        results.append([x.detach().float() for x in (out, q.grad, k.grad, v.grad)])
+    assert max(off_by(ours, exact) for ours, exact in zip(*results)) <= 2e-2
+
+
+def test_recomputed_layers_have_the_same_gradients(model):
+    """Activation checkpointing keeps what enters a layer and runs it again."""
+    ids, gradients = torch.randint(0, 31, (1, 11)), []
+    model.requires_grad_(True)
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model(ids, lengths=[7, 4]).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
 def test_right_padded_rows_decode_as_if_alone(model):

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import resource
 import stat
 import subprocess
 import sys
@@ -188,6 +189,19 @@ def test_a_save_that_fails_leaves_the_old_folder_as_it_was(folder, tmp_path):
         save_weights(folder, {"weight": torch.zeros(1)}, {}, {"tokenizer.json": tmp_path / "absent"})
     assert (folder / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
+def test_a_full_disk_is_an_error_of_writing_in_one_line(folder, tmp_path):
+    """safetensors has an error of its own for it, which no caller expects. A limit on the size of files stands in."""
+    before = (folder / "model.safetensors").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        with pytest.raises(OSError, match=r"model.safetensors: cannot be written \(.*File too large.*\); make room on the disk$"):
+            save_weights(folder, {"weight": torch.zeros(10_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (folder / "model.safetensors").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["w"]
 
 
 # ---- shards and memory

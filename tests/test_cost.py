@@ -1,0 +1,210 @@
+"""The formulas of cost.py against what PyTorch counts, keeps and allocates."""
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import cost
+import data
+from clip import CLIPConfig
+from cost import PARTS, PHASES, flops, memory, parameters
+from helpers import TOKENIZER, batch_of, picture, sample
+from model import PRESETS, LLaVAVR, LLaVAVRConfig
+from qwen2 import Qwen2Config
+from recipes import PAPER
+
+# sizes that share few factors, so that swapped ones show; features stay twice as fine as tokens
+ODD = LLaVAVRConfig(CLIPConfig(64, 72, num_hidden_layers=4, num_attention_heads=4, image_size=60, patch_size=10),
+                    Qwen2Config(1200, 60, 100, 5, 3, 1), layers=(1, 3), side=3, remember=(2, 3), window=3)
+CONFIGS = {"tiny": PRESETS["tiny"], "odd": ODD}
+
+
+def built(config, trains):
+    """A model of which `trains` trains."""
+    torch.manual_seed(0)
+    model = LLaVAVR(config)
+    model.read_tokenizer(TOKENIZER)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.split(".")[0] in trains
+    return model
+
+
+def counted(batch):
+    """-> lengths, tiles, trained tokens and vision tokens, as flops() asks for them."""
+    cells = sum(int((plan.cells()[:, 0] >= 0).sum()) for plan in batch.plans)
+    return batch.lengths.tolist(), len(batch.pixels), int((batch.labels[:, 1:] >= 0).sum()), cells
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("trains", [PHASES["1"].trains, PHASES["2"].trains, PARTS, ("vision_remember",), ("language_model",), ()],
+                         ids=["phase 1", "phase 2", "all", "remembering", "decoder", "none"])
+def test_flops_are_those_that_pytorch_counts(name, trains):
+    """Forward and backward, each product with the gradients that are needed and no others; the counter takes no half of T^2."""
+    config = CONFIGS[name]
+    model = built(config, trains)
+    batch = data.pack([sample(model, [picture(150, 40)]), sample(model, question="Why?"), sample(model, [picture(61, 150)])])
+    lengths, tiles, trained, cells = counted(batch)
+    assert tiles > 4 and cells < tiles * config.side ** 2                        # else nothing is un-padded here
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):    # fused ones compute scores again in backward
+        loss = model(batch)
+        if trains:
+            loss.backward()
+    layers = config.text.num_hidden_layers
+    live = layers - cost.first_live(config, trains, tiles)
+    other_half = 2 * sum(T * T for T in lengths) * config.text.hidden_size * (layers + 2 * live)
+    claimed = flops(config, lengths, tiles, trained, trains, cells)
+    print(f"{(claimed + other_half) / counter.get_total_flops():.6f} of what is counted")
+    assert claimed + other_half == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_flops_grow_with_what_is_computed():
+    """Samples packed together cost what they cost alone; attention is quadratic in a sample, not in the batch."""
+    config, trains = PRESETS["0.5b"], PHASES["2"].trains
+    one, two = flops(config, [700], 5, 150, trains), flops(config, [900], 3, 50, trains)
+    assert flops(config, [700, 900], 8, 200, trains) == one + two
+    assert flops(config, [1600], 8, 200, trains) > one + two
+    more_and_more = (), ("vision_remember",), PHASES["1"].trains, PHASES["2"].trains, PARTS
+    by_trains = [flops(config, [700], 5, 150, trains) for trains in more_and_more]
+    assert by_trains == sorted(set(by_trains))
+    forward = flops(config, [20], 0, 20, ())
+    assert flops(config, [20], 0, 20, PHASES["1"].trains) == forward              # text alone trains no projector
+    assert flops(config, [20], 0, 20, PHASES["2"].trains) == 3 * forward
+
+
+def test_a_forward_costs_two_operations_per_parameter_and_token():
+    """The rule of thumb that everyone knows, on the decoder alone: 2 N forward, 6 N when it trains."""
+    text = PRESETS["7b"].text
+    matrices = 28 * cost.layer_matrices(text) + text.vocab_size * text.hidden_size
+    assert matrices == pytest.approx(parameters(PRESETS["7b"])["language_model"] - text.vocab_size * text.hidden_size, rel=1e-3)
+    assert flops(PRESETS["7b"], [1] * 100, 0, 100, ("language_model",)) == pytest.approx(6 * matrices * 100, rel=1e-3)
+
+
+def test_a_part_that_is_not_there_is_named():
+    """A typing error would pass as a frozen model, and cost a third."""
+    with pytest.raises(ValueError, match="projector is no part of the model: use vision_tower, mm_projector"):
+        flops(ODD, [5], 1, 1, ("projector",))
+    with pytest.raises(ValueError, match="llm is no part"):
+        memory(ODD, ("llm",))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_phases_are_those_of_the_recipes(phase):
+    """cost.py stands on the model alone, so it says again what each phase trains."""
+    assert PHASES.keys() == PAPER.keys()
+    assert PHASES[phase].trains == PAPER[phase].trains and PHASES[phase].micro == PAPER[phase].micro
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_what_stays_between_steps_is_counted_exactly(phase, precision):
+    """Weights, gradients and AdamW's moments of a real step, in bytes."""
+    trains = PHASES[phase].trains
+    model = built(ODD, trains)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model(data.pack([sample(model, [picture(50, 50)])])).backward()
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    frozen = [p.to(torch.bfloat16 if precision == "bf16" else torch.float32) for p in model.parameters() if not p.requires_grad]
+    moments = [m for state in optimizer.state.values() for name, m in state.items() if name != "step"]
+    found = [sum(t.nbytes for t in tensors) for tensors in ([*trained, *frozen], [p.grad for p in trained], moments)]
+    claimed = memory(ODD, trains, precision=precision)
+    assert [claimed[name] for name in ("weights", "gradients", "moments")] == found
+    assert claimed["gathered"] == 0
+    shared = memory(ODD, trains, world=4, shard=True, precision=precision)
+    assert [shared[name] for name in ("weights", "gradients", "moments")] == [size // 4 for size in found]
+
+
+def kept(model, batch, autocast):
+    """Bytes of all tensors that autograd saves in a forward, each storage once; parameters are no activations."""
+    held, weights = [], {p.untyped_storage().data_ptr() for p in model.parameters()}
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    with context, torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        model(batch)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}        # held: no address comes twice
+    return sum(size for address, size in storages.items() if address not in weights)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("trains", [PHASES["1"].trains, PHASES["2"].trains, PARTS], ids=["phase 1", "phase 2", "all"])
+def test_activations_are_about_what_autograd_keeps(trains, precision):
+    """By the difference of one picture and three, in which autocast's copies of the weights and the masks cancel."""
+    config = dataclasses.replace(PRESETS["tiny"], image_mode="pad")
+    model = built(config, trains)
+    if precision == "bf16":
+        for part in model.children():
+            if not any(p.requires_grad for p in part.parameters()):
+                part.to(torch.bfloat16)
+    found, claimed = [], []
+    for count in (1, 3):
+        batch = batch_of(model, sample(model, [picture(90, 90)] * count))
+        lengths, tiles, trained, _ = counted(batch)
+        found.append(kept(model, batch, precision == "bf16"))
+        claimed.append(cost.activations(config, trains, sum(lengths), tiles, precision))
+    print(f"{claimed[1] - claimed[0]:,} claimed, {found[1] - found[0]:,} kept")
+    assert claimed[1] - claimed[0] == pytest.approx(found[1] - found[0], rel=0.15)
+
+
+def test_memory_falls_with_devices_and_recomputation():
+    """Sharding is there so that 7B trains on devices of 80 GB: without it the moments alone are 62 GB."""
+    config, trains = PRESETS["7b"], PHASES["2"].trains
+    alone, ranks, spread, again = (memory(config, trains, **how) for how in (
+        {}, {"world": 8}, {"world": 8, "shard": True}, {"world": 8, "shard": True, "recompute": True}))
+    assert alone == ranks and alone["gathered"] == spread["bf16 copies"] == 0 < spread["gathered"]
+    assert sum(ranks.values()) > 80e9 > sum(again.values())
+    assert sum(ranks.values()) > sum(spread.values()) > sum(again.values())
+    assert memory(config, PHASES["1"].trains)["moments"] < alone["moments"] / 40
+    frozen = memory(config, ())
+    assert frozen["weights"] == 2 * sum(parameters(config).values()) and frozen["gradients"] == frozen["moments"] == 0
+
+
+def test_the_measured_peak_is_of_a_plausible_scale():
+    """Between a slow core that is shared and a GPU that is not built yet."""
+    assert 1e8 < cost.gemm_peak("cpu", torch.float32, seconds=0.05) < 1e16
+
+
+@pytest.mark.parametrize("number, text", [(0, "0 B"), (999, "999 B"), (1234, "1.2 KB"), (99_960, "100 KB"), (999_600, "1.0 MB"),
+                                          (62e9, "62.0 GB")])
+def test_numbers_are_short(number, text):
+    """Three digits at most carry meaning in an estimate."""
+    assert cost.short(number, "B") == text
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_table_prints(preset, phase, capsys):
+    """For every preset and phase: parameters, FLOPs, bytes, days."""
+    cost.main(["--preset", preset, "--phase", phase, *(["--shard", "--recompute"] if phase == "2" else [])])
+    printed = capsys.readouterr().out
+    for part in (*PARTS, "forward and backward", "in all", "8 A100 at 35%", "days", f"{PHASES[phase].samples:,} samples"):
+        assert part in printed
+    assert ("gathered" in printed) == (phase == "2")
+
+
+def test_a_wrong_number_is_one_line(capsys):
+    """As in the other scripts."""
+    with pytest.raises(SystemExit):
+        cost.main(["--world", "0"])
+    assert "--world 0: must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_memory_is_about_what_cuda_allocates():
+    """Phase 2 of the 0.5B on one device: the second of two steps, when gradients' places and moments are there."""
+    config, trains = PRESETS["0.5b"], PHASES["2"].trains
+    model = built(config, trains)
+    batch = data.pack([sample(model, [picture(900, 900)], answer="12 " * 100)] * 2).to("cuda")
+    model.vision_tower.to(torch.bfloat16)
+    model = model.cuda().train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(batch).backward()
+        optimizer.step()                                                         # gradients stay, as between micro-batches
+    lengths, tiles, trained, _ = counted(batch)
+    claimed = memory(config, trains, micro_tokens=sum(lengths), tiles=tiles, rows=trained)
+    print(f"{sum(claimed.values()) / 1e9:.2f} GB claimed, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB allocated")
+    assert sum(claimed.values()) == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.25)

@@ -1,0 +1,43 @@
+"""lmms_adapter.py against a stand-in of lmms-eval's interface (0.3.5), for the harness itself is large and optional."""
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from helpers import ROOT, picture, tiny_model
+
+
+@pytest.fixture
+def adapter(monkeypatch):
+    """The module, imported beside a harness of which only the base class exists."""
+    class lmms:
+        def __init__(self):
+            self._rank, self._world_size, self.task_dict = 0, 1, {}
+    for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["lmms_eval.api.model"].lmms = lmms
+    monkeypatch.delitem(sys.modules, "lmms_adapter", raising=False)
+    import lmms_adapter
+    return lmms_adapter
+
+
+def test_requests_are_answered_in_their_order_as_generate_would(adapter, tmp_path):
+    """Two tasks of unequal limits, one document without a picture, batches that do not divide the requests."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    shown = [picture(40, 20), None, picture(20, 40)]
+    docs = [{"image": image, "question": f"What is {name}?"} for image, name in zip(shown, ("Apple", "Pear", "Plum"))]
+    see = lambda doc: [doc["image"]] if doc["image"] else []
+    lm = adapter.Adapter(str(tmp_path / "model"), batch_size="2", device="cpu")
+    lm.task_dict = {"a": {"test": docs}, "b": {"test": docs}}
+    requests = [SimpleNamespace(args=(docs[i]["question"], {"max_new_tokens": limit}, see, i, task, "test"))
+                for task, limit in (("a", 3), ("b", 5)) for i in (2, 0, 1)]
+    expected = [model.generate([shown[i]], [docs[i]["question"]], limit)[0] for limit in (3, 5) for i in (2, 0, 1)]
+    assert lm.generate_until(requests) == expected and len(set(expected)) > 3
+
+
+def test_without_the_harness_it_says_what_to_install():
+    run = subprocess.run([sys.executable, "-c", "import sys; sys.modules['lmms_eval'] = None; import lmms_adapter"], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.startswith("lmms_adapter.py: lmms-eval is not installed; pip install lmms-eval==0.3.5")
