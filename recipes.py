@@ -38,7 +38,7 @@ PAPER = {"1": Recipe("phase1", None, batch=256, lr=1e-3, trains=ALIGN, template=
                       mode="max9", micro=2, max_length=32768)}
 # small batches, for many steps in minutes; a decoder of 128 channels bears larger ones
 TINY = {"1": dataclasses.replace(PAPER["1"], batch=16, lr=2e-3, micro=16),
-        "2": dataclasses.replace(PAPER["2"], batch=8, lr=6e-4, micro=8),
+        "2": dataclasses.replace(PAPER["2"], batch=16, lr=1e-3, micro=16),
         "si": dataclasses.replace(PAPER["si"], batch=16, lr=1e-3, vision_lr=2e-4, micro=16)}
 RECIPES = {"tiny": TINY, "0.5b": PAPER, "1.5b": PAPER, "7b": PAPER}
 
