@@ -226,9 +226,10 @@ def learn(args, module, batches, targets, recipe, ranks, step):
     total = 0.0
     for i, batch in enumerate(batches):
         with exchange(module, i == len(batches) - 1), precision(args, ranks.device):
-            loss = module(batch.to(ranks.device, non_blocking=True), max(targets, 1) / ranks.world)    # the mean over ranks follows
-            total += finite(loss.item(), "loss", batch.ids) / ranks.world
+            # summed and divided by all ranks' targets; times world, for the exchange takes the mean over ranks
+            loss = module(batch.to(ranks.device, non_blocking=True), max(targets, 1) / ranks.world)
             loss.backward()
+            total += finite(loss.item(), "loss", batch.ids) / ranks.world   # behind backward, or a GPU would wait
     norm = torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], recipe.clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return ranks.summed(total)[0], finite(norm.item(), "gradient", [name for batch in batches for name in batch.ids])
@@ -261,19 +262,20 @@ def opening(args, phase, recipe, changed, model, order, ranks, peak):
     records, warm = order.samples * recipe.epochs, math.ceil(recipe.warmup * order.steps)
     mean = int(order.lengths.mean())
     tiles = max(1, mean // model.config.side ** 2)                               # about: the text is counted for pictures
-    need = cost.memory(model.config, recipe.trains, ranks.world, args.shard, args.precision, recipe.micro * mean, recipe.micro * tiles,
-                       args.recompute)
+    need = cost.memory(model.config, recipe.trains, ranks.world, args.shard, args.precision, recipe.micro * mean,
+                       recipe.micro * tiles, args.recompute)
     work = cost.flops(model.config, [mean], tiles, mean // 10, recipe.trains)
     hours = records * work / (peak * cost.MFU * ranks.world) / 3600
     return [f"phase {phase} of preset {args.preset} on {ranks.world} x {ranks.device.type}, {args.precision}",
             *table(recipe, args.preset, changed),
             f"  {'steps':12}{order.steps:,} of {recipe.batch} samples, {warm:,} of them warm-up: {order.samples:,} records, "
             f"about {cost.short(records * mean)} tokens",
-            f"  {'parameters':12}{cost.short(total)}, training " + ", ".join(f"{part} {cost.short(sizes[part])}" for part in recipe.trains),
+            f"  {'parameters':12}{cost.short(total)}, training " +
+            ", ".join(f"{part} {cost.short(sizes[part])}" for part in recipe.trains),
             f"  {'memory':12}about {cost.short(sum(need.values()), 'B')} a device: " +
             ", ".join(f"{name} {cost.short(size, 'B')}" for name, size in need.items() if size),
-            f"  {'time':12}about {hours:.2g} hours at {cost.MFU:.0%} of the {cost.short(peak, 'FLOP/s')} that a matrix product reaches here; "
-            f"mfu in the log is the share reached"]
+            f"  {'time':12}about {hours:.2g} hours at {cost.MFU:.0%} of the {cost.short(peak, 'FLOP/s')} that a matrix product "
+            f"reaches here; mfu in the log is the share reached"]
 
 
 class Report:
@@ -294,11 +296,13 @@ class Report:
         work = sum(cost.flops(self.config, batch.packed, 0 if batch.pixels is None else len(batch.pixels), targets_of(batch),
                               self.recipe.trains, (batch.input_ids == data.IMAGE).sum().item()) for batch in batches)
         device, mine = self.ranks.device, sum(len(batch.packed) for batch in batches)
-        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
+                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         rates = {f"lr_{i}" if i else "lr": group["lr"] for i, group in enumerate(optimizer.param_groups)}
-        self.log.write({"step": step, **{name: round(value, 5) for name, value in losses.items()}, **rates, "grad_norm": round(norm, 4),
-                        "tokens": tokens, "trained_tokens": targets, "skipped": self.skipped, "seconds": round(seconds, 3),
-                        "tokens_per_second": round(tokens / seconds), "samples_per_second": round(mine * self.ranks.world / seconds, 2),
+        self.log.write({"step": step, **{name: round(value, 5) for name, value in losses.items()}, **rates,
+                        "grad_norm": round(norm, 4), "tokens": tokens, "trained_tokens": targets, "skipped": self.skipped,
+                        "seconds": round(seconds, 3), "tokens_per_second": round(tokens / seconds),
+                        "samples_per_second": round(mine * self.ranks.world / seconds, 2),
                         "mfu": round(work / seconds / self.peak, 4), "data_wait": round(waited / seconds, 3),
                         "memory_gb": round(memory / 2**30, 2)})
         self.bar.set_postfix_str(f"loss {losses['loss']:.3f} lr {rates['lr']:.1e} {tokens / seconds:,.0f} tok/s", refresh=False)
@@ -326,8 +330,8 @@ def train(args, phase, ranks, stop):
     recipe = dataclasses.replace(RECIPES[args.preset][phase], **changed)
     if ranks.world > recipe.batch:
         even = ", ".join(str(n) for n in range(1, recipe.batch + 1) if recipe.batch % n == 0)
-        raise ValueError(f"{ranks.world} ranks for a global batch of {recipe.batch}: use 1 to {recipe.batch} ranks, best {' or '.join(even.rsplit(', ', 1))}, "
-                         f"or a larger --batch")
+        raise ValueError(f"{ranks.world} ranks for a global batch of {recipe.batch}: use 1 to {recipe.batch} ranks, "
+                         f"best {' or '.join(even.rsplit(', ', 1))}, or a larger --batch")
     out = Path(args.out or "runs") / args.preset / recipe.folder
     partial = out.with_name(out.name + ".partial")                               # until the model is whole
     if args.resume and (out / "config.json").exists() and not partial.exists():
@@ -338,7 +342,7 @@ def train(args, phase, ranks, stop):
     optimizer = build_optimizer(model, recipe)
     records = data.open_records(locate(args, phase)[0]["data"], args.images)
     order = plan(args, recipe, records, model.config)
-    run, first = identity(args, recipe, records, order, model), 0
+    run, first, asked = identity(args, recipe, records, order, model), 0, False
     if args.resume:
         path, skipped = checkpoint.newest(partial / "checkpoints")
         for line in skipped * (ranks.rank == 0):
@@ -384,7 +388,7 @@ def train(args, phase, ranks, stop):
                 print(f"phase {phase}: stopped after step {step + 1} of {order.steps}, saved; go on with --resume", flush=True)
             return False
     finish(args, phase, model, originals, recipe, order, partial, out, report, ranks)
-    return True
+    return not asked
 
 
 def gather(tensor, keep):
@@ -398,15 +402,16 @@ def gather(tensor, keep):
 def finish(args, phase, model, originals, recipe, order, partial, out, report, ranks):
     """Writes the model in the place of the partial folder. Raises ValueError if nothing was trained."""
     if report and report.skipped == order.samples * recipe.epochs:
-        raise ValueError(f"none of the {report.skipped} records could be used (the reasons stand above); is {locate(args, phase)[0]['data']} "
-                         f"the data of phase {phase}?")
+        raise ValueError(f"none of the {report.skipped} records could be used (the reasons stand above); is "
+                         f"{locate(args, phase)[0]['data']} the data of phase {phase}?")
     state = {name: gather(tensor, report) for name, tensor in model.state_dict().items()}
     if report:
         report.close()
-        model.save_pretrained(out, {name: partial / name for name in ("log.jsonl", "loss.svg")}, whole="language_model" in recipe.trains,
-                              state={**state, **originals})
+        model.save_pretrained(out, {name: partial / name for name in ("log.jsonl", "loss.svg")},
+                              whole="language_model" in recipe.trains, state={**state, **originals})
         shutil.rmtree(partial)
-        print(f"phase {phase}: done, {out} holds the model" + (f"; {report.skipped} records skipped" if report.skipped else ""), flush=True)
+        skipped = f"; {report.skipped} records skipped" if report.skipped else ""
+        print(f"phase {phase}: done, {out} holds the model{skipped}", flush=True)
     ranks.meet()
 
 
