@@ -2,7 +2,7 @@
 
     python bench.py packing                               # laptop: a training step without padding, and with
     python bench.py transformers --preset tiny            # the same network and batch trained by transformers, if installed
-    python bench.py answers --preset 0.5b --layers 2      # sixteen questions decoded together, and one by one
+    python bench.py answers --preset 0.5b --layers 6      # sixteen questions decoded together, and one by one
     python bench.py data                                  # pictures to tiles, and by transformers' processor, if installed
     python bench.py packing --preset 0.5b --count 8       # one GPU, bf16
 
@@ -28,16 +28,17 @@ from model import PRESETS, LLaVAVR
 # A mix like LLaVA-NeXT's 779K, whose lengths are not published; shares assumed: photographs, scans, charts, no picture.
 SIZES = {(640, 480): 0.40, (480, 640): 0.12, (1700, 2200): 0.12, (800, 600): 0.16, (1024, 768): 0.10, (336, 336): 0.05, None: 0.05}
 TEXT = 200, 0.9           # tokens of text: median and deviation of the logarithm; a third of them trained
+WORDS = 800               # ids in use: in every tokenizer, and none of them special
 
 
 def mix(config, count, seed=0):
     """`count` samples of random tokens and tiles, with the lengths that pictures of SIZES and texts of TEXT have."""
-    random, tile, vocabulary = np.random.default_rng(seed), config.vision.image_size, config.text.vocab_size
+    random, tile = np.random.default_rng(seed), config.vision.image_size
     samples = []
     for i in range(count):
         size = list(SIZES)[random.choice(len(SIZES), p=np.array(list(SIZES.values())) / sum(SIZES.values()))]
         plans = [data.plan_image((size[0] * tile // 336, size[1] * tile // 336), "a4", config.side, tile)] if size else []
-        text = random.integers(0, vocabulary - 3, int(random.lognormal(np.log(TEXT[0]), TEXT[1])) + 3).tolist()
+        text = random.integers(0, WORDS, int(random.lognormal(np.log(TEXT[0]), TEXT[1])) + 3).tolist()
         vision = [data.IMAGE] * sum(plan.tokens for plan in plans)
         told = 2 * len(text) // 3
         tiles = random.integers(0, 256, (sum(plan.tiles for plan in plans), tile, tile, 3), np.uint8)
@@ -96,7 +97,7 @@ def step(model, batch, device):
 
 
 def show(results, unit, amount):
-    """Print what `timed` found, slowest way last named as the plain one: the ratio is its median over the first's."""
+    """Print what `timed` found: the way proposed first, the plain one last; the ratio is of their medians."""
     for name, (middle, least, most) in results.items():
         print(f"  {name:28}{middle * 1000:10.0f} ms ({least * 1000:.0f} to {most * 1000:.0f}) {amount / middle:12,.2f} {unit}/s")
     (first, *_), *_, (plain, *_) = results.values()
@@ -133,10 +134,11 @@ def transformers(args):
     samples = []
     for n, picture in enumerate(pictures):
         plan = data.plan_image(picture.size, "a4hf", model.config.side, tile)
-        text = random.integers(0, model.config.text.vocab_size - 3, int(random.lognormal(np.log(TEXT[0]), TEXT[1])) + 3).tolist()
+        text = random.integers(0, WORDS, int(random.lognormal(np.log(TEXT[0]), TEXT[1])) + 3).tolist()
         samples.append({"id": str(n), "ids": [data.IMAGE] * plan.tokens + text, "labels": [data.IGNORE] * plan.tokens + text,
                         "tiles": data.cut_tiles(picture, plan), "plans": [plan]})
     packed, padded = data.pack(samples).to(args.device), data.collate(samples, 0).to(args.device)
+    model.read_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         to_next(model, folder)
         theirs = LlavaNextForConditionalGeneration.from_pretrained(folder).to(args.device).train()
@@ -155,8 +157,8 @@ def transformers(args):
         theirs.zero_grad(set_to_none=True)
     with torch.no_grad():
         print(f"{args.count} samples, loss {model(packed).item():.5f} here and {theirs(**inputs).loss.item():.5f} there")
-    show(timed({"here": lambda: step(model, packed, args.device), "transformers": their_step}, args.rounds, args.device), "tokens",
-         sum(packed.packed))
+    ways = {"here": lambda: step(model, packed, args.device), "transformers": their_step}
+    show(timed(ways, args.rounds, args.device), "tokens", sum(packed.packed))
 
 
 def answers(args):
@@ -182,18 +184,15 @@ def reading(args):
         return [data.normalise(data.cut_tiles(p, data.plan_image(p.size, "a4", 12, tile))) for p in pictures]
     ways = {"here": ours}
     try:
-        from transformers import LlavaNextImageProcessorPil as Processor
+        from transformers import LlavaNextImageProcessor as Processor
     except ImportError:
-        try:
-            from transformers import LlavaNextImageProcessor as Processor
-        except ImportError:
-            Processor = None
+        Processor = None
     if Processor:
         pins = [[b * tile, a * tile] for a, b in data.CANVASES["a4"]]
         theirs = Processor(image_grid_pinpoints=pins, size={"shortest_edge": tile}, crop_size={"height": tile, "width": tile})
         ways[f"transformers' {Processor.__name__}"] = lambda: [theirs(p, return_tensors="pt") for p in pictures]
     torch.set_num_threads(1)
-    print(f"{len(pictures)} pictures of {min(SIZES, key=str)} to scans of 1700 x 2200, one core")
+    print(f"{len(pictures)} pictures, photographs to scans of 1700 x 2200, one core")
     show(timed(ways, args.rounds, torch.device("cpu")), "pictures", len(pictures))
 
 
