@@ -192,6 +192,8 @@ def plan(args, recipe, records, config):
     index = readers.load_index(records)
     index = readers.estimate(records) if index is None else index
     lengths = data.lengths(index, recipe.template, recipe.mode, config.side, config.vision.image_size)
+    if args.validate >= len(records):
+        raise ValueError(f"--validate {args.validate}: the set has {len(records)} records, and some must be left to train on")
     held_out = np.random.default_rng(args.seed).permutation(len(records))[:args.validate]
     return data.Order(getattr(records, "starts", [0]), lengths, index["pictures"] == 0, recipe.batch, args.seed, recipe.epochs,
                       args.limit, held_out)
@@ -445,6 +447,9 @@ def arguments(argv=None):
     for name in ("batch", "micro", "limit", "lr", "vision_lr", "epochs", "save_every", "validate_every"):
         if (value := getattr(args, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} {value}: must be above 0")
+    for name in ("validate", "keep_every", "workers"):
+        if (getattr(args, name) or 0) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be below 0")
     cuda = torch.cuda.is_available()
     args.precision = args.precision or ("bf16" if cuda else "fp32")
     args.workers = (4 if cuda else 1) if args.workers is None else args.workers

@@ -274,10 +274,9 @@ def test_another_run_s_checkpoint_is_refused_unless_the_change_is_accepted(world
         stop_after(patch, 1)
         train.main(command)
     for change, complaint in ((["--batch", "3"], "batch: 4 then, 3 now"), (["--seed", "7"], "seed: 42 then, 7 now"),
-                              (["--limit", "6"], "steps: 3 then, 2 now"), (["--data", str(world / "data/captions.json")], None)):
-        if complaint:
-            with pytest.raises(ValueError, match=f"is of another run.*{complaint}"):
-                train.main([*command, *change, "--resume"])
+                              (["--limit", "6"], "steps: 3 then, 2 now")):
+        with pytest.raises(ValueError, match=f"is of another run.*{complaint}"):
+            train.main([*command, *change, "--resume"])
     other = shutil.copytree(world / "data", tmp_path / "other")
     records = json.loads((other / "captions.json").read_text())
     (other / "captions.json").write_text(json.dumps(records[:-1]))
@@ -383,6 +382,13 @@ def test_more_ranks_than_samples_in_a_batch_are_refused(world, tmp_path, monkeyp
         train.main(flags(world, tmp_path, "--phase", "1"))
 
 
+def test_holding_everything_back_is_refused(world, tmp_path):
+    """Else no step would be taken and the untrained model called done."""
+    with pytest.raises(ValueError, match="--validate 9: the set has 9 records"):
+        train.main(flags(world, tmp_path, "--phase", "1", "--validate", "9"))
+    assert not (tmp_path / "tiny/phase1").exists()
+
+
 def test_a_data_set_of_which_nothing_can_be_used_leaves_no_model(world, tmp_path):
     """Else a wrong --data would skip everything and call the untrained model done."""
     (tmp_path / "one.json").write_text(json.dumps([{"id": "t", "conversations": [
@@ -409,7 +415,7 @@ def test_phase_2_asks_for_phase_1(world, tmp_path):
         train.main(flags(world, tmp_path, "--phase", "2"))
 
 
-@pytest.mark.parametrize("wrong", (["--preset", "2b"], ["--phase", "3"], ["--batch", "0"], ["--lr", "-1"], ["--precision", "fp8"]))
+@pytest.mark.parametrize("wrong", (["--preset", "2b"], ["--phase", "3"], ["--batch", "0"], ["--lr", "-1"], ["--validate", "-1"], ["--precision", "fp8"]))
 def test_a_mistyped_value_stops_before_anything_is_read(wrong, capsys):
     with pytest.raises(SystemExit) as caught:
         train.arguments(wrong)
