@@ -155,6 +155,17 @@ def test_recomputing_takes_the_same_steps(world, straight, tmp_path):
     check_same(tmp_path, straight)
 
 
+def test_frozen_parts_in_half_precision_are_saved_as_they_came(world, straight, tmp_path):
+    """--precision bf16 computes with a rounded ViT; the model that is written has the one that was read, bit for bit."""
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/phase1").symlink_to(straight / "tiny/phase1")
+    train.main(flags(world, tmp_path, "--phase", "2", "--precision", "bf16"))
+    before, after = LLaVAVR.from_pretrained(straight / "tiny/phase1").state_dict(), result(tmp_path, 2)[0]
+    frozen = [key for key in after if key.startswith("vision_tower.")]
+    assert frozen and all(torch.equal(before[key], after[key]) for key in frozen)
+    assert any(not torch.equal(before[key], before[key].bfloat16().float()) for key in frozen), "else rounding would not show"
+
+
 @pytest.mark.slow
 def test_compiling_takes_the_same_steps(world, straight, tmp_path):
     """--compile; needs a C++ compiler on a CPU, and minutes."""
