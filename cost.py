@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from model import PRESETS, LLaVAVR
+from recipes import PAPER
 
 PARTS = ("vision_tower", "mm_projector", "image_newline", "vision_remember", "language_model")
 A100 = 312e12       # bf16 with fp32 sums, dense, by NVIDIA's data sheet
@@ -24,11 +25,8 @@ MFU = 0.35          # assumed, not measured: Table 3 of arXiv:2204.02311 (PaLM) 
 
 @dataclass
 class Phase:
-    """What the paper trains in a phase (Sec. 5.1; "si" is its Table 3), and a typical sample, which is assumed: the data has
-    small pictures and long talks too. The tests hold trains and micro to recipes.py."""
-    trains: tuple
-    samples: int        # of the paper's data set
-    micro: int          # samples in a forward
+    """The paper's data of a phase and a typical sample of it, which is assumed: there are small pictures and long talks too."""
+    samples: int
     tiles: int
     down: int           # tiles down the canvas: each row of their tokens ends in a newline
     text: int           # tokens
@@ -39,11 +37,9 @@ class Phase:
         return self.tiles * side ** 2 + self.down * side + self.text
 
 
-ALIGN = ("mm_projector", "vision_remember")
-ALL = (*ALIGN, "image_newline", "language_model")
-PHASES = {"1": Phase(ALIGN, samples=558_000, micro=32, tiles=1, down=0, text=20, trained=20),
-          "2": Phase(ALL, samples=779_000, micro=4, tiles=5, down=2, text=300, trained=150),             # a canvas of 2x2
-          "si": Phase((*ALL, "vision_tower"), samples=3_200_000, micro=2, tiles=7, down=2, text=300, trained=150)}     # 3x2
+PHASES = {"1": Phase(558_000, tiles=1, down=0, text=20, trained=20),
+          "2": Phase(779_000, tiles=5, down=2, text=300, trained=150),           # a canvas of 2x2
+          "si": Phase(3_200_000, tiles=7, down=2, text=300, trained=150)}        # 3x2
 
 
 def product(macs, *gradients):
@@ -202,17 +198,17 @@ def short(number, unit=""):
 
 def table(preset, phase, world=8, shard=False, recompute=False, micro=None, precision="bf16"):
     """The lines that are printed: what is assumed, parameters, FLOPs of a sample, bytes per device, days on A100s."""
-    config, p = PRESETS[preset], PHASES[phase]
-    sizes, micro, tokens, vision = parameters(config), micro or p.micro, p.tokens(config.side), p.tiles * config.side ** 2
-    forward, both = (flops(config, [tokens], p.tiles, p.trained, trains) for trains in ((), p.trains))
-    need = memory(config, p.trains, world, shard, precision, micro * tokens, micro * p.tiles, recompute)
+    config, p, trains = PRESETS[preset], PHASES[phase], PAPER[phase].trains
+    sizes, micro, tokens, vision = parameters(config), micro or PAPER[phase].micro, p.tokens(config.side), p.tiles * config.side ** 2
+    forward, both = (flops(config, [tokens], p.tiles, p.trained, parts) for parts in ((), trains))
+    need = memory(config, trains, world, shard, precision, micro * tokens, micro * p.tiles, recompute)
     days = p.samples * both / (world * A100 * MFU) / 86400
     how = ", sharded" * shard + ", recomputing" * recompute
     return [f"{preset}, phase {phase}, {world} devices{how}, {precision}, micro-batches of {micro}",
             f"assumed of a sample: {tokens} tokens, {vision} of {p.tiles} tiles, {p.down * config.side} newlines, "
             f"{p.text} of text ({p.trained} trained)",
             "", "parameters",
-            *(f"{short(sizes.get(part, 0)):>12}  {part}{'' if part in p.trains else ', frozen'}" for part in PARTS),
+            *(f"{short(sizes.get(part, 0)):>12}  {part}{'' if part in trains else ', frozen'}" for part in PARTS),
             "", "a sample", f"{short(forward, 'FLOP'):>12}  forward", f"{short(both, 'FLOP'):>12}  forward and backward",
             "", "a device", *(f"{short(size, 'B'):>12}  {what}" for what, size in need.items() if size),
             f"{short(sum(need.values()), 'B'):>12}  in all",

@@ -19,7 +19,7 @@ GREY, PALE, BLUE, ORANGE = "#666666", "#a8c8e8", "#1f5fa8", "#d9620f"
 
 
 class Log:
-    """folder/log.jsonl, open for appending, and folder/loss.svg.
+    """folder/log.jsonl, a line at a time, and folder/loss.svg.
 
     first: 0 begins anew; else the lines of the steps before it are kept, those of steps taken again dropped, and so is a
         line that a kill cut short. `last` is the last line kept, or {}.
@@ -33,28 +33,42 @@ class Log:
         kept = [line for line in read(self.path) if line["step"] < first] if first and self.path.exists() else []
         self.lines, self.last, self.drawn = kept, kept[-1] if kept else {}, time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.whole = True                                            # all lines are on the disk
+        self.rewrite()
 
     def write(self, line):
-        """Append a dict as one line, on its way to the disk at once."""
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        """Append a dict as one line. A full disk ends no run: this line and its picture come with a later one that fits."""
         self.lines.append(line)
         if self.wandb:
             self.wandb.log(line, step=line["step"])
-        if time.monotonic() - self.drawn >= SECONDS:
-            self.draw()
+        try:
+            if self.whole:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            else:
+                self.rewrite()
+            if time.monotonic() - self.drawn >= SECONDS:
+                self.draw()
+        except OSError as error:
+            if self.whole:
+                print(f"track.py: {self.path} waits for room on the disk ({error})", file=sys.stderr)
+            self.whole = False
+
+    def rewrite(self):
+        """The whole log anew."""
+        _replace(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.whole = True
 
     def draw(self):
         """Write loss.svg."""
-        _replace(self.path.with_name("loss.svg"), svg(self.lines))
         self.drawn = time.monotonic()
+        _replace(self.path.with_name("loss.svg"), svg(self.lines))
 
     def close(self):
-        """Draw for the last time and close all."""
+        """Draw for the last time and close all. Raises OSError if lines are still missing and find no room."""
+        if not self.whole:
+            self.rewrite()
         self.draw()
-        self.file.close()
         if self.wandb:
             self.wandb.finish()
 

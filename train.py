@@ -289,20 +289,20 @@ class Report:
         print(*opening(args, phase, recipe, changed, model, order, ranks, self.peak), sep="\n", flush=True)
         self.bar, self.clock = tqdm(total=order.steps, initial=first, mininterval=1), time.perf_counter()
 
-    def step(self, step, losses, optimizer, norm, tokens, targets, problems, waited, batches):
+    def step(self, step, losses, optimizer, norm, tokens, targets, samples, problems, waited, batches):
         """Write down a finished step: losses, what it cost, and what part of the time went where."""
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         self.skipped += problems
         work = sum(cost.flops(self.config, batch.packed, 0 if batch.pixels is None else len(batch.pixels), targets_of(batch),
                               self.recipe.trains, (batch.input_ids == data.IMAGE).sum().item()) for batch in batches)
-        device, mine = self.ranks.device, sum(len(batch.packed) for batch in batches)
+        device = self.ranks.device
         memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         rates = {f"lr_{i}" if i else "lr": group["lr"] for i, group in enumerate(optimizer.param_groups)}
         self.log.write({"step": step, **{name: round(value, 5) for name, value in losses.items()}, **rates,
                         "grad_norm": round(norm, 4), "tokens": tokens, "trained_tokens": targets, "skipped": self.skipped,
                         "seconds": round(seconds, 3), "tokens_per_second": round(tokens / seconds),
-                        "samples_per_second": round(mine * self.ranks.world / seconds, 2),
+                        "samples_per_second": round(samples / seconds, 2),
                         "mfu": round(work / seconds / self.peak, 4), "data_wait": round(waited / seconds, 3),
                         "memory_gb": round(memory / 2**30, 2)})
         self.bar.set_postfix_str(f"loss {losses['loss']:.3f} lr {rates['lr']:.1e} {tokens / seconds:,.0f} tok/s", refresh=False)
@@ -364,8 +364,9 @@ def train(args, phase, ranks, stop):
         waited = time.perf_counter() - clock
         for why in (why for reasons in skipped for why in reasons):
             tqdm.write(why, file=sys.stderr)
-        targets, tokens, problems, asked = ranks.summed(sum(map(targets_of, batches)), sum(b.input_ids.numel() for b in batches),
-                                                        sum(map(len, skipped)), stop.asked)
+        targets, tokens, taken, problems, asked = ranks.summed(
+            sum(map(targets_of, batches)), sum(b.input_ids.numel() for b in batches), sum(len(b.packed) for b in batches),
+            sum(map(len, skipped)), stop.asked)
 
         loss, norm = learn(args, module, batches, targets, recipe, ranks, step)
         if targets > 0:                                                          # else every record was skipped
@@ -376,7 +377,7 @@ def train(args, phase, ranks, stop):
         if args.validate and (last or (step + 1) % args.validate_every == 0):
             losses["validation"] = validate(args, module, samples, order.held_out, recipe, ranks)
         if ranks.rank == 0:
-            report.step(step, losses, optimizer, norm, int(tokens), int(targets), int(problems), waited, batches)
+            report.step(step, losses, optimizer, norm, int(tokens), int(targets), taken, int(problems), waited, batches)
         if not last and (asked or (step + 1) % args.save_every == 0):
             kept = save(args, partial / "checkpoints", step + 1, model, optimizer, run, losses, ranks)
         if asked and not last:

@@ -39,7 +39,7 @@ def counted(batch):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("trains", [PHASES["1"].trains, PHASES["2"].trains, PARTS, ("vision_remember",), ("language_model",), ()],
+@pytest.mark.parametrize("trains", [PAPER["1"].trains, PAPER["2"].trains, PARTS, ("vision_remember",), ("language_model",), ()],
                          ids=["phase 1", "phase 2", "all", "remembering", "decoder", "none"])
 def test_flops_are_those_that_pytorch_counts(name, trains):
     """Forward and backward, each product with the gradients that are needed and no others; the counter takes no half of T^2."""
@@ -62,16 +62,16 @@ def test_flops_are_those_that_pytorch_counts(name, trains):
 
 def test_flops_grow_with_what_is_computed():
     """Samples packed together cost what they cost alone; attention is quadratic in a sample, not in the batch."""
-    config, trains = PRESETS["0.5b"], PHASES["2"].trains
+    config, trains = PRESETS["0.5b"], PAPER["2"].trains
     one, two = flops(config, [700], 5, 150, trains), flops(config, [900], 3, 50, trains)
     assert flops(config, [700, 900], 8, 200, trains) == one + two
     assert flops(config, [1600], 8, 200, trains) > one + two
-    more_and_more = (), ("vision_remember",), PHASES["1"].trains, PHASES["2"].trains, PARTS
+    more_and_more = (), ("vision_remember",), PAPER["1"].trains, PAPER["2"].trains, PARTS
     by_trains = [flops(config, [700], 5, 150, trains) for trains in more_and_more]
     assert by_trains == sorted(set(by_trains))
     forward = flops(config, [20], 0, 20, ())
-    assert flops(config, [20], 0, 20, PHASES["1"].trains) == forward              # text alone trains no projector
-    assert flops(config, [20], 0, 20, PHASES["2"].trains) == 3 * forward
+    assert flops(config, [20], 0, 20, PAPER["1"].trains) == forward              # text alone trains no projector
+    assert flops(config, [20], 0, 20, PAPER["2"].trains) == 3 * forward
 
 
 def test_a_forward_costs_two_operations_per_parameter_and_token():
@@ -91,17 +91,10 @@ def test_a_part_that_is_not_there_is_named():
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_the_phases_are_those_of_the_recipes(phase):
-    """cost.py stands on the model alone, so it says again what each phase trains."""
-    assert PHASES.keys() == PAPER.keys()
-    assert PHASES[phase].trains == PAPER[phase].trains and PHASES[phase].micro == PAPER[phase].micro
-
-
-@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_what_stays_between_steps_is_counted_exactly(phase, precision):
     """Weights, gradients and AdamW's moments of a real step, in bytes."""
-    trains = PHASES[phase].trains
+    trains = PAPER[phase].trains
     model = built(ODD, trains)
     trained = [p for p in model.parameters() if p.requires_grad]
     model(data.pack([sample(model, [picture(50, 50)])])).backward()
@@ -128,7 +121,7 @@ def kept(model, batch, autocast):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("trains", [PHASES["1"].trains, PHASES["2"].trains, PARTS], ids=["phase 1", "phase 2", "all"])
+@pytest.mark.parametrize("trains", [PAPER["1"].trains, PAPER["2"].trains, PARTS], ids=["phase 1", "phase 2", "all"])
 def test_activations_are_about_what_autograd_keeps(trains, precision):
     """By the difference of one picture and three, in which autocast's copies of the weights and the masks cancel."""
     config = dataclasses.replace(PRESETS["tiny"], image_mode="pad")
@@ -149,13 +142,13 @@ def test_activations_are_about_what_autograd_keeps(trains, precision):
 
 def test_memory_falls_with_devices_and_recomputation():
     """Sharding is there so that 7B trains on devices of 80 GB: without it the moments alone are 62 GB."""
-    config, trains = PRESETS["7b"], PHASES["2"].trains
+    config, trains = PRESETS["7b"], PAPER["2"].trains
     alone, ranks, spread, again = (memory(config, trains, **how) for how in (
         {}, {"world": 8}, {"world": 8, "shard": True}, {"world": 8, "shard": True, "recompute": True}))
     assert alone == ranks and alone["gathered"] == spread["bf16 copies"] == 0 < spread["gathered"]
     assert sum(ranks.values()) > 80e9 > sum(again.values())
     assert sum(ranks.values()) > sum(spread.values()) > sum(again.values())
-    assert memory(config, PHASES["1"].trains)["moments"] < alone["moments"] / 40
+    assert memory(config, PAPER["1"].trains)["moments"] < alone["moments"] / 40
     frozen = memory(config, ())
     assert frozen["weights"] == 2 * sum(parameters(config).values()) and frozen["gradients"] == frozen["moments"] == 0
 
@@ -193,7 +186,7 @@ def test_a_wrong_number_is_one_line(capsys):
 @pytest.mark.gpu
 def test_memory_is_about_what_cuda_allocates():
     """Phase 2 of the 0.5B on one device: the second of two steps, when gradients' places and moments are there."""
-    config, trains = PRESETS["0.5b"], PHASES["2"].trains
+    config, trains = PRESETS["0.5b"], PAPER["2"].trains
     model = built(config, trains)
     batch = data.pack([sample(model, [picture(900, 900)], answer="12 " * 100)] * 2).to("cuda")
     model.vision_tower.to(torch.bfloat16)

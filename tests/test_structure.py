@@ -5,8 +5,8 @@ import pytest
 
 from helpers import ROOT
 
-ORDER = ("weights", "checkpoint", "track", "clip", "qwen2", "sela", "projectors", "records", "data", "model", "convert", "cost",
-         "recipes", "synth", "metrics", "tasks", "report", "standins")                                       # each may use those before it
+ORDER = ("weights", "checkpoint", "track", "clip", "qwen2", "sela", "projectors", "records", "data", "model", "convert", "recipes",
+         "cost", "synth", "metrics", "tasks", "report", "standins")                                       # each may use those before it
 FILES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
 SCRIPTS = [name for name in FILES if name not in ORDER]
 

@@ -1,6 +1,7 @@
 """What track.py promises: a log with every step once, and a curve that anyone can open and that shows what is in the log."""
 import json
 import math
+import pathlib
 import subprocess
 import sys
 import time
@@ -44,6 +45,25 @@ def test_every_line_is_in_the_file_when_write_returns(tmp_path):
         assert written(tmp_path / "new/run") == run(n)
     log.close()
     assert sorted(path.name for path in (tmp_path / "new/run").iterdir()) == ["log.jsonl", "loss.svg"]
+
+
+def test_a_full_disk_ends_no_run_and_costs_no_line(tmp_path, capsys):
+    """What could not be written comes with the next line that can; while there is no room, that is said once. /dev/full is always full."""
+    log, lines = track.Log(tmp_path), run(5)
+    place = log.path
+    log.write(lines[0])
+    log.path = pathlib.Path("/dev/full")
+    log.write(lines[1])
+    assert "waits for room on the disk" in capsys.readouterr().err and written(tmp_path) == lines[:1]
+    log.path = tmp_path / "gone" / "log.jsonl"
+    log.write(lines[2])
+    with pytest.raises(OSError):
+        log.close()
+    log.path = place
+    log.write(lines[3])
+    log.write(lines[4])
+    log.close()
+    assert not capsys.readouterr().err and written(tmp_path) == lines
 
 
 def test_resuming_keeps_the_steps_before_and_drops_those_taken_again(tmp_path):
