@@ -72,6 +72,11 @@ class ImagePlan:
     def __getitem__(self, name):
         return getattr(self, name)
 
+    @property
+    def newlines(self):
+        """How many of the tokens are newlines: one for every row of the map."""
+        return {"square": 0, "pad": 1}.get(self.mode, self.map[0])
+
     def cells(self):
         """(N, 3) int64: (tile, row, column) of every vision token in sequence order; a newline is (-1, -1, -1).
 

@@ -293,8 +293,8 @@ class Report:
         """Write down a finished step: losses, what it cost, and what part of the time went where."""
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         self.skipped += problems
-        work = sum(cost.flops(self.config, batch.packed, 0 if batch.pixels is None else len(batch.pixels), targets_of(batch),
-                              self.recipe.trains, (batch.input_ids == data.IMAGE).sum().item()) for batch in batches)
+        work = sum(cost.flops(self.config, batch.packed, sum(plan.tiles for plan in batch.plans), targets_of(batch), self.recipe.trains,
+                              sum(plan.tokens - plan.newlines for plan in batch.plans)) for batch in batches)
         device = self.ranks.device
         memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -66,6 +66,7 @@ def test_candidate_order_decides_ties():
 def check_cells(plan):
     """The claims of the next two tests on one plan."""
     cells = plan.cells()
+    assert plan.newlines == (cells[:, 0] < 0).sum()
     assert cells.shape == (plan.tokens, 3) and cells.dtype == np.int64
     newline = (cells == -1).all(1)
     seen = cells[~newline]
