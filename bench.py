@@ -168,10 +168,11 @@ def answers(args):
     charts = [synth.draw(args.seed + i, "test", synth.CHARTS, scale=scale) for i in range(args.count)]
     pictures, questions = [c.image for c in charts], [c.qa[0][0] + synth.SHORT for c in charts]
     model.read_tokenizer(args.tokenizer)
-    ways = {f"{args.count} together": lambda: model.generate(pictures, questions, args.tokens),
-            "one by one": lambda: [model.generate([p], [q], args.tokens) for p, q in zip(pictures, questions)]}
-    print(f"{args.count} questions about pictures, {args.tokens} tokens each")
-    show(timed(ways, args.rounds, args.device), "answers", args.count)
+    for what, given in (("about pictures", pictures), ("without their pictures, which leaves the decoding", [None] * args.count)):
+        print(f"{args.count} questions {what}, at most {args.tokens} tokens each")
+        ways = {f"{args.count} together": lambda: model.generate(given, questions, args.tokens),
+                "one by one": lambda: [model.generate([p], [q], args.tokens) for p, q in zip(given, questions)]}
+        show(timed(ways, args.rounds, args.device), "answers", args.count)
 
 
 def reading(args):

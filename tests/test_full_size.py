@@ -6,13 +6,17 @@ Each test writes a CLIP-L as pytorch_model.bin and a Qwen2 as safetensors, as th
 parameters and has the model answer about a picture. The answers mean nothing; that there are any is the claim.
 """
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file
 
+import synth
 from clip import CLIPVision
-from helpers import TOKENIZER, picture
+from helpers import ROOT, TOKENIZER, picture
 from model import CLIP_L, PRESETS, LLaVAVR
 from qwen2 import QWEN2, Qwen2
 
@@ -80,3 +84,28 @@ def test_the_real_size_answers_about_a_picture(preset, tmp_path):
     answer, = model.generate([picture(200, 150)], ["What is this?"], max_new_tokens=2)
     print(f"{preset}: answered {answer!r}")
     assert isinstance(answer, str)
+
+
+@pytest.mark.slow
+def test_the_real_size_takes_the_same_steps_on_one_rank_and_on_two(tmp_path):
+    """Phase 1 of the 0.5B on four drawn pictures, two steps of two: torchrun and gloo against one process. It needs 12 GB.
+
+    Compared are losses, gradient norms and weights, to 1e-4 of a value; see check_same of test_train.py.
+    """
+    write_clip(tmp_path / "clip")
+    write_qwen2(tmp_path / "llm", "0.5b")
+    synth.write_llava_json(tmp_path / "data", 4, scale=3)
+    found = []
+    for start in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        out = tmp_path / f"runs{len(start)}"
+        subprocess.run([*start, ROOT / "train.py", "--phase", "1", "--clip", tmp_path / "clip", "--llm", tmp_path / "llm",
+                        "--data", tmp_path / "data/captions.json", "--out", out, "--batch", "2", "--micro", "1"], check=True)
+        folder = out / "0.5b/phase1"
+        found.append((load_file(folder / "model.safetensors"), [json.loads(line) for line in (folder / "log.jsonl").open()]))
+    (weights, log), (others, other_log) = found
+    print(f"\nlosses {[line['loss'] for line in log]}, seconds {[[line['seconds'] for line in lines] for lines in (log, other_log)]}")
+    assert len(log) == len(other_log) == 2
+    for line, same in zip(log, other_log):
+        assert line["loss"] == pytest.approx(same["loss"], rel=1e-4) and line["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-4)
+    assert any("vision_remember" in name for name in weights) and not any("language_model" in name for name in weights)
+    assert weights.keys() == others.keys() and all((weights[name] - others[name]).abs().max() < 1e-4 for name in weights)
