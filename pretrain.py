@@ -1,17 +1,19 @@
 """Makes the embedded parts, tiny/clip and tiny/qwen2, from nothing: only from drawn pictures, on a laptop.
 
-    python pretrain.py                        # all stages in order, about two hours on 2 cores; resumes if stopped
-    python pretrain.py --stage vision         # tokenizer | vision | language | joint
+    python pretrain.py                        # all stages in order, about three hours on 2 cores; resumes if stopped
+    python pretrain.py --stage vision         # tokenizer | vision | language | joint | heights | talk
 
 The real CLIP and Qwen2 knew much before LLaVA joined them, so the tiny ones must too, or the paper's two phases would
-start from noise. Four stages, each checkpointed under runs/pretrain and logged as JSON lines:
+start from noise. Six stages, each checkpointed under runs/pretrain and logged as JSON lines:
 
 tokenizer   byte-level BPE with Qwen2's splitting rule and special tokens, on the drawn captions and questions
 vision      the ViT alone: every patch says which glyphs, word, number and colour lie in it and what they belong to (the
             drawing program knows), the CLS token says which words and colours the tile holds. Stands in for CLIP's contrastive training
 language    the decoder alone: the caption in place of the picture, then the questions: to copy, recall and compare
 joint       both as an uncompressed LLaVA-NeXT (2-layer MLP, no Vision Remember): the projector alone, then the decoder too: drills,
-            captions and talk on single tiles, then AnyRes; then mostly talk. The projector is thrown away after
+            captions and talk on single tiles, then AnyRes
+heights     the ViT alone again: how much a bar without a number stands for
+talk        both again: mostly talk. The projector is thrown away after
 """
 import argparse
 import json
@@ -98,7 +100,9 @@ def fill_tile(target, placed, legible):
     whole = lambda b: legible and inside(b)
     seen = [(box, mark) for box, mark, _ in placed if whole(box)]
     named = {m.name for _, m in seen if m.text and m.text.rstrip(":") == m.name}
-    valued = {(m.name, m.value) for _, m in seen if m.text and m.text == str(m.value)}
+    printed = {(m.name, m.value) for _, m, _ in placed if m.text == str(m.value)}
+    valued = {(m.name, m.value) for box, m in seen if m.text == str(m.value)}
+    valued |= {(m.name, m.value) for box, m, _ in placed if not m.text and inside(box)} - printed      # a bar without its number
     painted = {m.name for box, m, _ in placed if not m.text and covered(box, 0.5)}
     for box, mark, to_x in placed:
         if box[2] <= 0 or box[3] <= 0 or box[0] >= TILE or box[1] >= TILE:
@@ -129,22 +133,26 @@ def fill_tile(target, placed, legible):
 
 
 class Tiles(IterableDataset):
-    """Endless small batches of (tiles, targets): six pages full of text and two drawings, none shown twice: seen again,
-    whose number stands where is learned by heart. Many small steps leave the first plateau sooner than few large ones."""
+    """Endless small batches of (tiles, targets) of eight pictures: pages full of text, charts without printed numbers, and
+    whatever is drawn. None is shown twice: seen again, whose number stands where is learned by heart. Many small steps leave
+    the first plateau sooner than few large ones."""
 
-    def __init__(self, seed, start):
-        self.seed, self.start = seed, start
+    def __init__(self, seed, start, pages=6, charts=0):
+        self.seed, self.start, self.lessons = seed, start, ("page",) * pages + ("chart",) * charts + ("any",) * (8 - pages - charts)
 
     def __iter__(self):
         step = self.start
         while True:
-            tiles, targets = zip(*(self.lesson(self.seed + 8 * step + i, i < 6) for i in range(8)))
+            tiles, targets = zip(*(self.lesson(self.seed + 8 * step + i, kind) for i, kind in enumerate(self.lessons)))
             yield np.concatenate(tiles), {k: torch.from_numpy(np.concatenate([t[k] for t in targets])) for k in targets[0]}
             step += 1
 
-    def lesson(self, number, is_page):
-        drawing = synth.draw(number, kinds=("page",), sizes=synth.SIZES[:1]) if is_page else synth.draw(number)
-        plan = data.plan_image(drawing.image.size, "square" if is_page else "a4", SIDE, TILE)
+    def lesson(self, number, kind):
+        options = {"page": {"kinds": ("page",), "sizes": synth.SIZES[:1]}, "chart": {"kinds": ("bar", "hbar", "line")}}.get(kind, {})
+        while kind == "chart" and any(topic == "item" for *_, topic in synth.compose(number, **options)[2]):
+            number += 1_000_000_000                                  # asked for its items, a chart has its numbers printed
+        drawing = synth.draw(number, **options)
+        plan = data.plan_image(drawing.image.size, "square" if kind == "page" else "a4", SIDE, TILE)
         target = patch_targets(drawing, plan)
         busy = target["glyphs"].any((1, 2)) | (target["colour"] > 0).any(1)            # blank paper teaches little
         return data.cut_tiles(drawing.image, plan)[busy], {name: values[busy] for name, values in target.items()}
@@ -202,11 +210,14 @@ def widen(module):
     return module
 
 
-def pretrain_vision(args):
-    """tiny/clip from scratch: dense targets for every patch and for CLS."""
+def learn_tiles(name, args, lessons, steps, peak, start=None):
+    """The ViT and its readouts through `steps` batches of lessons(first step), from noise or from the stage `start`."""
     torch.manual_seed(args.seed)
     vision = widen(CLIPVision(CLIP_TINY, LAYERS))
     heads, early = PatchHeads(CLIP_TINY.hidden_size), PatchHeads(CLIP_TINY.hidden_size)
+    everything = nn.ModuleList([vision, heads, early])
+    if start:
+        everything.load_state_dict(learned(start))
 
     def step(batch):
         tiles, target = batch
@@ -217,8 +228,18 @@ def pretrain_vision(args):
                               for name in ("glyphs", "word", "number", "colour"))
         return sum(losses.values()), {**{f"loss {k}": v.item() for k, v in losses.items()}, **{k: v.item() for k, v in right.items()}}
 
-    fit("vision", nn.ModuleList([vision, heads, early]), lambda start: Tiles(args.seed, start), step, args.vision_steps, 1e-3)
+    fit(name, everything, lessons, step, steps, peak)
     vision.save_pretrained(CLIP_FOLDER)
+
+
+def pretrain_vision(args):
+    """tiny/clip from scratch: dense targets for every patch and for CLS, mostly on text."""
+    learn_tiles("vision", args, partial(Tiles, args.seed), args.vision_steps, 1e-3)
+
+
+def pretrain_heights(args):
+    """tiny/clip goes on, mostly on bars without a number."""
+    learn_tiles("heights", args, partial(Tiles, args.seed + 7_000_000, pages=2, charts=4), args.heights_steps, 6e-4, start="vision")
 
 
 # ---- tokenizer, language, joint ------------------------------------------------------------------------------------
@@ -361,7 +382,7 @@ def pretrain_language(args):
         logits, targets = llm(batch.input_ids, keep=keep), targets[keep[:, :-1]]
         return F.cross_entropy(logits, targets), {"right": (logits.argmax(-1) == targets).float().mean().item()}
 
-    fit("language", llm, lambda start: Lessons(args.seed, start, language_lesson), step, args.language_steps, 1e-3)
+    fit("language", llm, partial(Lessons, args.seed, teach=language_lesson), step, args.language_steps, 1e-3)
     save_llm(llm)
 
 
@@ -388,18 +409,21 @@ def in_words(target, table, tokenizer):
     return torch.where(blank, table[data.text_ids(tokenizer, "\n")[0]], shown), known
 
 
-def pretrain_joint(args):
-    """Both parts as an uncompressed LLaVA-NeXT, the ViT frozen: the projector alone learns to put patches into the
-    decoder's words, then the decoder learns with it."""
-    torch.manual_seed(args.seed)
+def uncompressed():
+    """tiny/clip, frozen, and tiny/qwen2 as a LLaVA-NeXT -> (the model, how it learns from a batch of Lessons)"""
     model = LLaVAVR.from_parts(CLIP_FOLDER, LLM_FOLDER, "tiny", projector="mlp", side=SIDE, remember=())
-    model.requires_grad_(False)
-    model.mm_projector.requires_grad_(True)
-    lesson = partial(joint_lesson, single=args.joint_steps // 5)
+    model.vision_tower.requires_grad_(False)
 
     def learn(batch):
         loss = model(batch)
         return loss, {"loss " + batch.ids[0].split("-")[0]: loss.item()}
+    return model, learn
+
+
+def pretrain_joint(args):
+    """The projector alone learns to put patches into the decoder's words, then the decoder learns with it."""
+    torch.manual_seed(args.seed)
+    model, learn = uncompressed()
     table = model.language_model.model.embed_tokens.weight
 
     def align(batch):
@@ -407,12 +431,22 @@ def pretrain_joint(args):
         features, _ = model.vision_tower(data.normalise(tiles))
         shown, known = in_words(target, table, model.tokenizer)
         return F.mse_loss(model.mm_projector(features[-1])[known], shown[known]) / table.var(), {}
-    fit("align", model, lambda start: Tiles(args.seed, start), align, args.align_steps, 2e-3)
+    model.language_model.requires_grad_(False)
+    model.image_newline.requires_grad_(False)
+    fit("align", model, partial(Tiles, args.seed), align, args.align_steps, 2e-3)
     model.language_model.requires_grad_(True)
     model.image_newline.requires_grad_(True)
-    fit("joint", model, lambda start: Lessons(args.seed + 5_000_000, start, lesson), learn, args.joint_steps, 6e-4)
-    lesson = partial(joint_lesson, single=0, drills=0.2)                         # what is known by now is mostly talked about
-    fit("talk", model, lambda start: Lessons(args.seed + 6_000_000, start, lesson), learn, args.talk_steps, 5e-4)
+    lessons = partial(Lessons, args.seed + 5_000_000, teach=partial(joint_lesson, single=args.joint_steps // 5))
+    fit("joint", model, lessons, learn, args.joint_steps, 6e-4)
+
+
+def pretrain_talk(args):
+    """What is known by now is mostly talked about."""
+    torch.manual_seed(args.seed)
+    model, learn = uncompressed()
+    model.load_state_dict({**learned("joint"), **{f"vision_tower.{name}": value for name, value in model.vision_tower.state_dict().items()}})
+    lessons = partial(Lessons, args.seed + 6_000_000, teach=partial(joint_lesson, single=0, drills=0.2))
+    fit("talk", model, lessons, learn, args.talk_steps, 6e-4)
     half(model.vision_tower).save_pretrained(CLIP_FOLDER)
     save_llm(half(model.language_model))
 
@@ -428,6 +462,11 @@ def save_llm(llm):
 
 
 # ---- the loop all stages share --------------------------------------------------------------------------------------
+
+def learned(stage):
+    """The weights at the end of a stage."""
+    return torch.load(f"{RUNS}/{stage}.pt", weights_only=True)["module"]
+
 
 def fit(name, module, batches, loss_of, steps, peak):
     """AdamW, 3 % warm-up (300 steps at most), half a cosine to a hundredth of the peak; a checkpoint every 500 steps, and goes
@@ -453,7 +492,7 @@ def fit(name, module, batches, loss_of, steps, peak):
             group["lr"] = lr
         optimizer.zero_grad()
         # on our CPU plain attention was the faster one for the 65 tokens of a tile, the fused one for hundreds
-        with sdpa_kernel(SDPBackend.MATH if name == "vision" else SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(SDPBackend.MATH if name in ("vision", "heights") else SDPBackend.FLASH_ATTENTION):
             loss, seen = loss_of(next(loader))
             loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -473,16 +512,16 @@ def fit(name, module, batches, loss_of, steps, peak):
             os.replace(path + ".new", path)
 
 
+STAGES = {"tokenizer": pretrain_tokenizer, "vision": pretrain_vision, "language": pretrain_language, "joint": pretrain_joint,
+          "heights": pretrain_heights, "talk": pretrain_talk}
+STEPS = {"vision": 7000, "language": 3600, "align": 1500, "joint": 5200, "heights": 3000, "talk": 9000}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("tokenizer", "vision", "language", "joint", "all"), default="all")
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
     parser.add_argument("--seed", type=int, default=10_000_000, help="first drawing; apart from those of --preset tiny")
-    parser.add_argument("--vision-steps", type=int, default=7000)
-    parser.add_argument("--language-steps", type=int, default=3600)
-    parser.add_argument("--align-steps", type=int, default=1500)
-    parser.add_argument("--joint-steps", type=int, default=5200)
-    parser.add_argument("--talk-steps", type=int, default=3000)
+    for stage, steps in STEPS.items():
+        parser.add_argument(f"--{stage}-steps", type=int, default=steps)
     args = parser.parse_args()
-    stages = {"tokenizer": pretrain_tokenizer, "vision": pretrain_vision, "language": pretrain_language, "joint": pretrain_joint}
-    for stage in stages if args.stage == "all" else [args.stage]:
-        stages[stage](args)
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        STAGES[stage](args)

@@ -20,8 +20,9 @@ import json
 import math
 import os
 import random
-from dataclasses import dataclass, field
-from functools import lru_cache
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -41,7 +42,7 @@ COLOURS = {"red": (214, 39, 40), "blue": (44, 100, 200), "green": (44, 150, 60),
            "purple": (140, 80, 190), "brown": (130, 80, 60), "pink": (235, 120, 190), "grey": (125, 125, 125)}
 SHAPES = ("circle", "square", "triangle", "diamond")
 CHARTS = ("bar", "hbar", "line", "pie")
-KINDS = CHARTS + ("document", "receipt", "scene", "shapes")
+KINDS = 2 * CHARTS + ("document", "receipt", "scene", "shapes")      # charts have the most to be asked
 INK = (25, 25, 25)
 LINE = 14                                                          # pixels of a line of text, and of a column
 ROW = 2 * LINE                                                     # of a row of a chart or a document
@@ -145,10 +146,12 @@ class Canvas:
 
 def chart(rng, kind, size):
     """(caption, qa, paint) of a bar, hbar, line or pie chart that fits `size` (width, height)."""
+    printed = kind == "pie" or rng.random() < 0.75
+    if not printed:                                                  # one tile has to show a bar whole, from end to end
+        size = (SIZES[0][0], size[1]) if kind == "hbar" else (size[0], SIZES[0][1])
     width, height = size
     theme = rng.choice(list(THEMES))
     room = {"hbar": height // ROW - 1, "pie": height // ROW - 1}.get(kind, width // (5 * LINE))
-    printed = kind == "pie" or rng.random() < 0.75
     count = max(2, min(room - (kind == "hbar" and not printed), rng.choice((3, 4, 4, 5, 5, 6))))
     names = rng.sample(THEMES[theme], count)
     values = rng.sample(range(5, 100) if printed else range(10, 101, 10), count)     # what is not printed can be read off
@@ -418,8 +421,14 @@ def compose(seed, split="train", kinds=KINDS, sizes=SIZES):
         caption, qa, paint = make(rng, kind, size)
         test = hashlib.sha256(caption.encode()).digest()[0] < 51
         if test == (split == "test"):
-            rng.shuffle(qa)
-            return kind, caption, qa, paint
+            return kind, caption, in_order(rng, qa), paint
+
+
+def in_order(rng, qa):
+    """Questions at random, sooner those of topics that the evaluation asks often."""
+    topics = [topic for *_, topic in qa]
+    weight = {topic: ASKED.get(topic, 1) / topics.count(topic) for topic in topics}
+    return sorted(qa, key=lambda q: rng.random() ** (1 / weight[q[3]]), reverse=True)
 
 
 def draw(seed, split="train", kinds=KINDS, sizes=SIZES, scale=1):
@@ -429,9 +438,9 @@ def draw(seed, split="train", kinds=KINDS, sizes=SIZES, scale=1):
     return Drawing(art.image, kind, caption, qa, art.marks)
 
 
-# How often each topic is asked in the evaluation split; the rest of what a drawing offers is used in training only.
-ASKED = {"augmented": {"value": 6, "item": 3, "title": 1},
-         "human": {"extreme": 3, "extreme value": 2, "item of colour": 2, "colour": 1, "count": 1, "difference": 1, "compare": 1}}
+# How often the evaluation asks about a topic, beside the others of its half; the half is half of all questions.
+ASKED = {"value": 6, "item": 3, "title": 1,                        # augmented
+         "extreme": 3, "extreme value": 2, "item of colour": 2, "colour": 1, "count": 1, "difference": 1, "compare": 1}
 
 
 def exam(seed, kind, scale=1):
@@ -442,7 +451,7 @@ def exam(seed, kind, scale=1):
         if asked == kind:
             topics.setdefault(topic, (question, answer))
     rng = random.Random(f"exam {seed}")
-    topic = rng.choices(list(topics), [ASKED[kind][t] for t in topics])[0]
+    topic = rng.choices(list(topics), [ASKED[t] for t in topics])[0]
     return drawing.image, *topics[topic]
 
 
@@ -464,54 +473,69 @@ def png(image):
     return stream.getvalue()
 
 
-def write_llava_json(folder, count, seed=0, sizes=SIZES[:1], scale=1):
+def stored(seed, **how):
+    """Drawing number `seed` as it is written: a PNG for its image."""
+    drawing = draw(seed, **how)
+    return replace(drawing, image=png(drawing.image), marks=[])
+
+
+def write_llava_json(folder, count, seed=0, sizes=SIZES[:1], scale=1, each=map):
     """Phase 1: `captions.json` + `images/` in the layout of liuhaotian/LLaVA-Pretrain, one caption a picture."""
     os.makedirs(os.path.join(folder, "images"), exist_ok=True)
     records = []
-    for i in range(count):
-        drawing = draw(seed + i, sizes=sizes, scale=scale)
+    for i, drawing in enumerate(each(partial(stored, sizes=sizes, scale=scale), range(seed, seed + count))):
         name = f"{i:06d}.png"
         with open(os.path.join(folder, "images", name), "wb") as file:
-            file.write(png(drawing.image))
+            file.write(drawing.image)
         records.append({"id": f"drawn-{seed + i}", "image": name, "conversations": [
             {"from": "human", "value": "Say what the picture shows.\n<image>"}, {"from": "gpt", "value": drawing.caption}]})
     with open(os.path.join(folder, "captions.json"), "w") as file:
         json.dump(records, file, indent=0)
 
 
-def write_parquet(folder, count, seed=0, shards=2, scale=1):
+def write_parquet(folder, count, seed=0, shards=2, scale=1, each=map):
     """Phase 2: `data/train-*.parquet` in the layout of lmms-lab/LLaVA-NeXT-Data, several questions a picture."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     os.makedirs(os.path.join(folder, "data"), exist_ok=True)
     for shard in range(shards):
-        rows = [(i, draw(i, scale=scale)) for i in range(seed + shard * count // shards, seed + (shard + 1) * count // shards)]
-        table = pa.table({"id": [f"drawn-{i}" for i, _ in rows], "conversations": [conversation(d) for _, d in rows],
-                          "data_source": [f"synth-{d.kind}" for _, d in rows],
-                          "image": [{"bytes": png(d.image), "path": f"{i}.png"} for i, d in rows]})
+        numbers = range(seed + shard * count // shards, seed + (shard + 1) * count // shards)
+        drawings = list(each(partial(stored, scale=scale), numbers))
+        table = pa.table({"id": [f"drawn-{i}" for i in numbers], "conversations": [conversation(d) for d in drawings],
+                          "data_source": [f"synth-{d.kind}" for d in drawings],
+                          "image": [{"bytes": d.image, "path": f"{i}.png"} for i, d in zip(numbers, drawings)]})
         pq.write_table(table, os.path.join(folder, "data", f"train-{shard:05d}-of-{shards:05d}.parquet"), row_group_size=64)
 
 
+def exam_rows(count, seed=0, scale=1):
+    """Rows with the columns of lmms-lab/ChartQA, half of each kind."""
+    rows = []
+    for i in range(count):
+        kind = ("augmented", "human")[i % 2]
+        image, question, answer = exam(seed + i, kind, scale)
+        rows.append({"type": f"{kind}_test", "question": question, "answer": answer, "image": {"bytes": png(image), "path": f"{i}.png"}})
+    return rows
+
+
 def write_chartqa(folder, count, seed=0, scale=1):
-    """Evaluation: `data/test-*.parquet` with the columns of lmms-lab/ChartQA, half human, half augmented."""
+    """Evaluation: `data/test-*.parquet` in the layout of lmms-lab/ChartQA."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     os.makedirs(os.path.join(folder, "data"), exist_ok=True)
-    kinds = ["human" if i % 2 else "augmented" for i in range(count)]
-    images, questions, answers = zip(*(exam(seed + i, kind, scale) for i, kind in enumerate(kinds)))
-    table = pa.table({"type": [kind + "_test" for kind in kinds], "question": questions, "answer": answers,
-                      "image": [{"bytes": png(image), "path": f"{i}.png"} for i, image in enumerate(images)]})
-    pq.write_table(table, os.path.join(folder, "data", "test-00000-of-00001.parquet"), row_group_size=64)
+    pq.write_table(pa.Table.from_pylist(exam_rows(count, seed, scale)),
+                   os.path.join(folder, "data", "test-00000-of-00001.parquet"), row_group_size=64)
 
 
 def write_all(folder, pretrain=7200, finetune=4000, test=300, scale=1):
     """The three sets of `--preset tiny` in one folder; a marker file written last says that all are whole."""
     marker = os.path.join(folder, "drawn.json")
-    wanted = {"pretrain": pretrain, "finetune": finetune, "test": test, "scale": scale, "version": 5}
+    wanted = {"pretrain": pretrain, "finetune": finetune, "test": test, "scale": scale, "version": 6}
     if os.path.exists(marker) and json.load(open(marker)) == wanted:
         return
-    write_llava_json(os.path.join(folder, "pretrain"), pretrain, scale=scale)
-    write_parquet(os.path.join(folder, "finetune"), finetune, seed=1_000_000, scale=scale)
+    with ProcessPoolExecutor() as pool:                              # one for every core
+        each = partial(pool.map, chunksize=32)
+        write_llava_json(os.path.join(folder, "pretrain"), pretrain, scale=scale, each=each)
+        write_parquet(os.path.join(folder, "finetune"), finetune, seed=1_000_000, scale=scale, each=each)
     write_chartqa(os.path.join(folder, "eval", "ChartQA"), test, seed=0, scale=scale)
     with open(marker, "w") as file:
         json.dump(wanted, file)
