@@ -526,7 +526,7 @@ def write_chartqa(folder, count, seed=0, scale=1):
                    os.path.join(folder, "data", "test-00000-of-00001.parquet"), row_group_size=64)
 
 
-def write_all(folder, pretrain=3600, finetune=5200, test=300, scale=1):
+def write_all(folder, pretrain=3600, finetune=4400, test=300, scale=1):
     """The three sets of `--preset tiny` in one folder; a marker file written last says that all are whole."""
     marker = os.path.join(folder, "drawn.json")
     wanted = {"pretrain": pretrain, "finetune": finetune, "test": test, "scale": scale, "version": 6}
