@@ -193,7 +193,7 @@ def short(number, unit=""):
         if abs(number) < 999.5:
             break
         number /= 1000
-    return f"{number:.{1 if number < 99.95 and prefix else 0}f} {prefix}{unit}"
+    return f"{number:.{1 if number < 99.95 and prefix else 0}f} {prefix}{unit}".rstrip()
 
 
 def table(preset, phase, world=8, shard=False, recompute=False, micro=None, precision="bf16"):
