@@ -3,6 +3,7 @@
     python bench.py packing                               # laptop: a training step without padding, and with
     python bench.py transformers --preset tiny            # the same network and batch trained by transformers, if installed
     python bench.py answers --preset 0.5b --layers 6      # sixteen questions decoded together, and one by one
+    python bench.py decoding --preset 0.5b                # the same without the pictures: the answers' tokens alone
     python bench.py data                                  # pictures to tiles, and by transformers' processor, if installed
     python bench.py packing --preset 0.5b --count 8       # one GPU, bf16
 
@@ -161,18 +162,22 @@ def transformers(args):
     show(timed(ways, args.rounds, args.device), "tokens", sum(packed.packed))
 
 
-def answers(args):
+def answers(args, pictures=True):
     """Questions about drawn charts answered together, against one sample at a time."""
     model = build(args).eval()
     scale = model.config.vision.image_size / 112
     charts = [synth.draw(args.seed + i, "test", synth.CHARTS, scale=scale) for i in range(args.count)]
-    pictures, questions = [c.image for c in charts], [c.qa[0][0] + synth.SHORT for c in charts]
+    images, questions = [c.image if pictures else None for c in charts], [c.qa[0][0] + synth.SHORT for c in charts]
     model.read_tokenizer(args.tokenizer)
-    for what, given in (("about pictures", pictures), ("without their pictures, which leaves the decoding", [None] * args.count)):
-        print(f"{args.count} questions {what}, at most {args.tokens} tokens each")
-        ways = {f"{args.count} together": lambda: model.generate(given, questions, args.tokens),
-                "one by one": lambda: [model.generate([p], [q], args.tokens) for p, q in zip(given, questions)]}
-        show(timed(ways, args.rounds, args.device), "answers", args.count)
+    ways = {f"{args.count} together": lambda: model.generate(images, questions, args.tokens),
+            "one by one": lambda: [model.generate([p], [q], args.tokens) for p, q in zip(images, questions)]}
+    print(f"{args.count} questions {'about' if pictures else 'without their'} pictures, at most {args.tokens} tokens each")
+    show(timed(ways, args.rounds, args.device), "answers", args.count)
+
+
+def decoding(args):
+    """The same questions without their pictures: what is left is mostly the decoding of the answers."""
+    answers(args, pictures=False)
 
 
 def reading(args):
@@ -199,7 +204,7 @@ def reading(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ways = {"packing": packing, "transformers": transformers, "answers": answers, "data": reading}
+    ways = {"packing": packing, "transformers": transformers, "answers": answers, "decoding": decoding, "data": reading}
     parser.add_argument("what", choices=ways)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--layers", type=int, help="decoder layers, fewer than the preset's, to measure a large model's shape")
