@@ -166,13 +166,15 @@ def answers(args, pictures=True):
     """Questions about drawn charts answered together, against one sample at a time."""
     model = build(args).eval()
     scale = model.config.vision.image_size / 112
-    charts = [synth.draw(args.seed + i, "test", synth.CHARTS, scale=scale) for i in range(args.count)]
-    images, questions = [c.image if pictures else None for c in charts], [c.qa[0][0] + synth.SHORT for c in charts]
+    charts = [synth.draw(args.seed + i, "test", synth.CHARTS, scale=scale) for i in range(-(-args.count // args.each))]
+    pairs = [(c.image if pictures else None, question + synth.SHORT) for c in charts for question, *_ in c.qa[:args.each]]
+    images, questions = map(list, zip(*pairs[:args.count]))
+    count = len(questions)                                        # fewer where a chart has not so many
     model.read_tokenizer(args.tokenizer)
-    ways = {f"{args.count} together": lambda: model.generate(images, questions, args.tokens),
+    ways = {f"{count} together": lambda: model.generate(images, questions, args.tokens),
             "one by one": lambda: [model.generate([p], [q], args.tokens) for p, q in zip(images, questions)]}
-    print(f"{args.count} questions {'about' if pictures else 'without their'} pictures, at most {args.tokens} tokens each")
-    show(timed(ways, args.rounds, args.device), "answers", args.count)
+    print(f"{count} questions {'about' if pictures else 'without their'} {len(charts)} pictures, at most {args.tokens} tokens each")
+    show(timed(ways, args.rounds, args.device), "answers", count)
 
 
 def decoding(args):
@@ -209,6 +211,7 @@ def main():
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--layers", type=int, help="decoder layers, fewer than the preset's, to measure a large model's shape")
     parser.add_argument("--count", type=int, default=16, help="samples in a batch")
+    parser.add_argument("--each", type=int, default=1, help="questions about a picture")
     parser.add_argument("--tokens", type=int, default=8, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)

@@ -38,8 +38,6 @@ IGNORE = -100     # in labels: not trained
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-ImageFile.LOAD_TRUNCATED_IMAGES = True  # as the reference: half a JPEG is read as far as it goes, the rest is grey
-
 # -------------------------------------------------------------------------------------------- AnyRes
 
 # Candidate canvases in tiles (across, down). The order decides ties, so it is part of the format.
@@ -77,8 +75,10 @@ class ImagePlan:
         """How many of the tokens are newlines: one for every row of the map."""
         return {"square": 0, "pad": 1}.get(self.mode, self.map[0])
 
-    def cells(self):
+    def cells(self, first=0):
         """(N, 3) int64: (tile, row, column) of every vision token in sequence order; a newline is (-1, -1, -1).
+
+        first: number of the base tile, where several pictures lie one behind the other.
 
         LLaVA's order: the base tile (tile 0) row by row without newlines, then the merged rows, each ended by a
         newline; in the merged map, tiles 1.. are numbered row by row. "square" is the base alone, "pad" the base and
@@ -90,6 +90,7 @@ class ImagePlan:
         """
         newline = np.full((1, 3), -1, np.int64)
         base = np.stack(np.unravel_index(np.arange(self.side**2), (1, self.side, self.side)), 1)  # (p*p, 3)
+        base[:, 0] = first
         if self.mode == "square":
             return base
         if self.mode == "pad":
@@ -98,7 +99,7 @@ class ImagePlan:
         row = top + (2 * np.arange(h) + 1) * full_h // max(2 * h, 1)     # floor((i + 1/2) * full / kept), in integers
         column = left + (2 * np.arange(w) + 1) * full_w // max(2 * w, 1)
         row, column = np.meshgrid(row, column, indexing="ij")            # (h, w) each
-        tile = 1 + row // self.side * self.grid[0] + column // self.side
+        tile = first + 1 + row // self.side * self.grid[0] + column // self.side
         rows = np.full((h, w + 1, 3), -1, np.int64)                      # the extra column stays newline
         rows[:, :w] = np.stack([tile, row % self.side, column % self.side], -1)
         return np.concatenate([base, rows.reshape(-1, 3)])
@@ -133,7 +134,6 @@ def unpad(size, grid, side):
     return 0, left, full_h, full_w - 2 * left
 
 
-@functools.lru_cache(maxsize=4096)
 def plan_image(size, mode="a4", side=12, tile=336):
     """Plan a picture of `size` = (W, H) pixels; `side` tokens and `tile` pixels per tile side.
 
@@ -146,7 +146,12 @@ def plan_image(size, mode="a4", side=12, tile=336):
 
     Raises ValueError for an unknown mode or a size below one pixel. Source: LLaVA-NeXT, mm_utils.py and llava_arch.py.
     """
-    (width, height) = size
+    return _plan(tuple(size), mode, side, tile)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(size, mode, side, tile):
+    width, height = size
     if mode not in MODES:
         raise ValueError(f"image mode {mode!r} is unknown: use one of {', '.join(MODES)}")
     if width < 1 or height < 1:
@@ -181,18 +186,20 @@ def plan_image(size, mode="a4", side=12, tile=336):
 
 # ------------------------------------------------------------------------------------------ pictures
 
-def load_image(source):
+def load_image(source, cut_short=False):
     """A path, bytes or a PIL image -> an RGB PIL image, by Pillow's convert("RGB") and nothing else, as in LLaVA.
 
     So EXIF rotation is not applied, alpha is dropped (what lay under it shows), palettes are looked up, CMYK is inverted
     without a colour profile, and 16-bit grey above 255 is white. transformers 5 differs twice: it lays transparent
     pictures on white, and its load_image(path) turns them by EXIF.
 
+    cut_short: read half a JPEG as far as it goes, the rest is grey or black, as the reference does in training; else refuse it.
     Raises FileNotFoundError for a missing path and ValueError, naming the source, for what cannot be decoded.
     """
     name = f"picture of {len(source)} bytes" if isinstance(source, bytes) else f"picture {source}"
     if isinstance(source, (str, os.PathLike)) and not os.path.exists(source):
         raise FileNotFoundError(f"{name} does not exist")
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, cut_short
     try:
         if isinstance(source, Image.Image):
             return source.convert("RGB")
@@ -201,6 +208,8 @@ def load_image(source):
     except Exception as error:  # Pillow's decoders raise a dozen unrelated types
         reason = str(error).split(" <_io")[0]  # without the address of the buffer
         raise ValueError(f"{name} cannot be decoded ({reason}): replace or remove it") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def cut_tiles(image, plan):
@@ -253,7 +262,10 @@ def load_tokenizer(folder):
     path = Path(folder) / "tokenizer.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: copy tokenizer.json of Qwen2-Instruct into {folder}")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer ({error}): copy it again") from None
     missing = [special for special in SPECIALS if tokenizer.token_to_id(special) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: the chat template needs a Qwen2 tokenizer")
@@ -267,9 +279,10 @@ def text_ids(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def read_turns(turns, has_image):
+def read_turns(turns, has_image, spoken=False):
     """Records' turns -> [(role, text)] with template roles. A first turn that is not the user's is dropped (LLaVA).
 
+    spoken: the answers were said, not written down to be learned, and may be empty.
     With an image, a turn with one mark only, and not at its start, gets it moved to the front, on its own line.
     """
     pairs = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
@@ -283,7 +296,7 @@ def read_turns(turns, has_image):
             if text.count(MARK) == 1 and not text.startswith(MARK):
                 text = f"{MARK}\n{text.replace(MARK, '').strip()}".strip()
             text = text.replace("QA_GT_caption_based_noisy", "")  # a leftover in LLaVA's data, deleted there too
-        if role == "assistant" and not text.strip():
+        if role == "assistant" and not text.strip() and not spoken:
             raise ValueError(f"answer {n // 2 + 1} is empty: remove the turn or the record")
         pairs[n] = role, text
     if not pairs:
@@ -304,13 +317,13 @@ def encode_chat(tokenizer, turns, image_tokens, system="You are a helpful assist
                   loss is lower by those easy tokens and does not compare with ours. None: nothing
     generate      end with <|im_start|>assistant\\n, ready for an answer
 
-    Frame and text are tokenised apart. Only text that starts with a line break differs by that from LLaVA-NeXT, and
-    generation sees the same seam. Raises ValueError where marks and pictures disagree and on an empty answer.
+    Frame and text are tokenised apart. Only text that starts with a line break, or with blanks before one, differs by that
+    from LLaVA-NeXT, and generation sees the same seam. Raises ValueError where marks and pictures disagree and on an empty answer.
     Source: LLaVA-NeXT preprocess_qwen.
     """
     if train not in ("answer", "llava", None):
         raise ValueError(f"train={train!r} is unknown: use 'answer', 'llava' or None")
-    pairs = read_turns(turns, bool(image_tokens))
+    pairs = read_turns(turns, bool(image_tokens), spoken=generate)
     if generate and pairs[-1][0] == "assistant":
         raise ValueError("the last turn is already an answer: generate=True needs a question last")
     marks = sum(text.count(MARK) for _, text in pairs)
@@ -380,7 +393,7 @@ def encode_sample(record, tokenizer, template, mode, side, tile, train="answer",
     Raises ValueError, naming the record, for that, for a sample with nothing left to train, and for any part's error.
     """
     try:
-        pictures = [load_image(source) for source in record["images"]]
+        pictures = [load_image(source, cut_short=True) for source in record["images"]]
         plans = [plan_image(picture.size, "pad" if len(pictures) > 1 else mode, side, tile) for picture in pictures]
         counts, turns = [plan.tokens for plan in plans], record["conversations"]
         if template == "chat":
@@ -409,10 +422,11 @@ class Batch:
     input_ids: torch.Tensor       # (B, T) int64, IMAGE where a vision token goes
     labels: torch.Tensor          # (B, T) int64, unshifted
     lengths: torch.Tensor         # (B,)   int64; masks come from here: a pad id may also stand in text
-    pixels: torch.Tensor | None   # (n, 3, P, P) float32, tiles of all pictures in order of `plans`
+    pixels: torch.Tensor | None   # (n, 3, P, P) float32, tiles of all pictures in order of `plans`; each once where `shown`
     plans: list                   # ImagePlan of every picture, in order of occurrence over the batch
     ids: list                     # record ids
     packed: list | None = None    # samples end to end in one row: their lengths. Then B is 1 above, but for `lengths`
+    shown: torch.Tensor | None = None     # (tiles of `plans`,) int64: which of `pixels` each is
 
     def to(self, device, non_blocking=False):
         """The batch with its tensors on `device`."""
@@ -436,16 +450,19 @@ def pack(samples):
 
 
 def collate(samples, pad_id):
-    """Samples of `encode_sample` -> Batch, padded on the right with pad_id. For answering, where rows grow apart."""
+    """Samples of `encode_sample` -> Batch, padded on the right with pad_id. For answering, where rows grow apart, and where
+    several ask about one picture: tiles that are equal, byte for byte, are in `pixels` once."""
     lengths = torch.tensor([len(sample["ids"]) for sample in samples])
     input_ids = torch.full((len(samples), int(lengths.max())), pad_id)  # (B, T)
     labels = torch.full_like(input_ids, IGNORE)
     for b, sample in enumerate(samples):
         input_ids[b, :lengths[b]] = torch.tensor(sample["ids"])
         labels[b, :lengths[b]] = torch.tensor(sample["labels"])
-    tiles = [sample["tiles"] for sample in samples if len(sample["tiles"])]
-    return Batch(input_ids, labels, lengths, normalise(np.concatenate(tiles)) if tiles else None,
-                 [plan for sample in samples for plan in sample["plans"]], [sample["id"] for sample in samples])
+    kept = {}
+    shown = [kept.setdefault(tile.tobytes(), (len(kept), tile))[0] for sample in samples for tile in sample["tiles"]]
+    return Batch(input_ids, labels, lengths, normalise(np.stack([tile for _, tile in kept.values()])) if kept else None,
+                 [plan for sample in samples for plan in sample["plans"]], [sample["id"] for sample in samples],
+                 shown=torch.tensor(shown) if len(kept) < len(shown) else None)
 
 
 # ------------------------------------------------------------------------------------- which sample when, and on which rank
@@ -465,12 +482,12 @@ def epoch_order(starts, total, text_only, seed, epoch=0):
     return order[np.argsort(rank / np.where(text, text.sum(), (~text).sum()), kind="stable")]      # ... as a share of it
 
 
-def shares(batch, lengths, count):
-    """Indices and their lengths in tokens -> `count` lists of indices with nearly the same sum: the longest first, each to
-    the list that has least so far. Some are empty if there are fewer samples than lists."""
+def shares(batch, lengths, count, most):
+    """Indices and their lengths in tokens -> `count` lists of at most `most` indices with nearly the same sum: the longest
+    first, each to the list that has least so far and room. Some are empty if there are fewer samples than lists."""
     parts, loads = [[] for _ in range(count)], [0] * count
     for place in np.argsort(-lengths, kind="stable").tolist():
-        least = loads.index(min(loads))
+        least = min((n for n in range(count) if len(parts[n]) < most), key=loads.__getitem__)
         parts[least].append(int(batch[place]))
         loads[least] += int(lengths[place])
     return parts
@@ -499,12 +516,12 @@ class Order:
         return self.kept[1][place * self.batch:(place + 1) * self.batch]
 
     def micro_batches(self, step, micro, rank=0, world=1):
-        """This rank's share of a step, cut into lists of about `micro` indices, all of similar token counts. As many lists on
+        """This rank's share of a step, cut into lists of at most `micro` indices, all of similar token counts. As many lists on
         every rank, be they empty: all meet in the exchange of gradients, and of weights where they are in shards."""
         batch = self.global_batch(step)
-        ranks = shares(batch, self.lengths[batch], world)
-        mine, count = np.array(ranks[rank], np.int64), -(-max(map(len, ranks)) // micro)
-        return shares(mine, self.lengths[mine], count)
+        count = -(-len(batch) // (world * micro))                                # forwards, as few as can be
+        mine = np.array(shares(batch, self.lengths[batch], world, count * micro)[rank], np.int64)
+        return shares(mine, self.lengths[mine], count, micro)
 
 
 # ------------------------------------------------------------------------------ checking and showing
@@ -519,31 +536,29 @@ def decoded(file):
     picture that is cut short counts as corrupt."""
     blob = file.read()
     try:
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
         return load_image(blob).size, None
     except ValueError as error:
         why = str(error)
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
-        return load_image(blob).size, "it is cut short, training sees it as far as it goes"
+        return load_image(blob, cut_short=True).size, "it is cut short, training sees it as far as it goes"
     except ValueError:
         return (0, 0), why
 
 
+def defect(problem):
+    """Which of DEFECTS the words of `records.record_problem` tell of."""
+    return MISMATCH if f"{MARK} marks" in problem else EMPTY if "empty answer" in problem else MALFORMED
+
+
 def text_problem(record):
-    """What is wrong with the turns of a `reader.read(i)` -> (one of DEFECTS, why) or None. Stricter than training: a first
-    turn that begins or ends with a mark, as those of pictures do, must have a picture."""
+    """What is wrong with the turns of a `reader.read(i)` -> (one of DEFECTS, why) or None."""
     problem = records.record_problem(record, record["names"])
     if problem:
-        return (MISMATCH if MARK in problem else MALFORMED), problem
-    first = records.texts_of(record["conversations"])[0].strip()
-    if not record["names"] and (first.startswith(MARK) or first.endswith(MARK)):
-        return MISMATCH, f"asks about {MARK} but has no picture"
+        return defect(problem), problem
     try:
         roles = [role for role, _ in read_turns(record["conversations"], bool(record["names"]))]
     except ValueError as error:
-        return (EMPTY if "is empty" in str(error) else NOTHING), str(error)
+        return NOTHING, str(error)
     return None if "assistant" in roles else (NOTHING, "has no answer")
 
 
@@ -566,7 +581,7 @@ def check(path, images, workers, side, tile):
     """Reads all of a set, prints what it holds and what is wrong with it, writes its index. -> number of problems"""
     refused, index, found = [], [], []
     source = open_records(path, images, refused)
-    found += [(MISMATCH if f"{MARK} marks" in why else MALFORMED, why) for why in refused]
+    found += [(defect(why), why) for why in refused]
     with tqdm(total=len(source), unit=" records", mininterval=1) as bar:
         for row, problems in records.sweep(source, examine, workers, bar.update):
             index.append(row)

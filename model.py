@@ -13,8 +13,10 @@ import argparse
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ import data
 from clip import CLIPConfig, CLIPVision
 from projectors import PROJECTORS
 from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config
+from records import stands_for_picture
 from sela import VisionRemember
 from weights import check_fingerprint, fingerprint, load_weights, read_config, read_tensors, save_weights
 
@@ -43,6 +46,9 @@ class LLaVAVRConfig:
 
     def __post_init__(self):
         self.layers, self.remember = tuple(self.layers), tuple(self.remember)
+        for name, values in {"layers": self.layers, "remember": self.remember, "side": [self.side], "window": [self.window]}.items():
+            if not all(isinstance(n, int) for n in values) or name in ("side", "window") and values[0] < 1:
+                raise ValueError(f"{name} {getattr(self, name)!r}: give whole numbers, side and window above 0")
         if list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers {self.layers}: list each hidden layer once, the deepest last")
         for index in self.remember:
@@ -106,6 +112,8 @@ class LLaVAVR(nn.Module):
             return x, None
         features, saliency = self.vision_tower(batch.pixels)                     # L x (t, N, C), (t, N)
         tokens = self.mm_projector(features[-1])                                 # (t, p*p, d)
+        if batch.shown is not None:                                              # several ask about a tile, encoded once
+            tokens, saliency, *features = (x[batch.shown] for x in (tokens, saliency, *features))
         tokens, cells = self.place(tokens, batch.plans)                          # (n, d), (n, 3)
         x = x.masked_scatter(is_vision.unsqueeze(-1), tokens.to(x.dtype))
         seen = is_vision.flatten().nonzero().squeeze(1)[cells[:, 0] >= 0]        # places of vision tokens; newlines bypass
@@ -127,19 +135,17 @@ class LLaVAVR(nn.Module):
 
         The plans decide the order, the un-padding and the newlines; windows are found through the same cells.
         """
-        pieces, cells, first = [], [], 0
-        for plan in plans:
-            where = torch.from_numpy(plan.cells()).to(tokens.device)             # (tokens of the picture, 3)
-            mine = tokens[first:first + plan.tiles]                              # (tiles of the picture, p*p, d)
-            index = (where[:, 0] * plan.side + where[:, 1]) * plan.side + where[:, 2]
-            newline = (where[:, 0] < 0).unsqueeze(1)
-            piece = torch.where(newline, self.image_newline.to(tokens.dtype), mine.flatten(0, 1)[index.clamp(min=0)])
+        p, ends = self.config.side, list(accumulate(plan.tiles for plan in plans))
+        firsts = [end - plan.tiles for end, plan in zip(ends, plans)]            # base tile of each picture
+        cells = np.concatenate([plan.cells(first) for plan, first in zip(plans, firsts)])
+        cells = torch.from_numpy(cells).to(tokens.device)                        # (n, 3), in one copy
+        index = (cells[:, 0] * p + cells[:, 1]) * p + cells[:, 2]
+        x = torch.where(cells[:, :1] < 0, self.image_newline.to(tokens.dtype), tokens.flatten(0, 1)[index.clamp(min=0)])   # (n, d)
+        pieces = list(x.split([plan.tokens for plan in plans]))
+        for i, plan in enumerate(plans):
             if plan.crop[2:] != plan.map:                                        # anyres_max_9 over its budget
-                piece = torch.cat([piece[:plan.side ** 2], self.shrink(mine[1:], plan)])
-            pieces.append(piece)
-            cells.append(torch.where(newline, where, where + where.new_tensor([first, 0, 0])))
-            first += plan.tiles
-        return torch.cat(pieces), torch.cat(cells)
+                pieces[i] = torch.cat([pieces[i][:p * p], self.shrink(tokens[firsts[i] + 1:ends[i]], plan)])
+        return torch.cat(pieces), cells
 
     def shrink(self, crops, plan):
         """Crop tokens (t, p*p, d) of a picture over its budget -> bilinearly smaller map with newlines (h*(w+1), d)."""
@@ -163,9 +169,10 @@ class LLaVAVR(nn.Module):
     def generate(self, images, prompts, max_new_tokens=64, on_token=None):
         """Greedy answers to a list of prompts, decoded together as if each were alone.
 
-        images: per prompt None, a PIL image or a list of them. prompts: str, or turns [{"from", "value"}] that end with
-        a human one; `<image>` marks may be left out, the pictures then stand first. on_token(row, text) is called with
-        every new piece of text. Returns a list of str. Raises ValueError where marks and pictures disagree.
+        images: per prompt None, a PIL image (or its path or bytes) or a list of them; those that are equal are encoded once.
+        prompts: str, or turns [{"from", "value"}] that end with a human one; `<image>` marks may be left out, the pictures
+        then stand first. on_token(row, text) is called with every new piece of text. Returns a list of str. Raises ValueError
+        where marks and pictures disagree and for a picture that cannot be decoded whole.
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} image entries for {len(prompts)} prompts: give one entry (or None) for each")
@@ -208,6 +215,8 @@ class LLaVAVR(nn.Module):
         """One prompt with its pictures -> a sample that data.collate takes, ending where the answer begins."""
         pictures = [data.load_image(image) for image in (images if isinstance(images, (list, tuple)) else [images]) if image is not None]
         turns = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+        if not pictures and stands_for_picture(turns[0]["value"]):
+            raise ValueError(f"the prompt asks about {data.MARK} but comes without a picture: give one, or leave the mark out")
         if pictures and not any(data.MARK in turn["value"] for turn in turns):
             turns[0]["value"] = " ".join([data.MARK] * len(pictures)) + "\n" + turns[0]["value"]
         mode = self.config.image_mode if len(pictures) < 2 else "pad"

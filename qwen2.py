@@ -6,13 +6,13 @@ Parameters carry the checkpoint's own names (Qwen/Qwen2-*). Nothing here knows o
 Padding is on the RIGHT, everywhere. Under a causal mask a token sees only what stands left of it, so padding on the
 right reaches no real token and neither training nor prefill needs a mask. (Left padding would need one in every layer.)
 """
+import inspect
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from weights import load_weights, read_config, save_weights
@@ -21,6 +21,12 @@ try:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 except ImportError:
     flash_attn_func = flash_attn_varlen_func = None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:           # before torch 2.12
+        varlen_attn = None
+except ImportError:                                                             # before torch 2.10
+    varlen_attn = None
 
 
 @dataclass
@@ -116,7 +122,8 @@ class KVCache:
 
 class Packing(NamedTuple):
     """Samples laid end to end in one row, each as if it were alone: nothing is computed for padding."""
-    lengths: list             # tokens of each sample
+    lengths: list             # tokens of each sample, for those who take them one by one
+    longest: int
     starts: torch.Tensor      # (samples + 1,) int32, where each begins, and the end
     positions: torch.Tensor   # (T,) counted from 0 within each sample
 
@@ -127,7 +134,7 @@ class Packing(NamedTuple):
             raise ValueError(f"lengths {list(lengths)} add up to {sum(lengths)}, but the row has {size} tokens")
         starts = torch.tensor([0, *lengths]).cumsum(0)                          # (samples + 1,)
         positions = torch.arange(size) - starts[:-1].repeat_interleave(torch.tensor(lengths))      # (T,)
-        return cls(lengths, starts.int().to(device, non_blocking=True), positions.to(device, non_blocking=True))
+        return cls(lengths, max(lengths), starts.int().to(device, non_blocking=True), positions.to(device, non_blocking=True))
 
 
 def attention(q, k, v, scope=None):
@@ -144,12 +151,12 @@ def attention(q, k, v, scope=None):
 
 def packed_attention(q, k, v, packing):
     """As `attention`: by flash-attn where it is installed, else by PyTorch's kernel of the same kind, else one by one."""
-    if not fused(q):
+    if not fused(q) or not (flash_attn_varlen_func or varlen_attn):
         parts = zip(*(x.split(packing.lengths, 2) for x in (q, k, v)))
         return torch.cat([attention(*part) for part in parts], 2)               # (1, H, T, D)
     grouped = q.shape[1] != k.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                         # (T, H or G, D)
-    spans = packing.starts, packing.starts, max(packing.lengths), max(packing.lengths)
+    spans = packing.starts, packing.starts, packing.longest, packing.longest     # no list: --compile would want one graph per count
     if flash_attn_varlen_func:
         out = flash_attn_varlen_func(q, k, v, *spans, causal=True)
     else:

@@ -70,9 +70,9 @@ def phase_of(recipe):
 
 
 QWEN = {"0.5b": "Qwen2-0.5B-Instruct", "1.5b": "Qwen2-1.5B-Instruct", "7b": "Qwen2-7B-Instruct"}
-SETS = {"1": ("data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "--repo-type dataset liuhaotian/LLaVA-Pretrain", "data/LLaVA-Pretrain"),
-        "2": ("data/LLaVA-NeXT-Data/data", '--repo-type dataset --include "data/*" lmms-lab/LLaVA-NeXT-Data', "data/LLaVA-NeXT-Data"),
-        "si": ("data/onevision-si.mix", "--repo-type dataset lmms-lab/LLaVA-OneVision-Data", "data/LLaVA-OneVision-Data")}
+SETS = {"1": ("data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "liuhaotian/LLaVA-Pretrain --repo-type dataset", "data/LLaVA-Pretrain"),
+        "2": ("data/LLaVA-NeXT-Data/data", 'lmms-lab/LLaVA-NeXT-Data --repo-type dataset --include "data/*"', "data/LLaVA-NeXT-Data"),
+        "si": ("data/onevision-si.mix", "lmms-lab/LLaVA-OneVision-Data --repo-type dataset", "data/LLaVA-OneVision-Data")}
 
 
 def folders(preset, phase):
@@ -83,5 +83,5 @@ def folders(preset, phase):
     fetch = "hf download {} --local-dir {}".format
     clip, llm, (path, what, where) = "weights/clip-vit-large-patch14-336", f"weights/{QWEN[preset]}", SETS[phase]
     more = " and list its folders in the .mix file (README, Data)" if phase == "si" else ""
-    return {"clip": (clip, fetch("--exclude tf_model.h5 openai/clip-vit-large-patch14-336", clip)),
+    return {"clip": (clip, fetch("openai/clip-vit-large-patch14-336 --exclude tf_model.h5", clip)),
             "llm": (llm, fetch(f"Qwen/{QWEN[preset]}", llm)), "data": (path, fetch(what, where) + more)}

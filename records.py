@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 MARK = "<image>"                # in text: "here stands one picture"
+ANSWERING = "gpt", "assistant"  # roles that may not be silent
 KEPT = 4                        # row groups of Parquet that stay in memory: a sampler walks text and pictures side by side
 SEED = 20250606                 # of `random` in a mixture
 MIB = 2**20
@@ -53,8 +54,15 @@ def record_problem(record, pictures):
     if not all(isinstance(name, (str, bytes)) for name in pictures):
         return "has a picture that is neither a path nor bytes"
     marks, pictures = sum(text.count(MARK) for text in texts), len(pictures)
-    if pictures and marks != pictures:
+    if marks != pictures and (pictures or stands_for_picture(texts[0])):
         return f"has {marks} {MARK} marks but {pictures} pictures: they must agree"
+    if not all(text.strip() for turn, text in zip(turns, texts) if turn.get("from", turn.get("role")) in ANSWERING):
+        return "has an empty answer: remove it, or the record"
+
+
+def stands_for_picture(question):
+    """Whether a text without a picture lacks one: a mark at its start or end is none that the text talks about."""
+    return question.strip().startswith(MARK) or question.strip().endswith(MARK)
 
 
 def as_list(value):
@@ -94,17 +102,17 @@ class LlavaJSON(PerProcess):
 
     def __init__(self, path, images=None, problems=None):
         self.path = Path(path)
-        table, first = self._scan(problems)
+        table, shown = self._scan(problems)
         self.spans, self.sizes = table[:, :2], table[:, 2:]
-        self.images = self._find_images(images, first)
+        self.images = self._find_images(images, shown)
 
     def _scan(self, refused):
-        """-> ((records, 4) int64: first and end byte, characters, pictures; number of the first record with a picture)."""
+        """-> ((records, 4) int64: first and end byte, characters, pictures; names of the first few pictures)."""
         text = self.path.read_bytes().decode("latin-1")  # one character per byte, so positions in it are file offsets
         gap, decode = re.compile("[ \t\r\n,]*"), json.JSONDecoder().raw_decode
         at = gap.match(text, 3 if text.startswith("\xef\xbb\xbf") else 0).end()
         is_list = text[at:at + 1] == "["
-        at, line, counted, table, problems, first = at + is_list, 1, 0, [], [], None
+        at, line, counted, table, problems, shown = at + is_list, 1, 0, [], [], []
         while True:
             at = gap.match(text, at).end()
             line, counted = line + text.count("\n", counted, at), at
@@ -123,7 +131,7 @@ class LlavaJSON(PerProcess):
                 name = record.get("id", number) if isinstance(record, dict) else number
                 problems.append(f"{self.path}:{line}: record {name} {problem}")
             else:
-                first = len(table) if names and first is None else first
+                shown += names[:1] * (len(shown) < 100)
                 table.append((at, end, sum(map(len, texts_of(record["conversations"]))), len(names)))
             at = end
         if problems and (refused is None or not table):
@@ -132,19 +140,19 @@ class LlavaJSON(PerProcess):
             raise ValueError(f"{self.path}:{line}: the file ends {'inside the list' if table else 'without a record'}")
         if problems:
             refused += problems
-        return np.array(table, np.int64), first
+        return np.array(table, np.int64), shown
 
-    def _find_images(self, images, first):
+    def _find_images(self, images, shown):
+        """The place given, or the first of three that holds one of the pictures `shown`: single ones may be missing."""
         if images and not Path(images).exists():
             raise FileNotFoundError(f"{images} does not exist: give the folder or .zip of the pictures of {self.path}")
-        if images or first is None:
+        if images or not shown:
             return Path(images or self.path.parent)
-        name = as_list(self._record(first)["image"])[0]
         places = [self.path.parent / "images", self.path.parent, self.path.parent / "images.zip"]
         for place in places:
-            if self._picture(place, name, whole) is not None:
+            if any(self._picture(place, name, whole) is not None for name in shown):
                 return place
-        raise FileNotFoundError(f"picture {name} of {self.path} is in none of {', '.join(map(str, places))}: "
+        raise FileNotFoundError(f"picture {shown[0]} of {self.path} is in none of {', '.join(map(str, places))}: "
                                 "name the folder or .zip with the pictures")
 
     def _record(self, i):
@@ -169,8 +177,8 @@ class LlavaJSON(PerProcess):
                 return None
             with archive.open(member) as file:
                 return load(file)
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{place} is damaged at {name} ({error}): fetch it again") from error
+        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:          # the last: locked, or of an unknown method
+            raise ValueError(f"{place} cannot be read at {name} ({error}): fetch it again") from error
 
     def __len__(self):
         return len(self.spans)
@@ -313,8 +321,11 @@ def count_batch(batch):
     if "image" in batch.schema.names:
         image = batch.column("image")
         nested = str(image.type).startswith(("list", "large_list"))
-        pictures = pc.fill_null(pc.list_value_length(image), 0) if nested else image.is_valid().cast("int32")
-        pictures = pictures.to_numpy()
+        if nested:
+            pictures = pc.fill_null(pc.list_value_length(image), 0).to_numpy()
+        else:                                                                    # a struct of nulls is no picture either
+            path = image.field("path").is_valid().to_numpy(False) if image.type.num_fields else False
+            pictures = image.is_valid().to_numpy(False) & (path | (pictures > 0))
     return np.stack([chars, pictures], 1)
 
 

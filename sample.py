@@ -3,6 +3,7 @@
     laptop:   python sample.py --preset tiny --image chart.png "What is the highest value?"
     one GPU:  python sample.py --model runs/7b/phase2 --image before.png --image after.png "What changed?"
     a talk:   python sample.py --preset tiny --image chart.png      # questions line by line; an empty line ends it
+    (eight GPUs answer no single question sooner: torchrun eval.py asks many at once)
 """
 
 import argparse
@@ -38,8 +39,11 @@ def talk(model, pictures, max_new_tokens):
             return turns
         if not question:
             return turns
-        turns.append({"from": "human", "value": question})
-        turns.append({"from": "gpt", "value": reply(model, pictures, list(turns), max_new_tokens)})
+        asked = turns + [{"from": "human", "value": question}]
+        try:
+            turns = asked + [{"from": "gpt", "value": reply(model, pictures, asked, max_new_tokens)}]
+        except KeyboardInterrupt:                                                # of this answer, not of the talk
+            print()
 
 
 def main(argv=None):

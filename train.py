@@ -13,14 +13,17 @@ and ends the run. recipes.py holds every number, README.md says where weights an
 import argparse
 import contextlib
 import dataclasses
+import gc
+import hashlib
+import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,28 +43,42 @@ import records as readers
 from model import PRESETS, LLaVAVR
 from recipes import PAPER, RECIPES, folders, table
 from track import Log
+from weights import fingerprint
 
 
 def locate(args, phase):
     """-> ({"clip", "llm", "data"}: paths, flags before defaults, and the folder of the phase before, None for phase 1)."""
     found = {name: getattr(args, name) or path for name, (path, _) in folders(args.preset, phase).items()}
     start = PAPER[phase].start
-    return found, start and Path(args.out or "runs") / args.preset / start
+    return found, start and run_folder(args, phase).with_name(start)
+
+
+def run_folder(args, phase, ending=""):
+    """Where the finished model of a phase goes, or with `.partial` what there is of it until then."""
+    return Path(args.out or "runs") / args.preset / (PAPER[phase].folder + ending)
 
 
 def check_places(args, phases):
-    """Raises FileNotFoundError naming all that the phases will miss, before anything is read or trained."""
+    """Raises FileNotFoundError naming all that the phases will miss, before anything is drawn, read or trained, and
+    FileExistsError for a stopped run that a new one would bury."""
     missing = {}
     for phase in phases:
         found, start = locate(args, phase)
-        for name, (_, how) in folders(args.preset, phase).items():
-            if not (start and name != "data") and not os.path.exists(found[name]):      # parts come with phase 1
-                missing[found[name]] = f"  --{name}: {found[name]} is not there. Get it with: {how}"
+        for name, (path, how) in folders(args.preset, phase).items():
+            given = getattr(args, name)
+            drawn = args.preset == "tiny" and name == "data" and not given              # on the way
+            if not (start and name != "data") and not drawn and not os.path.exists(found[name]):      # parts come with phase 1
+                missing[found[name]] = f"  --{name}: {found[name]} is not there. " + ("" if given else f"Get it with: {how}")
+        stopped = run_folder(args, phase, ".partial") / "checkpoints"
+        if not args.resume and any(stopped.glob("step-*")):
+            raise FileExistsError(f"{stopped} holds a run that was stopped: go on with --resume, or remove {stopped.parent} to "
+                                  "begin anew")
         if start and not start.exists() and "1" not in phases:
             missing[start] = f"  {start} is not there. Make it with: python train.py --preset {args.preset} --phase 1"
     if missing:
         raise FileNotFoundError(f"phase {' and '.join(phases)} of preset {args.preset} misses:\n" + "\n".join(missing.values()) +
-                                "\nTo try the whole path without any download: python train.py --preset tiny")
+                                ("\nTo try the whole path without any download: python train.py --preset tiny" if args.preset != "tiny"
+                                 else "\nRun it in the folder that holds train.py."))
 
 
 def lr_at(step, steps, warmup):
@@ -117,14 +134,15 @@ def freeze(model, trains):
         parameter.requires_grad = name.split(".")[0] in trains
 
 
-def lower_frozen(model, precision):
-    """Under bf16, frozen weights take half the memory and no cast in every step. -> their values as they were, on the CPU"""
-    if precision != "bf16":
-        return {}
-    kept = {}
-    for name, parameter in model.named_parameters():
+def lower_frozen(model, args, recipe, ranks):
+    """Under bf16, frozen weights take half the memory and no cast in every step. -> those that rank 0 will write, as they were,
+    on the CPU"""
+    kept, whole = {}, "language_model" in recipe.trains                          # phase 1 writes only what it made
+    for name, parameter in model.named_parameters() if args.precision == "bf16" else ():
         if not parameter.requires_grad:
-            kept[name], parameter.data = parameter.data.cpu(), parameter.data.bfloat16()
+            if ranks.rank == 0 and (whole or name == "image_newline"):
+                kept[name] = parameter.data.cpu()
+            parameter.data = parameter.data.bfloat16()
     return kept
 
 
@@ -136,7 +154,8 @@ def distribute(model, args, world):
         for block in [*layers, *model.vision_tower.encoder.layers]:
             block.compile()
     if args.shard:
-        policy = MixedPrecisionPolicy(torch.bfloat16 if args.precision == "bf16" else None, torch.float32)
+        policy = MixedPrecisionPolicy(torch.bfloat16 if args.precision == "bf16" else None, torch.float32,
+                                      cast_forward_inputs=False)         # angles of rotary positions stay in float32
         for layer in layers:
             fully_shard(layer, mp_policy=policy)
         return fully_shard(model, mp_policy=policy)
@@ -166,6 +185,18 @@ class Ranks(NamedTuple):
             dist.all_reduce(total)
         return total.tolist()
 
+    def agree(self, **facts):
+        """Raises ValueError, on every rank, naming the first of `facts` in which a rank differs from rank 0."""
+        everyone = [facts]
+        if self.world > 1:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, facts)
+        for name in facts:
+            other = [rank for rank, theirs in enumerate(everyone) if theirs[name] != everyone[0][name]]
+            if other:
+                raise ValueError(f"rank {other[0]} has another {name.replace('_', ' ')} than rank 0 ({everyone[other[0]][name]} "
+                                 f"and {everyone[0][name]}): all must see the same data, index and --out, on a disk they share")
+
     def meet(self):
         if self.world > 1:
             dist.barrier()
@@ -187,11 +218,17 @@ class Stop:
             signal.signal(number, handler)
 
 
+def deaf(worker):
+    """A DataLoader's worker outlives the signal that torchrun sends to all processes: the step in hand still needs it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def plan(args, recipe, records, config):
     """Which record when -> data.Order, a pure function of the seed and the step."""
     index = readers.load_index(records)
     index = readers.estimate(records) if index is None else index
-    lengths = data.lengths(index, recipe.template, recipe.mode, config.side, config.vision.image_size)
+    lengths = data.lengths(index, recipe.template, recipe.mode, config.side, config.vision.image_size).clip(max=recipe.max_length)
     if args.validate >= len(records):
         raise ValueError(f"--validate {args.validate}: the set has {len(records)} records, and some must be left to train on")
     held_out = np.random.default_rng(args.seed).permutation(len(records))[:args.validate]
@@ -248,10 +285,19 @@ def validate(args, module, samples, held_out, recipe, ranks):
     return loss / max(tokens, 1)
 
 
-def identity(args, recipe, records, order, model):
+def digest(*values):
+    """Twelve hex digits of arrays of numbers or of what JSON can hold."""
+    text = [value.tobytes() if isinstance(value, np.ndarray) else json.dumps(value, sort_keys=True).encode() for value in values]
+    return hashlib.sha256(b"".join(text)).hexdigest()[:12]
+
+
+def identity(args, phase, recipe, records, order, model):
     """What must be the same for a checkpoint to be gone on from. Ranks and micro-batches need not."""
-    run = {**dataclasses.asdict(recipe), "preset": args.preset, "seed": args.seed, "data": records.fingerprint(),
-           "samples": order.samples, "steps": order.steps, "validate": args.validate, "precision": args.precision,
+    start = locate(args, phase)[1]
+    made_of = digest([part["files"] for part in model.parts.values()], start and fingerprint(start))
+    run = {**dataclasses.asdict(recipe), "preset": args.preset, "seed": args.seed, "data": records.fingerprint(), "model": made_of,
+           "samples": order.samples, "without pictures": digest(order.text_only), "steps": order.steps,
+           "validate": args.validate, "precision": args.precision,
            "parameters": sum(p.numel() for p in model.parameters())}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in run.items() if name != "micro"}
 
@@ -278,11 +324,24 @@ def opening(args, phase, recipe, changed, model, order, ranks, peak):
             f"reaches here; mfu in the log is the share reached"]
 
 
+def memory(device):
+    """Bytes in use at the most: on a GPU, else by this process (0 where the system does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:                                                          # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Report:
     """What rank 0 says of a run: the recipe at the start, a line in log.jsonl for every step, the bar."""
 
     def __init__(self, args, phase, recipe, changed, model, order, first, folder, ranks):
         self.config, self.recipe, self.ranks = model.config, recipe, ranks
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(ranks.device)                     # of the training, not of how the model came here
         self.peak = cost.gemm_peak(ranks.device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
         self.log = Log(folder, first, args.wandb, {"phase": phase, **dataclasses.asdict(recipe)})
         self.skipped = self.log.last.get("skipped", 0)
@@ -295,17 +354,14 @@ class Report:
         self.skipped += problems
         work = sum(cost.flops(self.config, batch.packed, sum(plan.tiles for plan in batch.plans), targets_of(batch), self.recipe.trains,
                               sum(plan.tokens - plan.newlines for plan in batch.plans)) for batch in batches)
-        device = self.ranks.device
-        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
-                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         rates = {f"lr_{i}" if i else "lr": group["lr"] for i, group in enumerate(optimizer.param_groups)}
         self.log.write({"step": step, **{name: round(value, 5) for name, value in losses.items()}, **rates,
                         "grad_norm": round(norm, 4), "tokens": tokens, "trained_tokens": targets, "skipped": self.skipped,
                         "seconds": round(seconds, 3), "tokens_per_second": round(tokens / seconds),
                         "samples_per_second": round(samples / seconds, 2),
                         "mfu": round(work / seconds / self.peak, 4), "data_wait": round(waited / seconds, 3),
-                        "memory_gb": round(memory / 2**30, 2)})
-        self.bar.set_postfix_str(f"loss {losses['loss']:.3f} lr {rates['lr']:.1e} {tokens / seconds:,.0f} tok/s", refresh=False)
+                        "memory_gb": round(memory(self.ranks.device) / 2**30, 2)})
+        self.bar.set_postfix_str(f"loss {losses.get('loss', math.nan):.3f} lr {rates['lr']:.1e} {tokens / seconds:,.0f} tok/s", refresh=False)
         self.bar.update()
 
     def close(self):
@@ -317,10 +373,13 @@ def save(args, folder, step, model, optimizer, run, losses, ranks):
     """A checkpoint, or one line why there is none: a full disk is no reason to lose what stands in memory."""
     try:
         checkpoint.save(folder, step, model, optimizer, run, losses)
-        checkpoint.prune(folder, args.keep_every)
     except OSError as error:
         tqdm.write(f"train.py: step {step} could not be saved, training goes on ({error})", file=sys.stderr)
         return False
+    try:
+        checkpoint.prune(folder, args.keep_every)
+    except OSError as error:
+        tqdm.write(f"train.py: older checkpoints stay ({error})", file=sys.stderr)
     return True
 
 
@@ -328,29 +387,30 @@ def train(args, phase, ranks, stop):
     """One phase from its start, or from where it stopped, to its saved model. -> False if it was asked to stop before"""
     changed = {name: value for name in ("batch", "micro", "lr", "vision_lr", "epochs") if (value := getattr(args, name))}
     recipe = dataclasses.replace(RECIPES[args.preset][phase], **changed)
-    if ranks.world > recipe.batch:
+    if recipe.batch % ranks.world:
         even = ", ".join(str(n) for n in range(1, recipe.batch + 1) if recipe.batch % n == 0)
-        raise ValueError(f"{ranks.world} ranks for a global batch of {recipe.batch}: use 1 to {recipe.batch} ranks, "
-                         f"best {' or '.join(even.rsplit(', ', 1))}, or a larger --batch")
-    out = Path(args.out or "runs") / args.preset / recipe.folder
-    partial = out.with_name(out.name + ".partial")                               # until the model is whole
+        raise ValueError(f"{ranks.world} ranks do not divide a global batch of {recipe.batch}: use "
+                         f"{' or '.join(even.rsplit(', ', 1))} ranks, or another --batch")
+    out, partial = run_folder(args, phase), run_folder(args, phase, ".partial")
     if args.resume and (out / "config.json").exists() and not partial.exists():
-        return True                                                              # this phase is done
+        print(f"phase {phase}: {out} holds the finished model\n" * (ranks.rank == 0), end="", flush=True)
+        return True
     model = build_model(args, phase, recipe, ranks.device)
-    originals = lower_frozen(model, args.precision)
+    originals = lower_frozen(model, args, recipe, ranks)
     module = distribute(model, args, ranks.world)
     optimizer = build_optimizer(model, recipe)
     records = data.open_records(locate(args, phase)[0]["data"], args.images)
     order = plan(args, recipe, records, model.config)
-    run, first, asked = identity(args, recipe, records, order, model), 0, False
+    run, first, asked = identity(args, phase, recipe, records, order, model), 0, False
     if args.resume:
         path, skipped = checkpoint.newest(partial / "checkpoints")
         for line in skipped * (ranks.rank == 0):
             print(f"phase {phase}: {line}", flush=True)
         first = checkpoint.restore(path, model, optimizer, run, args.accept_changes)["step"] if path else 0
+    ranks.agree(checkpoint=first, recipe_or_data=digest(run), index_of_the_data=digest(order.lengths))
     samples = Samples(records, model.tokenizer, recipe, model.config)
     todo = (indices for step in range(first, order.steps) for indices in order.micro_batches(step, recipe.micro, *ranks[:2]))
-    loader = iter(DataLoader(samples, sampler=todo, batch_size=None, num_workers=args.workers,
+    loader = iter(DataLoader(samples, sampler=todo, batch_size=None, num_workers=args.workers, worker_init_fn=deaf,
                              pin_memory=ranks.device.type == "cuda"))
     report = Report(args, phase, recipe, changed, model, order, first, partial, ranks) if ranks.rank == 0 else None
 
@@ -373,12 +433,12 @@ def train(args, phase, ranks, stop):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        losses, last = {"loss": loss}, step + 1 == order.steps
+        losses, last = {"loss": loss} if targets else {}, step + 1 == order.steps
         if args.validate and (last or (step + 1) % args.validate_every == 0):
             losses["validation"] = validate(args, module, samples, order.held_out, recipe, ranks)
         if ranks.rank == 0:
             report.step(step, losses, optimizer, norm, int(tokens), int(targets), taken, int(problems), waited, batches)
-        if not last and (asked or (step + 1) % args.save_every == 0):
+        if last or asked or "validation" in losses or (step + 1) % args.save_every == 0:
             kept = save(args, partial / "checkpoints", step + 1, model, optimizer, run, losses, ranks)
         if asked and not last:
             if ranks.rank == 0:
@@ -406,11 +466,18 @@ def finish(args, phase, model, originals, recipe, order, partial, out, report, r
         raise ValueError(f"none of the {report.skipped} records could be used (the reasons stand above); is "
                          f"{locate(args, phase)[0]['data']} the data of phase {phase}?")
     state = {name: gather(tensor, report) for name, tensor in model.state_dict().items()}
+    if bad := [name for name, tensor in state.items() if tensor is not None and not tensor.isfinite().all()]:
+        raise ValueError(f"{bad[0]} holds a value that is no number after the last step: lower --lr; {partial} is kept")
     if report:
         report.close()
         model.save_pretrained(out, {name: partial / name for name in ("log.jsonl", "loss.svg")},
                               whole="language_model" in recipe.trains, state={**state, **originals})
-        shutil.rmtree(partial)
+        if args.validate or args.keep_every:
+            os.rename(partial / "checkpoints", out / "checkpoints")
+        rest = partial.with_name(f".{partial.name}.old-")                        # or a kill would leave half of it under its name
+        shutil.rmtree(rest, ignore_errors=True)
+        os.rename(partial, rest)
+        shutil.rmtree(rest)
         skipped = f"; {report.skipped} records skipped" if report.skipped else ""
         print(f"phase {phase}: done, {out} holds the model{skipped}", flush=True)
     ranks.meet()
@@ -446,9 +513,9 @@ def arguments(argv=None):
     parser.add_argument("--wandb", metavar="PROJECT", help="log there too, if wandb is installed")
     args = parser.parse_args(argv)
     for name in ("batch", "micro", "limit", "lr", "vision_lr", "epochs", "save_every", "validate_every"):
-        if (value := getattr(args, name)) is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be above 0")
-    for name in ("validate", "keep_every", "workers"):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    for name in ("validate", "keep_every", "workers", "seed"):
         if (getattr(args, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be below 0")
     cuda = torch.cuda.is_available()
@@ -461,24 +528,27 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if args.shard and "WORLD_SIZE" not in os.environ:
+        raise ValueError("--shard divides among ranks: start it with torchrun --nproc_per_node=N train.py ...")
     cuda = torch.cuda.is_available()
     ranks = Ranks(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"))
     if cuda:
         torch.cuda.set_device(ranks.device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))     # while rank 0 writes 94 GB of a 7B
     phases = [args.phase] if args.phase else ["1", "2"]
     try:
+        check_places(args, phases)
         if args.preset == "tiny" and not args.data:
             if rank == 0:
                 subprocess.run([sys.executable, Path(__file__).with_name("synth.py"), "--out", "data/tiny"], check=True)
             ranks.meet()
-        check_places(args, phases)
         with Stop() as stop:
             for phase in phases:
                 if not train(args, phase, ranks, stop):
                     break
+                gc.collect()                                                     # FSDP's modules hold each other
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -253,11 +253,15 @@ def test_exif_rotation_is_not_applied():
     assert data.load_image(stream.getvalue()).size == (8, 4)
 
 
-def test_half_a_jpeg_is_read_as_far_as_it_goes():
-    """The reference tolerates truncated files; ours must see the same samples."""
+def test_half_a_jpeg_is_trained_as_far_as_it_goes_and_refused_elsewhere(tokenizer):
+    """The reference tolerates truncated files, and we train on the same samples; who asks about half a picture should know."""
     stream = io.BytesIO()
     noise(64, 64).save(stream, "JPEG")
-    assert data.load_image(stream.getvalue()[:2000]).size == (64, 64)
+    half = stream.getvalue()[:2000]
+    assert data.load_image(half, cut_short=True).size == (64, 64)
+    assert len(sample(tokenizer, "<image>", [half])["tiles"])
+    with pytest.raises(ValueError, match="2000 bytes cannot be decoded .*truncated"):
+        data.load_image(half)
 
 
 def test_corrupt_and_missing_pictures_are_named(tmp_path):
@@ -331,6 +335,13 @@ def test_train_none_masks_all_and_generate_opens_an_answer(tokenizer):
     assert set(labels) == {IGNORE} and len(labels) == len(ids)
     with pytest.raises(ValueError, match="needs a question last"):
         encode_chat(tokenizer, ask("A?"), [], generate=True)
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+    """The library's own error has no file and no type."""
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer .*: copy it again"):
+        data.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("question, seen", [
@@ -611,8 +622,16 @@ def test_an_order_is_a_pure_function_of_seed_and_step():
     assert plan_of(seed=2).global_batch(0).tolist() != straight[0]
 
 
+def test_micro_batches_are_as_few_and_as_small_as_can_be():
+    """Every further forward costs all ranks one, and gathers sharded weights again; a larger micro-batch may not fit."""
+    order = plan_of(1024, 32)
+    for step in range(order.steps):
+        lists = [order.micro_batches(step, 4, rank, 8) for rank in range(8)]
+        assert all(len(mine) == 1 and len(mine[0]) == 4 for mine in lists)
+
+
 def test_ranks_get_nearly_the_same_tokens():
-    """Of 64 samples of log-normal length eight ranks get the mean within 2 %; dealt out in turn they would be 20 % off."""
+    """Of 64 samples of log-normal length eight ranks get the mean within 4 %; dealt out in turn they would be 20 % off."""
     order = plan_of(1000, 64)
     tokens = lambda lists: np.array([order.lengths[indices].sum() for indices in lists])
     spread = lambda sums: (sums.max() / sums.mean() - 1)
@@ -620,7 +639,7 @@ def test_ranks_get_nearly_the_same_tokens():
     for step in range(10):
         balanced.append(spread(tokens([sum(order.micro_batches(step, 4, rank, 8), []) for rank in range(8)])))
         dealt.append(spread(tokens([order.global_batch(step)[rank::8] for rank in range(8)])))
-    assert np.median(balanced) < 0.02 and np.median(dealt) > 0.2, "a sample longer than a share cannot be cut"
+    assert np.median(balanced) < 0.04 and np.median(dealt) > 0.2, "a sample longer than a share cannot be cut"
 
 
 def test_samples_without_a_picture_are_spread_evenly():

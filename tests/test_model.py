@@ -286,6 +286,19 @@ def test_answers_in_a_batch_are_those_given_one_by_one():
     assert len(set(together)) > 2, "equal answers would prove nothing"
 
 
+def test_a_picture_that_several_ask_about_is_encoded_once():
+    """Most benchmarks ask more than once about a picture, and the ViT is the larger part of an answer's cost."""
+    model, tiles = talkative(wake(tiny_model())), []
+    model.vision_tower.register_forward_pre_hook(lambda module, inputs: tiles.append(len(inputs[0])))
+    shared, other = picture(*WIDE), picture(*TALL, 1)
+    images, prompts = [shared, other, shared.copy(), None], ["What is this?", "How many?", "Is it large?", "Say something."]
+    together = model.generate(images, prompts, max_new_tokens=12)
+    alone = [model.generate([image], [prompt], max_new_tokens=12)[0] for image, prompt in zip(images, prompts)]
+    assert together == alone and together[0] != together[2]
+    once, wide, tall, wide_again = tiles                                         # alone the text has none
+    assert once == wide + tall and wide_again == wide
+
+
 @pytest.mark.parametrize("images, prompt", QUESTIONS, ids=["picture", "text", "tall", "two", "turns"])
 @torch.no_grad()
 def test_answers_with_a_cache_are_those_without(images, prompt):
@@ -307,6 +320,8 @@ def test_marks_may_be_left_out_and_must_otherwise_agree():
     assert model.question([one, other], "<image> <image>\nWhat?")["ids"] == model.question([one, other], "What?")["ids"]
     with pytest.raises(ValueError, match="2 <image> marks in the text but 1 pictures"):
         model.generate([image], ["<image> and <image>?"])
+    with pytest.raises(ValueError, match="asks about <image> but comes without a picture"):
+        model.generate([None], ["<image>\nWhat?"])
     with pytest.raises(ValueError, match="2 image entries for 1 prompts"):
         model.generate([image, image], ["What?"])
 
@@ -316,6 +331,15 @@ def test_the_callers_turns_are_not_changed():
     model, turns = tiny_model(), [{"from": "human", "value": "What?"}]
     model.question(picture(*SMALL), turns)
     assert turns == [{"from": "human", "value": "What?"}]
+
+
+def test_a_talk_goes_on_after_an_empty_answer():
+    """The model may end its turn at once; only in training is an empty answer a mistake."""
+    model = tiny_model()
+    turns = [{"from": "human", "value": "One?"}, {"from": "gpt", "value": ""}, {"from": "human", "value": "Two?"}]
+    assert isinstance(model.generate([None], [turns], 3)[0], str)
+    with pytest.raises(ValueError, match="answer 1 is empty"):
+        data.encode_chat(model.tokenizer, turns[:2], [])
 
 
 def recite(model, monkeypatch, text):
@@ -398,7 +422,8 @@ def test_a_checkpoint_of_another_size_is_refused(edit, complaint, tmp_path):
     (dict(layers=(1, 4)), "layer 4 is out of range: hidden layers are 0 to 3"), (dict(layers=(2, 1)), "the deepest last"),
     (dict(layers=()), "layers is empty"), (dict(projector="qformer"), "projector 'qformer' is unknown: use one of aap, mlp"),
     (dict(projector="mlp"), "set side=8"), (dict(image_mode="a5"), "image_mode 'a5' is unknown"),
-    (dict(saliency="max"), "saliency 'max'"), (dict(window=3), "windows of 3x3")])
+    (dict(saliency="max"), "saliency 'max'"), (dict(window=3), "windows of 3x3"),
+    (dict(side=0), "side 0: give whole numbers"), (dict(window=0), "window 0: give"), (dict(layers=(1, 2.5)), "layers .*2.5.*: give")])
 def test_choices_that_cannot_be_joined_are_refused(changes, complaint):
     """In one line that says what would do."""
     with pytest.raises(ValueError, match=complaint) as caught:

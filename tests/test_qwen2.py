@@ -110,6 +110,31 @@ def test_packed_kernels_are_called_as_they_want_it(installed, monkeypatch):
     assert off_by(qwen2.attention(q, k, v, mask), alone) <= 1e-6, "and as one row under a mask"
 
 
+def test_without_any_such_kernel_packed_samples_are_taken_one_by_one(monkeypatch):
+    """A GPU with torch before 2.12 and no flash-attn."""
+    q, k, v = torch.randn(1, 4, 11, 8), torch.randn(1, 2, 11, 8), torch.randn(1, 2, 11, 8)
+    packing = qwen2.Packing.of([7, 4], 11, "cpu")
+    alone = qwen2.attention(q, k, v, packing)
+    monkeypatch.setattr(qwen2, "fused", lambda x: True)
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "varlen_attn"):
+        monkeypatch.setattr(qwen2, name, None)
+    assert torch.equal(qwen2.attention(q, k, v, packing), alone)
+
+
+def test_a_compiled_layer_serves_any_number_of_samples(monkeypatch):
+    """A graph for each number of samples in a micro-batch would be given up after eight."""
+    from torch._dynamo.testing import CompileCounter
+    kernel = lambda q, k, v, starts, *_, **__: q + starts.sum()
+    monkeypatch.setattr(qwen2, "fused", lambda x: True)
+    monkeypatch.setattr(qwen2, "flash_attn_varlen_func", kernel)
+    counter = CompileCounter()
+    compiled = torch.compile(qwen2.packed_attention, backend=counter, dynamic=True)
+    for count in range(2, 12):
+        q = torch.randn(1, 2, 10 * count, 8)
+        compiled(q, q, q, qwen2.Packing.of([10] * count, 10 * count, "cpu"))
+    assert counter.frame_count <= 3
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_packed_attention_on_a_gpu_equals_sample_by_sample():
     """bfloat16, also backward: whichever kernel this machine has, against float32 one by one."""
