@@ -260,13 +260,14 @@ def learn(args, module, batches, targets, recipe, ranks, step):
             raise ValueError(f"step {step}: the {what} is {value} on samples {', '.join(samples)}; the last checkpoint is kept. "
                              f"Look at these samples, or lower --lr")
         return value
-    total = 0.0
+    losses = []
     for i, batch in enumerate(batches):
         with exchange(module, i == len(batches) - 1), precision(args, ranks.device):
             # summed and divided by all ranks' targets; times world, for the exchange takes the mean over ranks
             loss = module(batch.to(ranks.device, non_blocking=True), max(targets, 1) / ranks.world)
             loss.backward()
-            total += finite(loss.item(), "loss", batch.ids) / ranks.world   # behind backward, or a GPU would wait
+            losses.append(loss.detach() / ranks.world)
+    total = sum(finite(loss, "loss", batch.ids) for loss, batch in zip(torch.stack(losses).tolist(), batches))   # a GPU waits once
     norm = torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], recipe.clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return ranks.summed(total)[0], finite(norm.item(), "gradient", [name for batch in batches for name in batch.ids])

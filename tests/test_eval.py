@@ -4,6 +4,7 @@ The stub answers with the red value of the picture's first pixel, so it "sees"; 
 """
 
 import base64
+import html
 import html.parser
 import io
 import json
@@ -105,7 +106,14 @@ def test_prompts_without_a_reference_case():
     assert evaluate.prompt("scienceqa", row | {"hint": ""}) == f"Q?\nA. ice\nB. fog\n{letter}"
     row = {"question": "Sum of <image 2> and <image 1>?", "options": "[]", "question_type": "open"}
     assert evaluate.prompt("mmmu", row) == row["question"] + "\n\nAnswer the question using a single word or phrase."
-    assert evaluate.image_columns("mmmu", row) == ["image_1", "image_2"]
+    assert evaluate.image_columns("mmmu", row) == evaluate.image_columns("mmmu", row | {"options": None}) == ["image_1", "image_2"]
+
+
+def test_an_empty_list_of_options_leaves_its_newline_in_the_prompt():
+    """As in the reference, which joins the lines of the options."""
+    row = {"question": "Q", "options": "[]", "choices": [], "question_type": "multiple-choice"}
+    assert evaluate.prompt("mmmu", row) == "Q\n" + evaluate.prompt("scienceqa", row) == "Q\n\n" + tasks.LETTER
+    assert evaluate.prompt("ai2d", row | {"options": []}) == "Q\n" + tasks.LETTER
 
 
 def test_every_sample_is_written_in_order_and_scored(setup, tmp_path, capfd):
@@ -125,6 +133,8 @@ def test_every_sample_is_written_in_order_and_scored(setup, tmp_path, capfd):
     table = [line.split() for line in out.splitlines()[:4]]
     assert table == [["chartqa", "score", "stderr", "n", "blind"], ["overall", "83.3", "16.7", "6", "16.7"],
                      ["human", "100.0", "0.0", "2", "0.0"], ["augmented", "75.0", "25.0", "4", "25.0"]]
+    assert out.splitlines()[-2:] == ["1 rows could not be read or scored and count as wrong",
+                                     "n 6 of 2500, unparsed 16.7%, chance 0.0, paper 48.7"]
     assert "row 3 counts as wrong" in err
     assert not list((tmp_path / "model/eval").glob("*.tmp"))
 
@@ -169,6 +179,8 @@ def test_two_ranks_give_the_numbers_of_one(setup, tmp_path):
     assert two["processes"] == 2 and (two["scores"], two["blind"]) == (one["scores"], one["blind"])
     for name in ("chartqa.jsonl", "chartqa_blind.jsonl"):
         assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+    subprocess.run(run + setup + ["--blind", "--out", str(tmp_path / "two")], check=True, capture_output=True)
+    assert json.loads((tmp_path / "two/results.json").read_text())["chartqa"]["kept"] == 5  # of both ranks; one has an error
 
 
 def test_a_mistyped_task_is_answered_with_the_nearest_name(tmp_path):
@@ -190,6 +202,23 @@ def test_bad_input_says_what_to_do(setup, extra, message):
     with pytest.raises((ValueError, OSError), match=message) as caught:
         evaluate.main(setup + extra)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_folder_without_its_config_is_named(setup, tmp_path):
+    """A training that is still running, or a wrong folder."""
+    (tmp_path / "model/config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no config.json in .*model; train one with"):
+        evaluate.main(setup)
+
+
+@pytest.mark.parametrize("folder", ["ChartQA", "ChartQA/data", "chartqa"])
+def test_the_folder_of_another_task_is_refused(setup, tmp_path, folder):
+    """Question, answer, image and test-*.parquet are in many; the name tells. An unknown name is left to the user."""
+    (tmp_path / "data/ChartQA").rename(tmp_path / "data" / folder.split("/")[0])
+    with pytest.raises(FileNotFoundError, match="is the folder of chartqa, not of realworldqa"):
+        evaluate.main(setup[:2] + ["--data", str(tmp_path / "data" / folder), "--task", "realworldqa"])
+    (tmp_path / "data" / folder.split("/")[0]).rename(tmp_path / "data/mine")
+    assert evaluate.main(setup[:2] + ["--data", str(tmp_path / "data/mine"), "--task", "realworldqa"])["rows"] == 6
 
 
 def test_half_a_download_and_foreign_parquet_are_refused(setup, tmp_path):
@@ -272,7 +301,7 @@ def test_the_whole_table_runs_on_the_stand_ins(setup, drawn, tmp_path, monkeypat
     asked = [count for count, text in Stub.calls if "<image 1>" in text or "drawn" in text]
     assert 2 in asked and 0 in [count for count, _ in Stub.calls]  # the MMMU rows with two pictures and with none
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()[-16:-2]][1:] == [s.title for s in tasks.TASKS.values()]
+    assert [line.split()[0] for line in out.splitlines()[-17:-3]][1:] == [s.title for s in tasks.TASKS.values()]
     assert "Avg is not final: samples missing: gqa 8 of 12578" in out
 
     Stub.calls = []
@@ -299,6 +328,8 @@ def test_the_page_shows_text_from_data_and_model_as_text():
     parser = html.parser.HTMLParser()
     parser.handle_starttag = lambda tag, attributes: found.append(tag)
     parser.feed(page)
+    assert 'gold say "hi"<' in html.unescape(report.card("gqa", sample | {"answer": 'say "hi"', "id": "n7"}, []))
+    assert "row 3, id n7, score" in report.card("gqa", sample | {"id": "n7"}, []) and "row 3, score" in report.card("chartqa", sample, [])
     assert found.count("script") == 1 and "&lt;script&gt;x" in page and 'class="card wrong"' in page
 
 
@@ -327,25 +358,108 @@ def test_a_stopped_run_goes_on_where_it_was(setup, tmp_path, monkeypatch):
 
 
 def test_answers_are_kept_for_the_same_question_only(setup, tmp_path):
-    """Rows that have changed are asked again; --fresh asks everything again."""
+    """A row of another text is asked again; all are where a data file has another size, for its pictures may be others;
+    and with --fresh, which deletes nothing before the data is found."""
     evaluate.main(setup)
-    write_chartqa(tmp_path / "new/ChartQA")
-    table = pq.read_table(tmp_path / "new/ChartQA/test-00001-of-00002.parquet")
-    table = table.set_column(table.schema.get_field_index("question"), "question", pa.array(["Other?", "How red is 5?"]))
-    pq.write_table(table, tmp_path / "new/ChartQA/test-00001-of-00002.parquet")
+    home = tmp_path / "data/ChartQA/data"
+    file = home / "test-00001-of-00002.parquet"
+    table, size = pq.read_table(file), file.stat().st_size
+    questions = pa.array(["Hau red is 4?", "How red is 5?"])
+    pq.write_table(table.set_column(table.schema.get_field_index("question"), "question", questions), file)
+    assert file.stat().st_size == size
     Stub.calls = []
-    evaluate.main(setup[:2] + ["--data", str(tmp_path / "new")])
-    assert [text for call in Stub.calls for text in call[3]] == ["Other?\nAnswer the question with a single word."]
-    evaluate.main(setup + ["--fresh"])
+    evaluate.main(setup)
+    assert [text for call in Stub.calls for text in call[3]] == ["Hau red is 4?\nAnswer the question with a single word."]
+    pq.write_table(pq.read_table(file), file, compression="none")
+    evaluate.main(setup)
     assert sum(len(call[3]) for call in Stub.calls) == 1 + 5
+    with pytest.raises(FileNotFoundError):
+        evaluate.main(setup[:2] + ["--data", "nowhere", "--fresh"])
+    evaluate.main(setup)
+    assert sum(len(call[3]) for call in Stub.calls) == 1 + 5
+    evaluate.main(setup + ["--fresh"])
+    assert sum(len(call[3]) for call in Stub.calls) == 1 + 5 + 5
+
+
+def test_a_row_that_had_an_error_is_asked_again(setup, monkeypatch, tmp_path):
+    """The disk was full, a codec was missing: an error need not last. One that does is not written twice."""
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "open_pictures", lambda task, row: tasks.open_pictures(task, {}))
+        assert evaluate.main(setup)["unreadable_pictures"] == 6
+    assert [evaluate.main(setup)["unreadable_pictures"] for _ in range(2)] == [1, 1]
+    assert len(lines(tmp_path / "model/eval/answers/chartqa.0.jsonl")) == 6 + 6
+
+
+@pytest.mark.parametrize("text", ["{}", "null", "5", "[]", '"row"', '{"row": {}, "index": []}', "\x00"])
+def test_a_damaged_answer_is_asked_again(setup, tmp_path, text):
+    """Whatever stands in its line."""
+    entry, log = evaluate.main(setup), tmp_path / "model/eval/answers/chartqa.0.jsonl"
+    first, *rest = log.read_text().splitlines()
+    log.write_text("\n".join([text, *rest]) + "\n")
+    Stub.calls = []
+    assert evaluate.main(setup)["scores"] == entry["scores"] and len(Stub.calls) == 1
+
+
+CORRUPT_ROWS = [
+    ("textvqa", "answers", []), ("textvqa", "answers", None), ("mmmu", "options", "[]"), ("mmmu", "question_type", None),
+    ("mmmu", "answer", None), ("cvbench2d", "source", None), ("cvbench2d", "choices", None), ("cvbench2d", "choices", []),
+    ("cvbench2d", "answer", None), ("cvbench2d", "type", None), ("cvbench3d", "task", None), ("mmstar", "category", None),
+    ("mmstar", "l2_category", None), ("mme", "category", None), ("mme", "question_id", None), ("mme", "answer", "Perhaps"),
+    ("scienceqa", "answer", 5), ("scienceqa", "answer", -1), ("ai2d", "answer", "7"), ("chartqa", "question", None),
+    ("ocrbench", "question_type", None)]
+
+
+@pytest.mark.parametrize("task, column, value", CORRUPT_ROWS)
+def test_a_corrupt_row_is_wrong_named_and_not_dropped(setup, tmp_path, monkeypatch, capfd, task, column, value):
+    """One bad row of eight: the run ends well, n is 8, the row is in the errors and on stderr, and rescoring agrees."""
+    monkeypatch.setitem(sys.modules, "model", types.SimpleNamespace(LLaVAVR=Letter))
+    standins.write(task, tmp_path / "s")
+    file = tasks.find_files(task, tmp_path / "s")[0]
+    table = pq.read_table(file)
+    place = table.schema.get_field_index(column)
+    values = pa.array([value, *table[column].to_pylist()[1:]], table.schema.field(place).type)
+    pq.write_table(table.set_column(place, table.schema.field(place), values), file)
+    entry = evaluate.main(setup[:2] + ["--data", str(tmp_path / "s"), "--task", task])
+    assert entry["scores"]["overall"]["n"] == entry["rows"] == 8 and [e["index"] for e in entry["errors"]] == [0]
+    out = tmp_path / "model/eval"
+    assert lines(out / f"{task}.jsonl")[0]["score"] == 0.0 and f"{task} row 0 counts as wrong" in capfd.readouterr().err
+    assert evaluate.main(["--rescore", str(out / f"{task}.jsonl")])[task]["scores"] == entry["scores"]
+    assert f"{task}.jsonl: 1 rows could not be read or scored and count as wrong, the first is row 0" in capfd.readouterr().err
+
+
+def test_each_tasks_result_is_written_at_once_and_a_damaged_file_is_named(setup, tmp_path, monkeypatch):
+    """The last of thirteen tasks must not take the others with it."""
+    standins.write("docvqa", tmp_path / "data")
+    file = tasks.find_files("docvqa", tmp_path / "data")[0]
+    content = bytearray(file.read_bytes())
+    content[40:80] = b"x" * 40  # of the first page; the footer, which is read first, is whole
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file}, of docvqa, is damaged .*download it again"):
+        evaluate.main(setup + ["--task", "chartqa,docvqa"])
+    assert list(json.loads((tmp_path / "model/eval/results.json").read_text()))[0] == "chartqa"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"gqa": {}}', '{"gqa": 5}'])
+def test_a_damaged_results_file_is_named_before_anything_is_asked(setup, tmp_path, text):
+    """Not after the last answer."""
+    (tmp_path / "model/eval").mkdir()
+    (tmp_path / "model/eval/results.json").write_text(text)
+    with pytest.raises(ValueError, match="results.json is damaged .*remove it"):
+        evaluate.main(setup)
+    assert Stub.calls == []
 
 
 def test_another_models_answers_are_refused(setup, tmp_path):
-    """Two models' answers in one score would be nobody's."""
+    """Two models' answers in one score would be nobody's, as would be two models' scores in one table."""
     evaluate.main(setup)
     (tmp_path / "model/model.safetensors").write_bytes(b"other weights")
+    standins.write("docvqa", tmp_path / "data")
+    with pytest.raises(ValueError, match=r"results\.json holds scores of another model .*--fresh"):
+        evaluate.main(setup + ["--task", "docvqa"])
+    (tmp_path / "model/eval/results.json").rename(tmp_path / "old.json")
     with pytest.raises(ValueError, match=r"chartqa\.0\.jsonl holds answers of another model .*--fresh"):
         evaluate.main(setup)
+    (tmp_path / "old.json").rename(tmp_path / "model/eval/results.json")
     assert evaluate.main(setup + ["--fresh"])["rows"] == 6
 
 
@@ -420,12 +534,39 @@ def test_of_a_group_what_is_missing_is_named_and_left_out(setup, capsys):
         evaluate.main(setup + ["--task", "chartqa", "docvqa"])
 
 
-@pytest.mark.parametrize("text", ["{}", "not json"])
+ANSWER = '{"index": 0, "prompt": "?", "prediction": "5", "row": {"type": "human_test", "answer": "5"}}'
+
+
+@pytest.mark.parametrize("text", ["{}", "not json", "", '"row"', '{"row": {}}', '{"row": {}, "index": 0}', "\udcff\udc00", *(
+    ANSWER.replace(*change) for change in (('{"type"', '5, "r": {"type"'), (': 0', ': "a"'), ('"5"', "null"), ("type", "kind"),
+                                           ('"human_test"', "[]")))])
 def test_a_file_that_holds_no_answers_is_refused(tmp_path, text):
-    """With its name and line."""
-    (tmp_path / "chartqa.saved.jsonl").write_text(text + "\n")
+    """With its name and line, also if it is empty, of bytes, or without a column that the table is made of."""
+    (tmp_path / "chartqa.saved.jsonl").write_bytes((text + "\n").encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"chartqa.saved.jsonl:1 is no answer"):
         evaluate.main(["--rescore", str(tmp_path / "chartqa.saved.jsonl")])
+
+
+def test_files_of_one_task_are_rescored_together(setup, tmp_path, capsys):
+    """What two ranks left is one table with its blind column; another run's answers are refused."""
+    entry, folder = evaluate.main(setup + ["--blind"]), tmp_path / "model/eval/answers"
+    text = (folder / "chartqa.0.jsonl").read_text().splitlines(keepends=True)
+    for rank in (0, 1):
+        (folder / f"chartqa.{rank}.jsonl").write_text("".join(text[rank::2]))
+    files = [str(folder / name) for name in ("chartqa.1.jsonl", "chartqa_blind.0.jsonl", "chartqa.0.jsonl")]
+    capsys.readouterr()
+    again = evaluate.main(["--rescore", *files])["chartqa"]
+    assert (again["scores"], again["blind"]) == (entry["scores"], entry["blind"])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["overall", "83.3", "16.7", "6", "16.7"]
+    (tmp_path / "chartqa.jsonl").write_text("".join(text).replace('" 10\\n"', '"11"'))
+    with pytest.raises(ValueError, match="row 0 has another answer in"):
+        evaluate.main(["--rescore", *files, str(tmp_path / "chartqa.jsonl")])
+
+
+@pytest.mark.parametrize("form", [base64.encodebytes, lambda content: b"data:image/png;base64," + base64.b64encode(content)])
+def test_base64_with_line_breaks_or_as_an_address_is_read(form):
+    """Both are common in TSV files that were made into Parquet."""
+    assert tasks.open_picture(form(png(9, (80, 80))).decode()).size == (80, 80)
 
 
 @pytest.mark.slow

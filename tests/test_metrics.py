@@ -123,6 +123,25 @@ def test_mmstar_looks_at_four_places(reply, score):
     assert metrics.score("mmstar", reply, {"answer": "A"}) == score
 
 
+@pytest.mark.parametrize("task, reply, row, score", [
+    ("mmmu", "B", LETTERED["mmmu"] | {"answer": ["A", "B"]}, 1.0), ("mmmu", "C", LETTERED["mmmu"] | {"answer": ["A", "B"]}, 0.0),
+    ("mmmu", "3.429", {"question_type": "open", "answer": ["24/7", "3.429"]}, 1.0), ("textvqa", "x", {"answers": None}, 0.0),
+    ("mmstar", "E", {"answer": "E"}, 1.0), ("mmstar", "(e)", {"answer": "E"}, 1.0), ("mmstar", "E", {"answer": "A"}, 0.0)])
+def test_golds_of_an_unusual_kind_are_scored_as_in_the_reference(task, reply, row, score):
+    """Lists in MMMU, none in TextVQA, a fifth letter in MMStar."""
+    assert metrics.score(task, reply, row) == score
+
+
+@pytest.mark.parametrize("task, row", [
+    ("mme", {"answer": "Perhaps"}), ("scienceqa", LETTERED["scienceqa"] | {"answer": 4}), ("scienceqa", LETTERED["scienceqa"] | {
+        "answer": -1}), ("ai2d", LETTERED["ai2d"] | {"answer": "9"}), ("mmmu", LETTERED["mmmu"] | {"answer": None})])
+@pytest.mark.parametrize("reply", ["Yes", "A"])
+def test_a_gold_that_no_reply_can_meet_is_an_error(task, row, reply):
+    """The reference raises there; a score would hide that the row is corrupt."""
+    with pytest.raises((ValueError, LookupError, TypeError)):
+        metrics.score(task, reply, row)
+
+
 @pytest.mark.parametrize("n, worth", [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_textvqa_people_who_agree(n, worth):
     """Leave-one-out over ten answers: 1, 2, 3, 4 equal ones are worth 0.3, 0.6, 0.9, 1.0."""
@@ -227,6 +246,24 @@ def test_mme_adds_a_bonus_for_a_pair_and_leaves_half_pairs_out():
     assert parts["overall"]["score"] == parts["color"]["score"] == 125.0 and parts["overall"]["n"] == 4
     assert parts["OCR"] == {"n": 0, "score": None, "stderr": None} and parts["cognition"]["score"] == 50.0
     assert parts["overall"]["stderr"] == pytest.approx(75.0)
+
+
+@pytest.mark.parametrize("lost, mean, n", [
+    ({"question_id": None}, 100.0, 4), ({"category": None}, 100.0, 4), ({"category": None, "question_id": None}, 100.0, 4),
+    ({"question_id": "2", "category": None}, 125.0, 4), ({"question_id": None, "category": "count"}, 125.0, 3)])
+def test_a_broken_mme_row_is_the_wrong_half_of_its_picture(lost, mean, n):
+    """color: one picture both right (200), one lacks its second half; a row that fits no half is a picture of its own."""
+    rows = [{"category": "color", "question_id": q, "score": 1.0} for q in "112"] + [{"category": "color", "question_id": "2", "score": 0.0} | lost]
+    parts = metrics.aggregate("mme", rows)
+    assert parts["overall"]["n"] == n
+
+
+@pytest.mark.parametrize("task, key", [("mmstar", "l2_category"), ("cvbench2d", "source")])
+def test_a_row_without_its_group_takes_its_share_from_the_mean_of_groups(task, key):
+    """Four right of five: a group of its own would cost a third, to leave it out nothing."""
+    rows = [{key: group, "score": float(group is not None)} for group in ("x", "x", "y", "y", None)]
+    parts = metrics.aggregate(task, rows)
+    assert parts["overall"]["score"] == pytest.approx(80.0) and parts["overall"]["n"] == 5 and None not in parts
 
 
 def test_a_constant_yes_scores_500_on_mme():
