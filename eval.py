@@ -32,13 +32,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import metrics
-from report import lmms_keys, page, summary, table, thumbnail, write
+from report import beside, lmms_keys, page, summary, table, thumbnail, write
 from tasks import (GROUPS, TASKS, chosen, count_rows, find_files, image_columns, known, open_pictures,  # noqa: F401
                    prompt, rows_of)
 
 PRESETS = ("tiny", "0.5b", "1.5b", "7b")
 GREY = (128, 128, 128)
-BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, SyntaxError)  # what a corrupt row may raise
+BROKEN = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, ArithmeticError)  # what a corrupt row may raise
 
 
 # ------------------------------------------------------------------------------------------------------------ answers
@@ -64,12 +64,13 @@ class Answers:
     """One task's answers on this rank: a line each, written at once, beside those that an earlier run left.
 
     Lines are {task, index, key, model, prompt, prediction, row} (row: the columns that the scorer reads) and perhaps
-    error, in <folder>/<task>[_blind].<rank>.jsonl. `key` is a hash of row, prompt, limit and model: an answer to
-    anything else is not taken for this one. A file with another model's answers is refused (ValueError).
+    error, in <folder>/<task>[_blind].<rank>.jsonl. `key` is a hash of row, prompt, limit, model and the names and
+    sizes of the data files: an answer to anything else is not taken for this one. Another model's file is a ValueError.
     """
 
-    def __init__(self, folder, task, names, model, rank=0):
+    def __init__(self, folder, task, names, model, rank, files):
         self.task, self.model, self.found, self.files = task, model, {name: {} for name in names}, {}
+        self.data = [(file.name, file.stat().st_size) for file in files]
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             for path in sorted(folder.glob(f"{task}{name}.*.jsonl")):
@@ -83,27 +84,28 @@ class Answers:
         """Take over a file's answers, the last of each sample."""
         for text in path.read_bytes().split(b"\n")[:-1]:
             try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # cut short by a kill, then written on by an older version: asked again
-            if line["model"] != self.model:
-                raise ValueError(f"{path} holds answers of another model ({line['model']}, this one is {self.model}): "
+                line = saved(self.task, text)
+                model, _ = line["model"], line["key"]
+            except BROKEN:
+                continue  # cut short by a kill, or damaged: asked again
+            if model != self.model:
+                raise ValueError(f"{path} holds answers of another model ({model}, this one is {self.model}): "
                                  "give --out another folder, or --fresh to start over")
             found[line["index"]] = line
 
     def key(self, name, row, text):
-        """Hash of all that decides an answer but the picture's bytes."""
-        about = [self.task, name, self.model, text, TASKS[self.task].max_new_tokens, row]
+        """Hash of all that decides an answer; the names and sizes of the data files stand for the pictures."""
+        about = [self.task, name, self.model, self.data, text, TASKS[self.task].max_new_tokens, row]
         return hashlib.sha256(json.dumps(about, ensure_ascii=False, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def keep(self, files, wanted):
-        """Forget what is not an answer to today's rows and prompts; returns {name: row numbers still to ask}."""
+        """Forget what is not an answer to today's rows and prompts; returns {name: row numbers to ask, after an error again}."""
         if any(self.found.values()):
             keys = {index: (row, asked(self.task, row)) for index, row in rows_of(self.task, files, wanted, pictures=False)}
             for name, found in self.found.items():
                 self.found[name] = {i: line for i, line in found.items()
                                     if i in keys and line["key"] == self.key(name, *keys[i])}
-        return {name: set(wanted) - found.keys() for name, found in self.found.items()}
+        return {name: set(wanted) - {i for i, line in found.items() if "error" not in line} for name, found in self.found.items()}
 
     def add(self, name, index, row, prediction, error=None):
         """Note an answer, here and on the disk."""
@@ -112,6 +114,8 @@ class Answers:
         line = {"task": self.task, "index": index, "key": self.key(name, row, text), "model": self.model, "prompt": text,
                 "prediction": prediction, "row": row}
         line |= {"error": error} if error else {}
+        if self.found[name].get(index) == line:
+            return  # the same error again
         self.found[name][index] = line
         self.files[name].write(json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n")
         self.files[name].flush()  # the operating system has it: killing this process loses nothing
@@ -121,6 +125,18 @@ class Answers:
         for file in self.files.values():
             file.close()
         return self.found
+
+
+def saved(task, text):
+    """A saved line, raw answer or scored sample, in the form of Answers. Raises one of BROKEN for anything else."""
+    line = json.loads(text)
+    line = line if "row" in line else line | {"row": {c: line[c] for c in TASKS[task].columns if c in line}}
+    kinds = {"index": int, "prompt": str, "prediction": str, "row": dict}
+    wrong = [key for key, kind in kinds.items() if type(line[key]) is not kind]
+    wrong += [column for column in metrics.COLUMNS.get(task, ()) if not isinstance(line["row"][column], (str, type(None)))]
+    if wrong:
+        raise TypeError(f"{', '.join(wrong)} of the wrong kind")
+    return line
 
 
 def asked(task, row):
@@ -147,7 +163,8 @@ def answer(model, task, rows, batch, answers, left, bar):
     """Ask the model every row, moving the progress bar; `left` says for which rows the real and the blind answer lack.
 
     Within a window of eight batches, rows are asked in the order of their pictures' area: pictures of like size make
-    like numbers of tokens, so a batch wastes little on padding. A row that cannot be read is noted with its error.
+    like numbers of tokens, so a batch wastes little on padding, and questions about one picture meet in a batch, where the
+    model encodes it once. A row that cannot be read is noted with its error.
     """
     for window in windows(rows, 8 * batch):
         opened = []
@@ -156,8 +173,7 @@ def answer(model, task, rows, batch, answers, left, bar):
                 opened.append((index, row, prompt(task, row), open_pictures(task, row)))
             except BROKEN as error:
                 error = str(error) if isinstance(error, ValueError) else f"a broken row ({type(error).__name__}: {error})"
-                tqdm.write(f"{task} row {index} counts as wrong: {error}", file=sys.stderr)
-                for name in left:
+                for name in (name for name, todo in left.items() if index in todo):
                     answers.add(name, index, row, "", error)
                 bar.update()
         opened.sort(key=lambda sample: sum(picture.width * picture.height for picture in sample[3]))
@@ -195,11 +211,13 @@ def record(task, line):
     points = 0.0
     if not error:
         try:
+            if lacking := [c for c in (*metrics.COLUMNS.get(task, ()), *golds) if row.get(c, "") is None]:
+                raise ValueError(f"no {', '.join(lacking)}")
             points = metrics.score(task, line["prediction"], row)
             if task in metrics.PARSERS:
                 sample["parsed"] = metrics.parsed(task, line["prediction"], row)
         except BROKEN as broken:
-            error = f"the row cannot be scored ({type(broken).__name__}: {broken})"
+            points, error = 0.0, f"the row cannot be scored ({type(broken).__name__}: {broken})"
     sample |= {column: row[column] for column in golds if column in row} | {"score": points}
     return sample | {"error": error} if error else sample
 
@@ -216,30 +234,39 @@ def result(task, records, blind_records, about):
 
 
 def lines_of(path):
-    """(task, [lines like those of Answers]) of a saved file: scored samples or raw answers."""
-    task, lines = path.name.split(".")[0].removesuffix("_blind"), []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    """(task, "" or "_blind", {index: line like those of Answers}) of a saved file: scored samples or raw answers."""
+    stem, lines = path.name.split(".")[0], {}
+    task = known(stem.removesuffix("_blind"))
+    for number, text in enumerate(path.read_bytes().rstrip().split(b"\n"), 1):
         try:
-            line = json.loads(text)
-            lines.append(line if "row" in line else {key: line[key] for key in ("index", "prompt", "prediction")} | {
-                "row": {c: line[c] for c in TASKS[known(task)].columns if c in line}} | (
-                    {"error": line["error"]} if "error" in line else {}))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            line = saved(task, text)
+            lines[line["index"]] = line
+        except BROKEN as error:
             raise ValueError(f"{path}:{number} is no answer of this program ({type(error).__name__}: {error})") from None
-    return known(task), list({line["index"]: line for line in lines}.values())
+    return task, stem.removeprefix(task), lines
 
 
 def rescore(args):
-    """Score saved files again and print the tables; nothing is asked and no data is read. Returns {task: entry}."""
-    entries = {}
+    """Score saved files again, those of a task together; nothing is asked and no data is read. Returns {task: entry}."""
+    found, entries = {}, {}
     for path in args.rescore:
-        start, (task, lines) = time.time(), lines_of(path)
-        records = [record(task, line) for line in sorted(lines, key=lambda line: line["index"])]
-        entry = result(task, records, [], {"model": str(path), "rows": len(records), "of": TASKS[task].rows})
+        task, name, lines = lines_of(path)
+        paths, *kinds = found.setdefault(task, ([], {}, {}))
+        kind = kinds[name == "_blind"]
+        for index in lines.keys() & kind.keys():
+            if "error" not in lines[index] | kind[index] and lines[index]["prediction"] != kind[index]["prediction"]:
+                raise ValueError(f"{path}: row {index} has another answer in {', '.join(paths)}; give the files of one run")
+        paths.append(str(path))
+        kind |= {index: line for index, line in lines.items() if "error" not in line or index not in kind}
+    for task, (paths, *kinds) in found.items():
+        start, (seen, unseen) = time.time(), ([record(task, kind[i]) for i in sorted(kind)] for kind in kinds)
+        entry = result(task, seen, unseen, {"model": ", ".join(paths), "rows": len(seen), "of": TASKS[task].rows})
         entries[task] = entry | {"seconds": round(time.time() - start, 1)}
-        print(table(task, entry["scores"], None))
-    if len(entries) > 1:
-        print("\n" + summary({task: entries[task] for task in TASKS if task in entries}, args.preset))
+        if bad := entry["errors"]:
+            print(f"{entry['model']}: {len(bad)} rows could not be read or scored and count as wrong, the first is row "
+                  f"{bad[0]['index']}: {bad[0]['error']}", file=sys.stderr)
+        print(table(task, entry["scores"], entry["blind"]))
+    print("\n" + summary(entries, args.preset) if len(entries) > 1 else beside(entries, args.preset))
     return entries
 
 
@@ -251,11 +278,28 @@ def report(task, records, blind_records, out, about):
         if lines:
             write(out / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     entry = result(task, records, blind_records, about)
+    for bad in entry["errors"]:
+        tqdm.write(f"{task} row {bad['index']} counts as wrong: {bad['error']}", file=sys.stderr)
     print(table(task, entry["scores"], entry["blind"]))
     print(f"{about['seconds']} s, model {about['model']}, samples in {out / task}.jsonl"
           + (f"\n{about['kept']} answers are from an earlier run" if about["kept"] else "")
-          + (f"\n{entry['unreadable_pictures']} rows with an unreadable picture count as wrong" if entry["errors"] else ""))
+          + (f"\n{entry['unreadable_pictures']} rows could not be read or scored and count as wrong" if entry["errors"] else ""))
     return entry
+
+
+def earlier(path, mark, args):
+    """{task: entry} of the results.json that is there. ValueError for a damaged one and, without --fresh, for another model's."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = {task: entry for task, entry in results.items() if task in TASKS}
+        lmms_keys(found, args)  # reads what the next results.json will need of it
+    except BROKEN as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): remove it or give --out another folder") from None
+    others = {str(entry.get("model_mark")) for entry in found.values()} - {mark}
+    if others and not args.fresh:
+        raise ValueError(f"{path} holds scores of another model ({', '.join(others)}, this one is {mark}): "
+                         "give --out another folder, or --fresh to start over")
+    return {} if others else found
 
 
 def gallery(task, records, data, most=48):
@@ -313,19 +357,21 @@ def evaluate(task, files, args, model, load, rank, world):
     wanted = range(min(total, args.limit or total))
     if args.sample:
         wanted = sorted(random.Random(args.seed).sample(range(total), min(args.sample, total)))
-    mine = wanted[rank::world]
-    answers = Answers(args.out / "answers", task, ("", "_blind") if args.blind else ("",), model, rank)
+    mine = wanted[len(wanted) * rank // world:len(wanted) * (rank + 1) // world]     # neighbours often share a picture
+    shown = find_files(task, args.data, "testdev_balanced_images") if task == "gqa" else []
+    answers = Answers(args.out / "answers", task, ("", "_blind") if args.blind else ("",), model, rank, files + shown)
     left = answers.keep(files, mine)
     todo = set().union(*left.values())
     net, start = load() if todo else None, time.time()
     with tqdm(total=len(mine), initial=len(mine) - len(todo), desc=task, disable=rank > 0) as bar:
         answer(net, task, rows_of(task, files, todo, args.data) if todo else (), args.batch, answers, left, bar)
-    merged = gather(answers.close(), rank, world)
+    merged = gather(answers.close() | {"asked": dict.fromkeys(todo)}, rank, world)
     if rank > 0:
         return None, None
     seen, unseen = ([record(task, lines[i]) for i in sorted(lines)] for lines in (merged[""], merged.get("_blind", {})))
-    about = {"model": str(args.model), "data": str(files[0].parent), "rows": len(wanted), "of": total, "batch": args.batch,
-             "processes": world, "seconds": round(time.time() - start, 1), "kept": len(mine) - len(todo)}
+    about = {"model": str(args.model), "model_mark": model, "data": str(files[0].parent), "rows": len(wanted), "of": total,
+             "batch": args.batch, "processes": world, "seconds": round(time.time() - start, 1),
+             "kept": len(wanted) - len(merged["asked"])}
     return report(task, seen, unseen, args.out, about), seen
 
 
@@ -350,41 +396,38 @@ def main(argv=None):
     args = arguments(argv)
     if args.rescore:
         return rescore(args)
-    if not args.model.is_dir():
-        raise FileNotFoundError(f"no model folder {args.model}; train one with: python train.py --preset {args.preset}"
-                                " (tiny needs no download)")
+    if not (args.model / "config.json").exists():
+        raise FileNotFoundError(f"no {'config.json in' if args.model.is_dir() else 'model folder'} {args.model}; train one with: "
+                                f"python train.py --preset {args.preset} (tiny needs no download)")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank == 0 and args.fresh:
-        for path in (p for task in args.tasks for p in (args.out / "answers").glob(f"{task}*.jsonl")):
-            path.unlink()
+    mark, results = model_mark(args.model), args.out / "results.json"
+    others, entries, cards = earlier(results, mark, args), {}, {}
     if rank == 0 and args.drawn and args.tasks != ["chartqa"]:
         import standins
         standins.fill(args.data, [task for task in args.tasks if task != "chartqa"])  # train.py drew that one
+    found = locate(args) if rank == 0 else {}
+    for path in (p for task in found if args.fresh for p in (args.out / "answers").glob(f"{task}*.jsonl")):
+        path.unlink()
     if world > 1:
         import torch.distributed as dist
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # ranks meet once a task, hours apart perhaps
         dist.barrier()
-    model, load = model_mark(args.model), functools.cache(lambda: load_model(args.model))
-    entries, cards = {}, {}
-    for task, files in locate(args).items():
-        entries[task], records = evaluate(task, files, args, model, load, rank, world)
-        if rank == 0 and args.report:
-            cards[task] = gallery(task, records, args.data)
+    load = functools.cache(lambda: load_model(args.model))
+    for task, files in (found or locate(args)).items():
+        entries[task], records = evaluate(task, files, args, mark, load, rank, world)
+        if rank == 0:  # at once: what comes after may fail
+            merged = {task: (others | entries)[task] for task in TASKS if task in others or task in entries}
+            write(results, json.dumps(merged | lmms_keys(merged, args), indent=2) + "\n")
+            cards |= {task: gallery(task, records, args.data)} if args.report else {}
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
         return None
-    results = args.out / "results.json"
-    others = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
-    merged = {task: (others | entries)[task] for task in TASKS if task in others or task in entries}
-    write(results, json.dumps(merged | lmms_keys(merged, args), indent=2) + "\n")
+    print("\n" + summary(entries, args.preset) if len(args.tasks) > 1 else beside(entries, args.preset))
     if args.report:
         write(args.out / "report.html", page(entries, cards, args.preset))
         print(f"report in {args.out / 'report.html'}")
-    if len(args.tasks) == 1:
-        return entries[args.tasks[0]]
-    print("\n" + summary(entries, args.preset))
-    return entries
+    return entries if len(args.tasks) > 1 else entries[args.tasks[0]]
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python lmms_adapter.py --model llava_vr --model_args pretrained=runs/0.5b/phase2 --tasks chartqa,ai2d --batch_size 16 --output_path logs
     accelerate launch --num_processes=8 lmms_adapter.py --model llava_vr --model_args pretrained=runs/0.5b/phase2 --tasks chartqa
 
-All flags are lmms-eval's. It fetches data sets itself; eval.py needs none of this. Written against the interface of 0.3.5, the
-release next to the v0.3.4 whose rules eval.py follows.
+All flags are lmms-eval's. It fetches data sets itself; eval.py needs none of this. Written against the interface of 0.3.5, which
+is that of v0.3.4, whose rules eval.py follows. Two scores are others in 0.3.5: all open questions of MMMU count 0, and ScienceQA
+takes "A. text" for A. Where that matters: pip install git+https://github.com/EvolvingLMMs-Lab/lmms-eval@v0.3.4
 """
 import sys
 from itertools import groupby

@@ -20,13 +20,8 @@ LETTERS = string.ascii_uppercase
 def mean_and_error(scores):
     """Mean of the scores and its standard error, sample deviation / sqrt(n); None for what n is too small to give."""
     n = len(scores)
-    if n == 0:
-        return None, None
-    mean = sum(scores) / n
-    if n == 1:
-        return mean, None
-    variance = sum((s - mean) ** 2 for s in scores) / (n - 1)
-    return mean, math.sqrt(variance / n)
+    mean = sum(scores) / n if n else None
+    return mean, math.sqrt(sum((s - mean) ** 2 for s in scores) / (n - 1) / n) if n > 1 else None
 
 
 def part(scores):
@@ -36,21 +31,24 @@ def part(scores):
             "stderr": None if error is None else 100 * error}
 
 
-def combined(parts, divide):
-    """Sum of independent parts over `divide`: their number for an unweighted mean, 1 for a sum. Errors add in squares."""
+def combined(parts, divide, rows=()):
+    """Sum of independent parts over `divide`: their number for an unweighted mean, 1 for a sum. Errors add in squares.
+    Of `rows`, those that are in no part count as wrong: they take their share from the score."""
     some = [p for p in parts if p["n"]]
-    whole = {"n": sum(p["n"] for p in some), "score": None, "stderr": None}
+    n = sum(p["n"] for p in some)
+    whole = {"n": max(n, len(rows)), "score": 0.0 if rows else None, "stderr": None}
     if some:
-        whole["score"] = sum(p["score"] for p in some) / divide(some)
+        by = divide(some) * whole["n"] / n
+        whole["score"] = sum(p["score"] for p in some) / by
         if all(p["stderr"] is not None for p in some):
-            whole["stderr"] = math.sqrt(sum(p["stderr"] ** 2 for p in some)) / divide(some)
+            whole["stderr"] = math.sqrt(sum(p["stderr"] ** 2 for p in some)) / by
     return whole
 
 
 def grouped(rows, key):
-    """{value of row[key]: scores of its rows}, in the order of first appearance."""
+    """{value of row[key]: scores of its rows}, in the order of first appearance; a row whose value is None has no group."""
     groups = {}
-    for row in rows:
+    for row in (r for r in rows if r[key] is not None):
         groups.setdefault(row[key], []).append(row["score"])
     return groups
 
@@ -102,8 +100,11 @@ def mme_parsed(reply, row):
 
 
 def mme(reply, row):
-    """1 if the reply says what `answer` ("Yes" or "No") says."""
-    return float(mme_parsed(reply, row) == row["answer"].lower().strip().replace(".", ""))
+    """1 if the reply says what `answer` ("Yes" or "No") says. Any other answer raises ValueError (an assert there)."""
+    gold = row["answer"].lower().strip().replace(".", "")
+    if gold not in ("yes", "no"):
+        raise ValueError(f"the answer {row['answer']!r} is neither Yes nor No")
+    return float(mme_parsed(reply, row) == gold)
 
 
 def mme_parts(rows):
@@ -112,30 +113,36 @@ def mme_parts(rows):
     A subtask is the mean over its pictures of acc + acc+: 100 x the mean of a picture's two questions, and 100 more if
     both are right. Rows need question_id and category. A picture with one question only (--limit) is left out and
     missing from n; the reference stops with an error there. A score from fewer than all subtasks is a smaller sum.
+    A broken row, whose question_id or category is None, is the other half of a picture that lacks one, else one by itself.
     """
     pairs = {}
-    for row in rows:
-        pairs.setdefault(row["category"], {}).setdefault(row["question_id"], []).append(row["score"])
+    for row in sorted(rows, key=lambda r: None in (r["category"], r["question_id"])):  # broken ones last
+        c, q = row["category"], row["question_id"]
+        if None in (c, q):
+            halves = ((a, b) for a, pictures in pairs.items() for b in pictures if len(pictures[b]) == 1)
+            c, q = next(((a, b) for a, b in halves if c in (None, a) and q in (None, b)), (c or "unknown", None))
+        pairs.setdefault(c, {}).setdefault(q, []).append(row["score"])
     subtasks = {}
     for category, pictures in pairs.items():
-        subtasks[category] = part([sum(two) / 2 + float(sum(two) == 2) for two in pictures.values() if len(two) == 2])
-        subtasks[category]["n"] *= 2  # questions, as everywhere
-    perception = [p for category, p in subtasks.items() if category in PERCEPTION]
-    cognition = [p for category, p in subtasks.items() if category not in PERCEPTION]
+        seen = [two for picture, two in pictures.items() if len(two) == 2 or picture is None]
+        subtasks[category] = part([sum(two) / 2 + float(sum(two) == 2) for two in seen])
+        subtasks[category]["n"] = sum(map(len, seen))  # questions, as everywhere
+    perception = [p for category, p in subtasks.items() if category in (*PERCEPTION, "unknown")]
+    cognition = [p for category, p in subtasks.items() if category not in (*PERCEPTION, "unknown")]
     return {"overall": combined(perception, lambda some: 1), "cognition": combined(cognition, lambda some: 1)} | subtasks
 
 
 # ------------------------------------------------------------------------------------------------------------- MMStar
 
 def mmstar_parsed(reply, row):
-    """The character that stands where MMStar's own rule looks for the letter, in upper case; None if it is none of A-D.
+    """The character where MMStar's own rule looks for the letter, in upper case; None if it is neither A-D nor the gold.
 
     Looked at: the first character; after "("; after "option "; after "the answer is ", in this order, any case. So
     "Apple" and "Dog" are answers, and "The answer is (A)", "**A**" and "The correct answer is A." are not.
     """
-    reply = reply.lower().replace("\n", " ").strip()
+    reply, letters = reply.lower().replace("\n", " ").strip(), {*"abcd", row["answer"].strip().lower()} - {""}
     for lead in ("", "(", "option ", "the answer is "):
-        if reply.startswith(lead) and reply[len(lead):len(lead) + 1] in tuple("abcd"):
+        if reply.startswith(lead) and reply[len(lead):len(lead) + 1] in letters:
             return reply[len(lead)].upper()
     return None
 
@@ -152,10 +159,10 @@ def mmstar_parts(rows):
     l2_category, and category for the six categories, each the mean of its (three) axes.
     """
     axes = {axis: part(scores) for axis, scores in grouped(rows, "l2_category").items()}
-    parts = {"overall": combined(axes.values(), len), "micro": overall_part(rows)["overall"]}
-    for category in dict.fromkeys(r["category"] for r in rows if "category" in r):
+    parts = {"overall": combined(axes.values(), len, rows), "micro": overall_part(rows)["overall"]}
+    for category in dict.fromkeys(r["category"] for r in rows if r.get("category") is not None):
         mine = dict.fromkeys(r["l2_category"] for r in rows if r.get("category") == category)
-        parts[category] = combined([axes[axis] for axis in mine], len)
+        parts[category] = combined([axes[axis] for axis in mine if axis is not None], len)
     return parts
 
 
@@ -236,16 +243,15 @@ def mmmu(reply, row):
 
     Where the reference draws a random letter, the score is the draw's expected value, 1 / number of options. Kind: a
     text need only contain the gold ("1/640" for "1/64"), numbers are equal when their two decimals are. Harsh: three
-    golds are lists written as text and stay that text, so "3.429" fails for "['24/7', '3.429']".
+    golds are lists written as text and stay that text, so "3.429" fails for "['24/7', '3.429']"; of a real list any will do.
     """
+    golds = [row["answer"]] if isinstance(row["answer"], str) else list(row["answer"])
     if row["question_type"] == "multiple-choice":
         letter = mmmu_letter(reply, mmmu_options(row))
-        return float(letter == row["answer"]) if letter else 1 / len(mmmu_options(row))
-    golds = mmmu_normal(row["answer"])
-    for value in mmmu_candidates(reply):
-        if value in golds or isinstance(value, str) and any(isinstance(g, str) and g in value for g in golds):
-            return 1.0
-    return 0.0
+        return float(letter in golds) if letter else 1 / len(mmmu_options(row))
+    golds = [value for gold in golds for value in mmmu_normal(gold)]
+    return float(any(value in golds or isinstance(value, str) and any(isinstance(g, str) and g in value for g in golds)
+                     for value in mmmu_candidates(reply)))
 
 
 def mmmu_parts(rows):
@@ -254,6 +260,11 @@ def mmmu_parts(rows):
 
 
 # --------------------------------------------------------------------------------------------------- ScienceQA and AI2D
+
+def option_letter(place, options):
+    """Letter of option number `place`. Raises KeyError for one that the row does not have, -1 among them."""
+    return dict(enumerate(LETTERS[:len(options)]))[int(place)]
+
 
 def scienceqa_parsed(reply, row):
     """The letter if the reply is nothing else, in upper case; None if it is no letter of `choices`."""
@@ -267,7 +278,7 @@ def scienceqa(reply, row):
     Harsh: "B." and "B. solid" fail. The reference means to accept them, but asks for a capital after lower-casing; it
     does since v0.3.5, so newer tools give higher numbers.
     """
-    return float(reply.lower().strip() == LETTERS[int(row["answer"])].lower())
+    return float(reply.lower().strip() == option_letter(row["answer"], row["choices"]).lower())
 
 
 def ai2d_filtered(reply):
@@ -287,7 +298,7 @@ def ai2d(reply, row):
 
     "(B)", "**B**" and "b." pass; "B) leaf", "b. leaf" and the option's own text fail.
     """
-    return exact_match(ai2d_filtered(reply).strip(), LETTERS[int(row["answer"])])
+    return exact_match(ai2d_filtered(reply).strip(), option_letter(row["answer"], row["options"]))
 
 
 # ----------------------------------------------------------------------------------------------------------- ChartQA
@@ -402,7 +413,10 @@ def textvqa(reply, row):
     """VQA accuracy (Antol et al. 2015): for each of the ten `answers`, min(1, equals among the other nine / 3); the mean.
 
     So one, two, three, four equal people are worth 0.3, 0.6, 0.9, 1.0. Written in whole numbers: no rounding in between.
+    Where `answers` is None, as in the test split, every reply is worth 0.
     """
+    if row["answers"] is None:
+        return 0.0
     reply, n = textvqa_normal(reply), len(row["answers"])
     equal = sum(textvqa_normal(answer) == reply for answer in row["answers"])
     return (equal * min(3, max(equal - 1, 0)) + (n - equal) * min(3, equal)) / (3 * n)
@@ -497,7 +511,7 @@ def cvbench(reply, row):
 def cvbench2d_parts(rows):
     """overall: the mean of the ADE20K and the COCO accuracy (dataset card, VLMEvalKit); micro: over rows (lmms-eval)."""
     sources = {source: part(scores) for source, scores in grouped(rows, "source").items()}
-    whole = {"overall": combined(sources.values(), len), "micro": overall_part(rows)["overall"]}
+    whole = {"overall": combined(sources.values(), len, rows), "micro": overall_part(rows)["overall"]}
     return whole | sources | lenient_part(rows)
 
 
@@ -515,8 +529,10 @@ def careful_letter(reply, options):
     ("b", "**C**", "(A)."); after "answer", "option", "choice"; at the start with a bracket, full stop or colon behind
     it; in brackets; a capital standing alone ("A lamp" is no A, "A and B" is both); the text of one option and no other.
     """
+    if not options:
+        return None
     letters = LETTERS[:len(options)]
-    either, others = letters + letters.lower(), letters[1:]
+    either, others = letters + letters.lower(), letters[1:] or "A"
     steps = (rf"^[\W_]*([{either}])[\W_]*$",
              rf"(?i:answer|option|choice)[\s:*]*(?i:is|would be)?[\s:*]*(?i:option)?[\s:*]*\(?([{letters}])\b(?!\s+[a-z])",
              rf"^\W*([{either}])\s*[).:]",
@@ -530,11 +546,11 @@ def careful_letter(reply, options):
 
 
 def lenient_part(rows):
-    """{"lenient": part} by the careful extractor, for rows that hold a prediction; else {}."""
+    """{"lenient": part} by the careful extractor, for rows that hold a prediction; else {}. Wrong where a row has an error."""
     if not all("prediction" in r and "choices" in r for r in rows):
         return {}
-    letters = (careful_letter(r["prediction"], r["choices"]) for r in rows)
-    return {"lenient": part([float(letter == r["answer"].strip("()")) for letter, r in zip(letters, rows)])}
+    return {"lenient": part([float("error" not in r and careful_letter(r["prediction"], r["choices"]) == r["answer"].strip("()"))
+                             for r in rows])}
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -550,6 +566,11 @@ AGGREGATES = {  # task -> f(scored rows) -> {part: {"n", "score", "stderr"}}, th
 PARSERS = {  # task -> f(reply, dataset row) -> what its rule reads, None for no answer found; the others compare the reply
     "mme": mme_parsed, "mmstar": mmstar_parsed, "mmmu": mmmu_parsed, "scienceqa": scienceqa_parsed, "ai2d": ai2d_parsed,
     "realworldqa": realworldqa_parsed, "cvbench2d": cvbench_parsed, "cvbench3d": cvbench_parsed}
+
+
+COLUMNS = {  # task -> what its parts are made of: a row without is wrong, whatever the reply
+    "mme": ("question_id", "category"), "mmstar": ("category", "l2_category"), "mmmu": ("question_type",),
+    "chartqa": ("type",), "ocrbench": ("question_type",), "cvbench2d": ("type", "source"), "cvbench3d": ("type", "task")}
 
 
 def lookup(table, task):
@@ -584,8 +605,7 @@ def parsed(task, prediction, row):
 def aggregate(task, scored_rows):
     """The task's parts from rows that carry their "score": {part: {"n", "score", "stderr"}}, in points of 100.
 
-    The first part, "overall", is what the paper's table shows (MME: 0..2000). Rows need the columns that the task's
-    parts are made of: chartqa "type"; mme "question_id", "category"; mmstar "l2_category"; cvbench2d "source".
-    Unknown task: ValueError.
+    The first part, "overall", is what the paper's table shows (MME: 0..2000). Rows need the task's COLUMNS; one that holds
+    None there counts in the overall part and is in none of the named ones. Unknown task: ValueError.
     """
     return lookup(AGGREGATES, task)(scored_rows)

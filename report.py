@@ -94,6 +94,12 @@ def summary(entries, preset):
     return "\n".join(lines) + (f"\nAvg is not final: {reasons}" if reasons else "\nAvg is over all 13, with MME-P/20")
 
 
+def beside(entries, preset):
+    """What one task's score is read against, in a line: the summary's cells that its own table lacks."""
+    header, cells, _ = rows_of_summary(entries, preset)
+    return ", ".join(f"{name} {cell}" for name, cell in zip(header, cells) if name in ("n", "unparsed", "chance", "paper"))
+
+
 def lmms_keys(entries, args):
     """results.json as lmms-eval writes it: fractions (MME in points) under "<metric>,<filter>", so its readers read ours."""
     results, samples = {}, {}
@@ -144,14 +150,16 @@ def thumbnail(picture, size=240):
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def card(sample, thumbnails):
-    """One sample of the gallery. All of it is text from data and model, so all of it is escaped."""
+def card(task, sample, thumbnails):
+    """One sample of the gallery, with its id if it has one. All of it is text from data and model, so all of it is escaped."""
     said = {key: html.escape(str(sample.get(key, ""))) for key in ("index", "prompt", "prediction", "error")}
-    gold = html.escape(json.dumps(sample.get("answers", sample.get("answer")), ensure_ascii=False).strip('"'))
+    gold, ident = sample.get("answers", sample.get("answer")), TASKS[task].ident
+    gold = html.escape(gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False))
+    name = f", id {html.escape(str(sample[ident]))}" if ident in sample else ""
     kind = "right" if sample["score"] == 1 else "wrong" if sample["score"] == 0 else "part"
     images = "".join(f'<img src="{address}" alt="">' for address in thumbnails)
     return (f'<div class="card {kind}">{images}<p>{said["prompt"]}</p><p><b>{said["prediction"] or "(nothing)"}</b></p>'
-            f'<p class="dim">gold {gold}</p><p class="dim">row {said["index"]}, score {sample["score"]:.2f}'
+            f'<p class="dim">gold {gold}</p><p class="dim">row {said["index"]}{name}, score {sample["score"]:.2f}'
             f'{"; no answer found" if sample.get("parsed", "") is None else ""}'
             f'{"; " + said["error"] if said["error"] else ""}</p></div>')
 
@@ -163,7 +171,7 @@ def page(entries, galleries, preset):
     head = "".join(f"<th>{c}</th>" for c in header)
     model = html.escape(str(next(iter(entries.values()))["model"]))
     sections = "".join(f"<h2>{TASKS[task].title}</h2><p class='dim'>{len(cards)} of {entries[task]['rows']} samples</p>"
-                       f"<div class='cards'>{''.join(card(*c) for c in cards)}</div>" for task, cards in galleries.items())
+                       f"<div class='cards'>{''.join(card(task, *c) for c in cards)}</div>" for task, cards in galleries.items())
     note = html.escape(average(entries)[2])
     return (f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
             f"<title>{model}</title><style>{STYLE}</style><body><h1>{model}</h1><table><tr>{head}</tr>{cells}</table>"

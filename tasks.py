@@ -7,10 +7,11 @@ v0.3.4; the scorers are in metrics.py under the same names.
 
 import ast
 import base64
-import binascii
 import difflib
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow.parquet as pq
 
@@ -23,8 +24,8 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 def lettered(options):
-    """The options as lines "A. text", each with its newline in front."""
-    return "".join(f"\n{chr(ord('A') + i)}. {option}" for i, option in enumerate(options))
+    """The options as lines "A. text", with a newline in front, which stays where there are none."""
+    return "\n" + "\n".join(f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options))
 
 
 def without_yes_or_no(question):
@@ -63,7 +64,7 @@ class Task:
     keys: dict            # its metric names in results.json -> our part
     config: str = ""
     ident: str = ""       # column that names a sample; "" where the dataset has none, and the row number serves
-    keep: tuple = ()      # (column, value): only such rows
+    skip: tuple = ()      # (column, value): such rows are another task's
     paper: tuple = (None, None)  # LLaVA-VR with Qwen2-0.5B (Table 2, A.A.P) and Qwen2-1.5B (Table 1, Ours)
 
     @property
@@ -122,10 +123,10 @@ TASKS = {
     "cvbench2d": Task("CV-Bench-2D", "Vision-Centric", "nyu-visionx/CV-Bench", "test_2d.parquet|test-*.parquet",
                       ("type", "task", "prompt", "choices", "answer", "source"), lambda row: row["prompt"] + LETTER, 16,
                       1438, 35.0, "cv_bench_2d", {"cv_bench_acc,none": "micro", "cv_bench_source_mean,none": "overall"},
-                      "2D", keep=("type", "2D"), paper=(38.2, 51.6)),
+                      "2D", skip=("type", "3D"), paper=(38.2, 51.6)),
     "cvbench3d": Task("CV-Bench-3D", "Vision-Centric", "nyu-visionx/CV-Bench", "test_3d.parquet|test-*.parquet",
                       ("type", "task", "prompt", "choices", "answer", "source"), lambda row: row["prompt"] + LETTER, 16,
-                      1200, 50.0, "cv_bench_3d", {"cv_bench_acc,none": "overall"}, "3D", keep=("type", "3D"),
+                      1200, 50.0, "cv_bench_3d", {"cv_bench_acc,none": "overall"}, "3D", skip=("type", "2D"),
                       paper=(51.3, 31.8)),
 }
 GROUPS = {group: [name for name, task in TASKS.items() if task.group == group] for group in
@@ -162,7 +163,7 @@ def image_columns(task, row):
     """Names of the row's picture columns in the order shown: "image", or what an MMMU row mentions (perhaps none)."""
     if task != "mmmu":
         return ["image"]
-    numbers = re.findall(r"<image (\d+)>", row["question"] + row["options"])
+    numbers = re.findall(r"<image (\d+)>", row["question"] + (row.get("options") or ""))
     return [f"image_{n}" for n in sorted(set(numbers))]
 
 
@@ -171,10 +172,15 @@ def image_columns(task, row):
 def find_files(task, data, config=None):
     """The split's Parquet files, sorted: under <data>/<folder>, or <data> itself, or their data/ or <config>/.
 
-    Raises FileNotFoundError saying what was looked for, where, what is there, and how to get it; ValueError if a shard
-    is missing.
+    Raises FileNotFoundError saying what was looked for, where, what is there, and how to get it, or that <data> is another
+    task's folder; ValueError if a shard is missing.
     """
     spec, config = TASKS[task], config or TASKS[task].config
+    place = Path(os.path.abspath(data))
+    name = (place.parent if place.name in ("data", config) else place).name.lower()
+    owners = [owner for owner, other in TASKS.items() if name in map(str.lower, other.folders)]
+    if owners and task not in owners:  # files and columns of several tasks have the same names
+        raise FileNotFoundError(f"--data {data} is the folder of {' and '.join(owners)}, not of {task}")
     homes = [data / name for name in (*spec.folders, ".")]
     for place in (home / inner for home in homes for inner in (".", config, "data") if inner):
         for pattern in spec.files.split("|"):
@@ -209,30 +215,37 @@ def count_rows(task, files):
         names = parquet.schema_arrow.names
         if missing := [c for c in (*spec.columns, *pictured(task)) if c not in names]:
             raise ValueError(f"{file}: no column {', '.join(missing)}; it has {', '.join(names)}")
-        if spec.keep:
-            total += parquet.read([spec.keep[0]])[spec.keep[0]].to_pylist().count(spec.keep[1])
-        else:
-            total += parquet.metadata.num_rows
+        total += parquet.metadata.num_rows
+        if spec.skip:
+            total -= sum(row[spec.skip[0]] == spec.skip[1] for row in rows_in(task, file, spec.skip[:1]))
     return total
 
 
-def read(files, columns, wanted, keep=()):
-    """Yield (index, row) for the wanted row numbers, 32 rows in memory at a time; row groups without any are not read."""
-    index = 0
+def rows_in(task, file, columns, size=32, **which):
+    """Yield a Parquet file's rows, `size` in memory at a time. Raises ValueError, naming file and task, for a damaged file."""
+    try:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=size, columns=list(columns), **which):
+            yield from (batch.slice(i, 1).to_pylist()[0] for i in range(len(batch)))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}, of {task}, is damaged ({str(error).splitlines()[0]}): download it again") from None
+
+
+def read(task, files, columns, wanted):
+    """Yield (index, row) for the wanted row numbers; row groups without any are not read."""
+    index, skip = 0, TASKS[task].skip
     for file in files:
-        parquet = pq.ParquetFile(file)
-        for group in range(parquet.num_row_groups):
-            size = parquet.metadata.row_group(group).num_rows
-            if not keep and wanted.isdisjoint(range(index, index + size)):
+        metadata = pq.read_metadata(file)
+        for group in range(metadata.num_row_groups):
+            size = metadata.row_group(group).num_rows
+            if not skip and wanted.isdisjoint(range(index, index + size)):
                 index += size
                 continue
-            for batch in parquet.iter_batches(batch_size=32, row_groups=[group], columns=list(columns)):
-                for i in range(len(batch)):
-                    if keep and batch[keep[0]][i].as_py() != keep[1]:
-                        continue
-                    if index in wanted:
-                        yield index, batch.slice(i, 1).to_pylist()[0]
-                    index += 1
+            for row in rows_in(task, file, columns, row_groups=[group]):
+                if skip and row[skip[0]] == skip[1]:
+                    continue
+                if index in wanted:
+                    yield index, row
+                index += 1
 
 
 def rows_of(task, files, wanted, data=None, pictures=True):
@@ -243,30 +256,30 @@ def rows_of(task, files, wanted, data=None, pictures=True):
     """
     spec, wanted = TASKS[task], set(wanted)
     if task != "gqa" or not pictures:
-        yield from read(files, (*spec.columns, *(pictured(task) if pictures else ())), wanted, spec.keep)
+        yield from read(task, files, (*spec.columns, *(pictured(task) if pictures else ())), wanted)
         return
     shown = {}
-    for index, row in read(files, spec.columns, wanted):
+    for index, row in read(task, files, spec.columns, wanted):
         shown.setdefault(row["imageId"], []).append((index, row))
     for file in find_files("gqa", data, "testdev_balanced_images"):
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=8, columns=["id", "image"]):
-            for picture in batch.to_pylist():
-                for index, row in shown.pop(picture["id"], ()):
-                    yield index, row | {"image": picture["image"]}
+        for picture in rows_in(task, file, ("id", "image"), 8):
+            for index, row in shown.pop(picture["id"], ()):
+                yield index, row | {"image": picture["image"]}
     for rest in shown.values():  # questions about a picture that is not there: open_picture will say so
         yield from ((index, row | {"image": None}) for index, row in rest)
 
 
 def open_picture(cell):
-    """RGB picture from a Parquet cell: encoded bytes, the hub's struct {bytes, path}, or base64 text. Raises ValueError."""
+    """RGB picture from a Parquet cell: encoded bytes, the hub's struct {bytes, path}, or base64 text, with
+    line breaks or as a data: address. Raises ValueError."""
     from data import load_image  # brings torch with it: not for those who only score
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if not content:
         raise ValueError("no picture bytes in this row")
     if isinstance(content, str):
         try:
-            content = base64.b64decode(content, validate=True)
-        except binascii.Error:
+            content = base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", content), validate=True)
+        except ValueError:
             raise ValueError("a picture that is neither bytes nor base64 text") from None
     return load_image(content)
 

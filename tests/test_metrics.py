@@ -226,6 +226,7 @@ def test_ocrbench_formulas_ignore_spaces_and_miss_capitals():
 def test_the_careful_extractor_reads_as_a_person_does(reply, letter):
     """CV-Bench's own rule takes the first letter of any word; this one is reported beside it."""
     assert metrics.careful_letter(reply, ["door", "lamp"]) == letter
+    assert metrics.careful_letter(reply, []) is None and metrics.careful_letter(reply, ["door"]) in ("A", None)
 
 
 def test_cvbench_reports_both_extractors():
@@ -248,14 +249,14 @@ def test_mme_adds_a_bonus_for_a_pair_and_leaves_half_pairs_out():
     assert parts["overall"]["stderr"] == pytest.approx(75.0)
 
 
-@pytest.mark.parametrize("lost, mean, n", [
-    ({"question_id": None}, 100.0, 4), ({"category": None}, 100.0, 4), ({"category": None, "question_id": None}, 100.0, 4),
-    ({"question_id": "2", "category": None}, 125.0, 4), ({"question_id": None, "category": "count"}, 125.0, 3)])
-def test_a_broken_mme_row_is_the_wrong_half_of_its_picture(lost, mean, n):
-    """color: one picture both right (200), one lacks its second half; a row that fits no half is a picture of its own."""
-    rows = [{"category": "color", "question_id": q, "score": 1.0} for q in "112"] + [{"category": "color", "question_id": "2", "score": 0.0} | lost]
-    parts = metrics.aggregate("mme", rows)
-    assert parts["overall"]["n"] == n
+@pytest.mark.parametrize("lost, score, n", [
+    ({"question_id": None}, 125.0, 4), ({"category": None}, 125.0, 4), ({"category": None, "question_id": None}, 125.0, 4),
+    ({"category": "count", "question_id": None}, 200.0, 3)])
+def test_a_broken_mme_row_is_the_wrong_half_of_its_picture(lost, score, n):
+    """color: one picture both right (200), one half right (50). A row that fits no half is a picture of its own."""
+    rows = [{"category": "color", "question_id": q, "score": 1.0} for q in "112"]
+    overall = metrics.aggregate("mme", [{"category": "color", "question_id": "2", "score": 0.0} | lost, *rows])["overall"]
+    assert (overall["score"], overall["n"]) == (score, n)
 
 
 @pytest.mark.parametrize("task, key", [("mmstar", "l2_category"), ("cvbench2d", "source")])
