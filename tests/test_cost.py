@@ -132,7 +132,7 @@ def test_activations_are_about_what_autograd_keeps(trains, precision):
                 part.to(torch.bfloat16)
     found, claimed = [], []
     for count in (1, 3):
-        batch = batch_of(model, sample(model, [picture(90, 90)] * count))
+        batch = batch_of(model, sample(model, [picture(90, 90, n) for n in range(count)]))
         lengths, tiles, trained, _ = counted(batch)
         found.append(kept(model, batch, precision == "bf16"))
         claimed.append(cost.activations(config, trains, sum(lengths), tiles, precision))
