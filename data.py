@@ -422,11 +422,10 @@ class Batch:
     input_ids: torch.Tensor       # (B, T) int64, IMAGE where a vision token goes
     labels: torch.Tensor          # (B, T) int64, unshifted
     lengths: torch.Tensor         # (B,)   int64; masks come from here: a pad id may also stand in text
-    pixels: torch.Tensor | None   # (n, 3, P, P) float32, tiles of all pictures in order of `plans`; each once where `shown`
+    pixels: torch.Tensor | None   # (n, 3, P, P) float32, tiles of all pictures in order of `plans`
     plans: list                   # ImagePlan of every picture, in order of occurrence over the batch
     ids: list                     # record ids
     packed: list | None = None    # samples end to end in one row: their lengths. Then B is 1 above, but for `lengths`
-    shown: torch.Tensor | None = None     # (tiles of `plans`,) int64: which of `pixels` each is
 
     def to(self, device, non_blocking=False):
         """The batch with its tensors on `device`."""
@@ -450,19 +449,16 @@ def pack(samples):
 
 
 def collate(samples, pad_id):
-    """Samples of `encode_sample` -> Batch, padded on the right with pad_id. For answering, where rows grow apart, and where
-    several ask about one picture: tiles that are equal, byte for byte, are in `pixels` once."""
+    """Samples of `encode_sample` -> Batch, padded on the right with pad_id. For answering, where rows grow apart."""
     lengths = torch.tensor([len(sample["ids"]) for sample in samples])
     input_ids = torch.full((len(samples), int(lengths.max())), pad_id)  # (B, T)
     labels = torch.full_like(input_ids, IGNORE)
     for b, sample in enumerate(samples):
         input_ids[b, :lengths[b]] = torch.tensor(sample["ids"])
         labels[b, :lengths[b]] = torch.tensor(sample["labels"])
-    kept = {}
-    shown = [kept.setdefault(tile.tobytes(), (len(kept), tile))[0] for sample in samples for tile in sample["tiles"]]
-    return Batch(input_ids, labels, lengths, normalise(np.stack([tile for _, tile in kept.values()])) if kept else None,
-                 [plan for sample in samples for plan in sample["plans"]], [sample["id"] for sample in samples],
-                 shown=torch.tensor(shown) if len(kept) < len(shown) else None)
+    tiles = [sample["tiles"] for sample in samples if len(sample["tiles"])]
+    return Batch(input_ids, labels, lengths, normalise(np.concatenate(tiles)) if tiles else None,
+                 [plan for sample in samples for plan in sample["plans"]], [sample["id"] for sample in samples])
 
 
 # ------------------------------------------------------------------------------------- which sample when, and on which rank

@@ -164,7 +164,7 @@ def answer(model, task, rows, batch, answers, left, bar):
 
     Within a window of eight batches, rows are asked in the order of their pictures' area: pictures of like size make
     like numbers of tokens, so a batch wastes little on padding, and questions about one picture meet in a batch, where the
-    model encodes it once. A row that cannot be read is noted with its error.
+    model reads it once. A row that cannot be read is noted with its error.
     """
     for window in windows(rows, 8 * batch):
         opened = []

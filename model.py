@@ -112,8 +112,6 @@ class LLaVAVR(nn.Module):
             return x, None
         features, saliency = self.vision_tower(batch.pixels)                     # L x (t, N, C), (t, N)
         tokens = self.mm_projector(features[-1])                                 # (t, p*p, d)
-        if batch.shown is not None:                                              # several ask about a tile, encoded once
-            tokens, saliency, *features = (x[batch.shown] for x in (tokens, saliency, *features))
         tokens, cells = self.place(tokens, batch.plans)                          # (n, d), (n, 3)
         x = x.masked_scatter(is_vision.unsqueeze(-1), tokens.to(x.dtype))
         seen = is_vision.flatten().nonzero().squeeze(1)[cells[:, 0] >= 0]        # places of vision tokens; newlines bypass
@@ -169,8 +167,7 @@ class LLaVAVR(nn.Module):
     def generate(self, images, prompts, max_new_tokens=64, on_token=None):
         """Greedy answers to a list of prompts, decoded together as if each were alone.
 
-        images: per prompt None, a PIL image (or its path or bytes) or a list of them; those that are equal are encoded once.
-        prompts: str, or turns [{"from", "value"}] that end with a human one; `<image>` marks may be left out, the pictures
+        images: per prompt None, a PIL image (or its path or bytes) or a list of them. prompts: str, or turns [{"from", "value"}] that end with a human one; `<image>` marks may be left out, the pictures
         then stand first. on_token(row, text) is called with every new piece of text. Returns a list of str. Raises ValueError
         where marks and pictures disagree and for a picture that cannot be decoded whole.
         """
@@ -179,14 +176,19 @@ class LLaVAVR(nn.Module):
         if not prompts:
             return []
         end = [self.tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
-        batch = data.collate([self.question(*pair) for pair in zip(images, prompts)], end[1]).to(self.image_newline.device)
-        rows = torch.arange(len(prompts), device=batch.lengths.device)
-        x, remember = self.embed(batch)                                          # (B, T, d)
-        cache = KVCache(self.config.text, len(prompts), x.shape[1] + max_new_tokens, x.dtype, x.device)
-        last = rows.new_zeros(x.shape[:2], dtype=torch.bool)
-        last[rows, batch.lengths - 1] = True
-        logits = self.language_model(inputs_embeds=x, cache=cache, hook=remember, keep=last)       # (B, V)
+        device, samples = self.image_newline.device, [self.question(*pair) for pair in zip(images, prompts)]
+        heads, owners, rests = shared_heads(samples)                             # what ends with a picture is read once
+        batch, rest = data.collate(heads, end[1]).to(device), data.collate(rests, end[1]).to(device)
+        x, remember = self.embed(batch)                                          # (heads, T, d)
+        room = x.shape[1] + rest.input_ids.shape[1] + max_new_tokens
+        cache = KVCache(self.config.text, len(heads), room, x.dtype, device)
+        self.language_model(inputs_embeds=x, cache=cache, hook=remember, head=False)
         cache.lengths = batch.lengths.clone()                                    # padding on the right will be overwritten
+        cache.share(torch.tensor(owners, device=device))                         # (B,) rows from here on
+        lengths = cache.lengths + rest.lengths
+        last = torch.arange(rest.input_ids.shape[1], device=device) == rest.lengths[:, None] - 1      # (B, T)
+        logits = self.language_model(rest.input_ids, cache=cache, keep=last)     # (B, V)
+        cache.lengths = lengths
         answers, texts = [[] for _ in prompts], [""] * len(prompts)
         done = [False] * len(prompts)
         for step in range(max_new_tokens):
@@ -284,6 +286,22 @@ class LLaVAVR(nn.Module):
             tensors.pop("language_model.lm_head.weight", None)
         save_weights(folder, tensors, {"model_type": "llava_vr", **asdict(self.config), **({"parts": parts} if parts else {})},
                      {"tokenizer.json": self.tokenizer_file, **(extra or {})})
+
+
+def shared_heads(samples):
+    """Prompts, each cut behind its last vision token -> (the heads, each once; per prompt the number of its head; the rests).
+
+    Most benchmarks ask several questions about a picture, and blind all pictures of a size are one: ViT, projector, Vision
+    Remember and decoder then see it once, which is most of what a short answer costs.
+    """
+    heads, owners, rests = {}, [], []
+    for sample in samples:
+        cut = max((place for place, token in enumerate(sample["ids"]) if token == data.IMAGE), default=0) + 1
+        key = tuple(sample["ids"][:cut]), b"".join(tile.tobytes() for tile in sample["tiles"])
+        head = {**sample, "ids": sample["ids"][:cut], "labels": sample["labels"][:cut]}
+        owners.append(heads.setdefault(key, (len(heads), head))[0])
+        rests.append({"id": "", "ids": sample["ids"][cut:], "labels": sample["labels"][cut:], "tiles": [], "plans": []})
+    return [head for _, head in heads.values()], owners, rests
 
 
 def summed_loss(hidden, head, targets, rows=1024):

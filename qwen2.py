@@ -98,6 +98,10 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.max_len, self.prefilled = max_len, False
 
+    def share(self, rows):
+        """Let `rows` (B,) of what was filled so far become the rows, also several times: for prompts that begin alike."""
+        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+
     def write(self, layer, k, v, positions):
         """k v (B, G, T, D) to their positions (B, T) -> all places so far (B, G, S, D)."""
         rows = torch.arange(len(k), device=k.device)[:, None]                   # (B, 1)
