@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from weights import load_weights, read_config, save_weights
+from storage.weights import load_weights, read_config, save_weights
 
 SALIENCY = ("sigmoid", "softmax", "standardised")
 
@@ -189,7 +189,7 @@ class CLIPVision(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, layers=(13, 18, 23), saliency="sigmoid", dtype=torch.float32):
-        """Read a weights folder (a whole CLIP or a vision tower), casting to `dtype`. Raises as weights.py does."""
+        """Read a weights folder (a whole CLIP or a vision tower), casting to `dtype`. Raises as storage/weights.py does."""
         config = read_config(folder)
         try:
             config = CLIPConfig.from_dict(config)

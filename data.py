@@ -30,8 +30,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFile, ImageFont
 from tqdm import tqdm
 
-import records
-from records import MARK, open_records
+from storage import records
+from storage.records import MARK, open_records
 
 IMAGE = -200      # in input_ids: "here stands one vision token"; never an id of the tokenizer
 IGNORE = -100     # in labels: not trained
@@ -695,7 +695,7 @@ def main(argv=None):
     if args.show < 1:
         raise ValueError(f"--show {args.show}: ask for at least one sample")
     if tiny and not os.path.exists(args.data):
-        raise FileNotFoundError(f"{args.data} does not exist: python synth.py --out data/tiny draws it; or give --data")
+        raise FileNotFoundError(f"{args.data} does not exist: python -m tiny.draw --out data/tiny draws it; or give --data")
     tokenizer = load_tokenizer(args.tokenizer or ("tiny/qwen2" if tiny else "weights/Qwen2-0.5B-Instruct"))
     mode = args.mode or ("square" if args.template == "plain" else "a4")
     show(open_records(args.data, args.images), args.show, tokenizer, args.template, mode, side, tile, args.out)

@@ -31,9 +31,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-import metrics
-from report import beside, lmms_keys, page, summary, table, thumbnail, write
-from tasks import (GROUPS, TASKS, chosen, count_rows, find_files, image_columns, known, open_pictures,  # noqa: F401
+from benchmarks import metrics
+from benchmarks.report import beside, lmms_keys, page, summary, table, thumbnail, write
+from benchmarks.tasks import (GROUPS, TASKS, chosen, count_rows, find_files, image_columns, known, open_pictures,  # noqa: F401
                    prompt, rows_of)
 
 PRESETS = ("tiny", "0.5b", "1.5b", "7b")
@@ -55,8 +55,8 @@ def load_model(folder):
 
 
 def model_mark(folder):
-    """Twelve hex digits that tell one trained model from another, from the fingerprint of its files (see weights.py)."""
-    from weights import fingerprint  # brings torch with it
+    """Twelve hex digits that tell one trained model from another, from the fingerprint of its files (see storage/weights.py)."""
+    from storage.weights import fingerprint  # brings torch with it
     return hashlib.sha256(json.dumps(fingerprint(folder), sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -403,7 +403,7 @@ def main(argv=None):
     mark, results = model_mark(args.model), args.out / "results.json"
     others, entries, cards = earlier(results, mark, args), {}, {}
     if rank == 0 and args.drawn and args.tasks != ["chartqa"]:
-        import standins
+        from tiny import standins
         standins.fill(args.data, [task for task in args.tasks if task != "chartqa"])  # train.py drew that one
     found = locate(args) if rank == 0 else {}
     for path in (p for task in found if args.fresh for p in (args.out / "answers").glob(f"{task}*.jsonl")):

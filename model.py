@@ -26,9 +26,9 @@ import data
 from clip import CLIPConfig, CLIPVision
 from projectors import PROJECTORS
 from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config
-from records import stands_for_picture
+from storage.records import stands_for_picture
 from sela import VisionRemember
-from weights import check_fingerprint, fingerprint, load_weights, read_config, read_tensors, save_weights
+from storage.weights import check_fingerprint, fingerprint, load_weights, read_config, read_tensors, save_weights
 
 
 @dataclass
@@ -247,7 +247,7 @@ class LLaVAVR(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32):
-        """Read a folder of `save_pretrained`, casting to `dtype`. Raises as weights.py does, also for a part moved or changed."""
+        """Read a folder of `save_pretrained`, casting to `dtype`. Raises as storage/weights.py does, also for a part moved or changed."""
         stored = read_config(folder)
         if stored.pop("model_type", None) != "llava_vr":
             raise ValueError(f"{folder}/config.json is not of a LLaVA-VR model: give a folder that train.py wrote")

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from weights import load_weights, read_config, save_weights
+from storage.weights import load_weights, read_config, save_weights
 
 try:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
@@ -317,7 +317,7 @@ class Qwen2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32):
-        """Read a weights folder, casting to `dtype`. Raises as weights.py does."""
+        """Read a weights folder, casting to `dtype`. Raises as storage/weights.py does."""
         config = read_config(folder)
         try:
             config = Qwen2Config.from_dict(config)

@@ -79,7 +79,7 @@ def folders(preset, phase):
     """Where things are by default -> {"clip", "llm", "data"}, each (path, how to get it)."""
     if preset == "tiny":
         return {"clip": ("tiny/clip", "git checkout tiny"), "llm": ("tiny/qwen2", "git checkout tiny"),
-                "data": (f"data/tiny/{'pretrain/captions.json' if phase == '1' else 'finetune'}", "python synth.py --out data/tiny")}
+                "data": (f"data/tiny/{'pretrain/captions.json' if phase == '1' else 'finetune'}", "python -m tiny.draw --out data/tiny")}
     fetch = "hf download {} --local-dir {}".format
     clip, llm, (path, what, where) = "weights/clip-vit-large-patch14-336", f"weights/{QWEN[preset]}", SETS[phase]
     more = " and list its folders in the .mix file (README, Data)" if phase == "si" else ""

@@ -36,14 +36,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import checkpoint
-import cost
+from storage import checkpoint
+from tools import cost
 import data
-import records as readers
+from storage import records as readers
 from model import PRESETS, LLaVAVR
 from recipes import PAPER, RECIPES, folders, table
-from track import Log
-from weights import fingerprint
+from storage.log import Log
+from storage.weights import fingerprint
 
 
 def locate(args, phase):
@@ -543,7 +543,7 @@ def main(argv=None):
         check_places(args, phases)
         if args.preset == "tiny" and not args.data:
             if rank == 0:
-                subprocess.run([sys.executable, Path(__file__).with_name("synth.py"), "--out", "data/tiny"], check=True)
+                subprocess.run([sys.executable, Path(__file__).with_name("tiny") / "draw.py", "--out", "data/tiny"], check=True)
             ranks.meet()
         with Stop() as stop:
             for phase in phases:

@@ -1,8 +1,8 @@
-"""bench.py measures what it says it measures; its figures are kept in results/bench.md."""
+"""tools/bench.py measures what it says it measures; its figures are kept in results/bench.md."""
 import numpy as np
 import torch
 
-import bench
+from tools import bench
 import data
 from model import PRESETS
 

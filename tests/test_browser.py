@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-import report
+from benchmarks import report
 from helpers import picture
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What checkpoint.py promises: a run that was stopped goes on as if it had not been, or says in one line why it cannot."""
+"""What storage/checkpoint.py promises: a run that was stopped goes on as if it had not been, or says in one line why it cannot."""
 import json
 import os
 import random
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
+from storage import checkpoint
 from helpers import ROOT
 
 RUN = {"batch": 256, "lr": 1e-3, "betas": (0.9, 0.999), "data": "12 records"}
@@ -341,7 +341,7 @@ from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-import checkpoint
+from storage import checkpoint
 from test_checkpoint import Toy, train
 rank, folder = int(sys.argv[4]), Path(sys.argv[3])
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What convert.py promises: Hugging Face's LLaVA-NeXT and ours are the same model, key by key and number by number.
+"""What tools/convert.py promises: Hugging Face's LLaVA-NeXT and ours are the same model, key by key and number by number.
 
 fixtures/llava_next is a random LlavaNext as transformers saved it, with what transformers' own image processor and model
 made of sixteen pictures of as many aspect ratios (record_parity.py). Ours starts from the same PIL pictures.
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data
-from convert import TABLE, config_from_next, convert, from_next, our_name, to_next
+from tools.convert import TABLE, config_from_next, convert, from_next, our_name, to_next
 from helpers import ROOT, TOKENIZER, batch_of, picture, randomise, sample, sizes, tiny_model
 from model import LLaVAVR, LLaVAVRConfig
 
@@ -187,7 +187,7 @@ def test_defaults_that_a_config_leaves_out_are_those_of_transformers():
 
 def test_the_command_converts_and_never_overwrites(source, tmp_path):
     """As typed; a second time it stops, in one line."""
-    command = [sys.executable, str(ROOT / "convert.py"), str(source), str(tmp_path / "ours")]
+    command = [sys.executable, "-m", "tools.convert", str(source), str(tmp_path / "ours")]
     assert subprocess.run(command, capture_output=True, text=True).returncode == 0
     assert (tmp_path / "ours/tokenizer.json").exists()
     run = subprocess.run(command, capture_output=True, text=True)

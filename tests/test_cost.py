@@ -1,4 +1,4 @@
-"""The formulas of cost.py against what PyTorch counts, keeps and allocates."""
+"""The formulas of tools/cost.py against what PyTorch counts, keeps and allocates."""
 import contextlib
 import dataclasses
 
@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import cost
+from tools import cost
 import data
 from clip import CLIPConfig
-from cost import PARTS, PHASES, flops, memory, parameters
+from tools.cost import PARTS, PHASES, flops, memory, parameters
 from helpers import TOKENIZER, batch_of, picture, sample
 from model import PRESETS, LLaVAVR, LLaVAVRConfig
 from qwen2 import Qwen2Config

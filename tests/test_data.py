@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-import records  # noqa: E402
+from storage import records  # noqa: E402
 from helpers import files  # noqa: E402
 from data import IGNORE, IMAGE, encode_chat, encode_sample, plan_image  # noqa: E402
 

@@ -23,10 +23,10 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import eval as evaluate
-import report
+from benchmarks import report
 import sample
-import standins
-import tasks
+from tiny import standins
+from benchmarks import tasks
 
 PROMPTS = json.loads((ROOT / "tests/cases/prompts.json").read_text())
 REDS = [10, 200, 128, 250, 40, 60]  # the answers; blind, only row 2 is right

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
-import synth
+from tiny import draw
 from clip import CLIPVision
 from helpers import ROOT, TOKENIZER, picture
 from model import CLIP_L, PRESETS, LLaVAVR
@@ -94,7 +94,7 @@ def test_the_real_size_takes_the_same_steps_on_one_rank_and_on_two(tmp_path):
     """
     write_clip(tmp_path / "clip")
     write_qwen2(tmp_path / "llm", "0.5b")
-    synth.write_llava_json(tmp_path / "data", 4, scale=3)
+    draw.write_llava_json(tmp_path / "data", 4, scale=3)
     found = []
     for start in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
         out = tmp_path / f"runs{len(start)}"

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 import data  # noqa: E402
 import record_parity as oracle  # noqa: E402
 from clip import CLIPVision  # noqa: E402
-from convert import convert  # noqa: E402
+from tools.convert import convert  # noqa: E402
 from helpers import files, picture, sizes  # noqa: E402
 from model import LLaVAVR  # noqa: E402
 from qwen2 import KVCache, Qwen2  # noqa: E402

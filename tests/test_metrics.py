@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import metrics
+from benchmarks import metrics
 
 CASES = Path(__file__).parent / "cases"
 CHARTQA = json.loads((CASES / "chartqa.json").read_text())

@@ -1,4 +1,4 @@
-"""pretrain.py, which made tiny/: the targets it teaches are what the drawing program knows, and every stage hands on to the next."""
+"""tiny/pretrain.py, which made tiny/: the targets it teaches are what the drawing program knows, and every stage hands on to the next."""
 import subprocess
 import sys
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import data
-import pretrain
-import synth
+from tiny import pretrain
+from tiny import draw
 from helpers import ROOT
 from model import LLaVAVR
 
@@ -16,7 +16,7 @@ def test_a_bar_without_a_number_has_its_value_wherever_it_or_its_name_is_seen():
     """What is not printed must be read off; a tile that cuts the bar does not know."""
     seen = 0
     for seed in range(60):
-        drawing = synth.draw(seed, kinds=("bar", "hbar"))
+        drawing = draw.draw(seed, kinds=("bar", "hbar"))
         if any(topic == "item" for *_, topic in drawing.qa):                     # printed
             continue
         plan = data.plan_image(drawing.image.size, "a4", pretrain.SIDE, pretrain.TILE)
@@ -33,7 +33,7 @@ def test_a_bar_without_a_number_has_its_value_wherever_it_or_its_name_is_seen():
 @pytest.mark.slow
 def test_every_stage_goes_on_from_the_one_before(tmp_path):
     """Two steps each, from nothing to parts that load; a second start finds all done and changes no checkpoint."""
-    command = [sys.executable, ROOT / "pretrain.py", *(word for stage in pretrain.STEPS for word in (f"--{stage}-steps", "2"))]
+    command = [sys.executable, "-m", "tiny.pretrain", *(word for stage in pretrain.STEPS for word in (f"--{stage}-steps", "2"))]
     subprocess.run(command, cwd=tmp_path, check=True)
     checkpoints = {path.stem: path.stat().st_mtime_ns for path in (tmp_path / pretrain.RUNS).glob("*.pt")}
     assert checkpoints.keys() == pretrain.STEPS.keys()

@@ -35,7 +35,7 @@ def test_the_file_table_is_complete():
 
 def test_every_command_names_flags_that_exist():
     """Commands in the README and in the scripts' docstrings are typed as they stand; argparse must know each flag."""
-    scripts = ("train.py", "eval.py", "sample.py", "synth.py", "pretrain.py", "model.py", "convert.py", "data.py")
+    scripts = ("train.py", "eval.py", "sample.py", "tiny/draw.py", "tiny/pretrain.py", "model.py", "tools/convert.py", "data.py")
     texts = README + "".join((ROOT / f).read_text().split('"""')[1] for f in scripts)
     commands = re.findall(r"(?:python|torchrun[^\n`]*?) ((?:train|eval|sample|synth|pretrain|model|convert|data)\.py[^\n`&#|]*)", texts)
     assert len(commands) > 12

@@ -1,4 +1,4 @@
-"""records.py: the readers of JSON, zip and Parquet, mixtures of them, the index; and data.py's --check and --show."""
+"""storage.records: the readers of JSON, zip and Parquet, mixtures of them, the index; and data.py's --check and --show."""
 import io
 import json
 import os
@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import data
-import records
-import synth
+from storage import records
+from tiny import draw
 from helpers import ROOT, TOKENIZER, picture
-from records import open_records
+from storage.records import open_records
 
 
 def ask(question, answer="yes"):
@@ -517,7 +517,7 @@ def test_check_names_twenty_and_counts_the_rest(tmp_path, capsys):
 
 def test_check_says_how_long_the_samples_are(tmp_path, capsys):
     """The two phases' plans at the sizes asked for; every record falls into one row of the table."""
-    synth.write_parquet(tmp_path, 3)
+    draw.write_parquet(tmp_path, 3)
     assert data.main(["--check", str(tmp_path / "data"), "--workers", "1", "--tile", "112", "--side", "4"]) == 0
     out = capsys.readouterr().out
     index = records.load_index(open_records(tmp_path / "data"))
@@ -543,7 +543,7 @@ def test_the_command_line_ends_with_a_status_and_one_line(tmp_path):
 
 def test_show_marks_what_is_trained(tmp_path, capsys):
     """What the model is given can be read: answers between brackets, pictures as their number of tokens, tiles as a picture."""
-    synth.write_parquet(tmp_path, 4)
+    draw.write_parquet(tmp_path, 4)
     flags = ["--show", "2", "--data", str(tmp_path / "data"), "--tokenizer", str(TOKENIZER), "--tile", "32", "--side", "4"]
     assert data.main(flags + ["--out", str(tmp_path / "shown.png")]) == 0
     out = capsys.readouterr().out

@@ -20,9 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
+from storage import checkpoint
 import recipes
-import synth
+from tiny import draw
 import train
 from clip import CLIPConfig, CLIPVision
 from helpers import ROOT, TOKENIZER, randomise
@@ -43,7 +43,7 @@ def world(tmp_path_factory):
     from data import load_tokenizer
     text = Qwen2Config(load_tokenizer(TOKENIZER).get_vocab_size(), 16, 16, 5, 2, 1, tie_word_embeddings=True)
     randomise(Qwen2(text), 0.1).save_pretrained(folder / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
-    synth.write_llava_json(folder / "data", RECORDS)
+    draw.write_llava_json(folder / "data", RECORDS)
     records = json.loads((folder / "data/captions.json").read_text())
     del records[2]["image"]
     records[2]["conversations"][0]["value"] = "Say something."
@@ -206,7 +206,7 @@ def test_phase_si_trains_the_vit_at_its_own_rate_and_answers_as_it_was_taught(wo
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one(straight, tmp_path):
     """eval.py on the model just trained, with the real model rather than the stub of test_eval.py."""
-    synth.write_chartqa(tmp_path / "ChartQA", 5)
+    draw.write_chartqa(tmp_path / "ChartQA", 5)
     for name, launch in (("one", [sys.executable]), ("two", [*TORCHRUN, "2"])):
         subprocess.run([*launch, str(ROOT / "eval.py"), "--model", str(straight / "tiny/phase2"), "--data", str(tmp_path),
                         "--out", str(tmp_path / name), "--batch", "2"], check=True, capture_output=True)
@@ -533,7 +533,7 @@ def test_a_mistyped_value_stops_before_anything_is_read(wrong, capsys):
 SCRIPTS = {"train": ("laptop", "one GPU", "eight GPUs"), "eval": ("laptop", "one GPU", "eight GPUs"), "sample": ("laptop", "one GPU")}
 
 
-@pytest.mark.parametrize("script", (*SCRIPTS, "synth"))
+@pytest.mark.parametrize("script", (*SCRIPTS, "tiny/draw"))
 def test_the_usage_at_the_top_of_a_script_names_commands_that_parse(script):
     """Laptop, one GPU, eight GPUs, each with a command; a flag renamed in the code and not there would show here."""
     usage = ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text()))

@@ -1,4 +1,4 @@
-"""What weights.py promises: a load is complete and exact, or it stops and says what, where and how to mend it."""
+"""What storage/weights.py promises: a load is complete and exact, or it stops and says what, where and how to mend it."""
 import json
 import os
 import re
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import ROOT
-from weights import check_fingerprint, fingerprint, load_weights, read_config, save_weights
+from storage.weights import check_fingerprint, fingerprint, load_weights, read_config, save_weights
 
 
 def same(key):
@@ -226,7 +226,7 @@ def test_above_a_size_the_weights_are_cut_into_the_hubs_shards(tmp_path):
 MEASURED = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from weights import load_weights, save_weights
+from storage.weights import load_weights, save_weights
 module = torch.nn.ParameterList(torch.ones(1024, 2048) for _ in range(32))                  # 32 x 8 MiB
 torch.ones(9, 9) @ torch.ones(9, 9)
 print("ready", flush=True)

@@ -1,6 +1,6 @@
 """What a run writes about itself: log.jsonl, one line a step, and loss.svg, its curve, drawn anew every half minute.
 
-    python track.py runs/tiny/phase2/log.jsonl       # draws loss.svg beside a log
+    python -m storage.log runs/tiny/phase2/log.jsonl       # draws loss.svg beside a log
 
 A line is a JSON object with "step" (from 0) and any numbers; "loss" and "validation" are drawn. A validation loss stands in
 the line of the step after which it was measured, or in one of its own with that step.
@@ -51,7 +51,7 @@ class Log:
                 self.draw()
         except OSError as error:
             if self.whole:
-                print(f"track.py: {self.path} waits for room on the disk ({error})", file=sys.stderr)
+                print(f"storage.log: {self.path} waits for room on the disk ({error})", file=sys.stderr)
             self.whole = False
 
     def rewrite(self):
@@ -199,4 +199,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"track.py: {error}")
+        sys.exit(f"storage.log: {error}")

@@ -1,7 +1,7 @@
 """Drawn charts, documents and scenes with known answers.
 
-    python synth.py --out data/tiny              # everything `--preset tiny` trains and is measured on
-    python synth.py --show 12 --out drawn.png    # one sheet of pictures with their first question
+    python -m tiny.draw --out data/tiny              # everything `--preset tiny` trains and is measured on
+    python -m tiny.draw --show 12 --out drawn.png    # one sheet of pictures with their first question
 
 No picture, question or font comes from outside: Pillow draws everything with the typeface it carries. Sizes are in
 pixels at `scale` 1, which suits tiles of 112 pixels; scale 3 suits tiles of 336.
@@ -563,4 +563,4 @@ if __name__ == "__main__":
         sheet(args.show).save(args.out)
     else:
         write_all(args.out, scale=args.scale)
-    print(f"synth.py: wrote {args.out}")
+    print(f"tiny.draw: wrote {args.out}")

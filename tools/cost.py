@@ -1,8 +1,8 @@
 """What a training step costs, by formula: floating-point operations, bytes per device, days. To be held against the clock.
 
-    python cost.py --preset 0.5b --phase 1                         # no weights, no GPU, no data: numbers only
-    python cost.py --preset 7b --phase 2 --world 8 --shard         # parameters spread over eight devices
-    python cost.py --preset tiny --phase 2 --world 1 --measure     # and what this machine's matrix products reach
+    python -m tools.cost --preset 0.5b --phase 1                         # no weights, no GPU, no data: numbers only
+    python -m tools.cost --preset 7b --phase 2 --world 8 --shard         # parameters spread over eight devices
+    python -m tools.cost --preset tiny --phase 2 --world 1 --measure     # and what this machine's matrix products reach
 
     t tiles, N = g*g features of width C per tile, L tapped levels, F = L*C     p tokens along a side of a tile
     T tokens of a sample, n vision tokens without newlines                     d width of the LLM, kv that of its keys, V its rows

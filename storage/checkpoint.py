@@ -1,6 +1,6 @@
 """What a stopped training run needs to go on as if it had not stopped, in folders that are whole or not there.
 
-    checkpoints/step-00000500/    config.json beside model.safetensors or its shards, as weights.py writes them
+    checkpoints/step-00000500/    config.json beside model.safetensors or its shards, as storage/weights.py writes them
     checkpoints/last, best        links to the newest and to the one of the lowest validation loss, where links can be made
 
 Tensors: model.<name> of every trained parameter, the optimizer's exp_avg.<name>, exp_avg_sq.<name>, step.<name>, and the
@@ -26,7 +26,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from weights import read_config, read_tensors, save_weights
+from storage.weights import read_config, read_tensors, save_weights
 
 
 def save(folder, step, model, optimizer, run, losses=None, position=None):
@@ -113,7 +113,7 @@ def prune(folder, keep_every=0):
     for name, path in (("last", last), ("best", best)):
         if path:
             _link(path.with_name(name), path.name)
-    for path in Path(folder).glob(".step-*.*-*"):                              # .new- and .old-, of weights.py and of here
+    for path in Path(folder).glob(".step-*.*-*"):                              # .new- and .old-, of storage/weights.py and of here
         shutil.rmtree(path)
     for path in _steps(folder):
         if last and path < last and path != best and (not keep_every or int(path.name[5:]) % keep_every):

@@ -1,8 +1,8 @@
 """Lets lmms-eval itself run a checkpoint of ours, for results that must come from that harness.
 
     pip install lmms-eval==0.3.5
-    python lmms_adapter.py --model llava_vr --model_args pretrained=runs/0.5b/phase2 --tasks chartqa,ai2d --batch_size 16 --output_path logs
-    accelerate launch --num_processes=8 lmms_adapter.py --model llava_vr --model_args pretrained=runs/0.5b/phase2 --tasks chartqa
+    python -m tools.lmms --model llava_vr --model_args pretrained=runs/0.5b/phase2 --tasks chartqa,ai2d --batch_size 16 --output_path logs
+    accelerate launch --num_processes=8 -m tools.lmms --model llava_vr --model_args pretrained=runs/0.5b/phase2 --tasks chartqa
 
 All flags are lmms-eval's. It fetches data sets itself; eval.py needs none of this. Written against the interface of 0.3.5, which
 is that of v0.3.4, whose rules eval.py follows. Two scores are others in 0.3.5: all open questions of MMMU count 0, and ScienceQA
@@ -18,7 +18,7 @@ from model import LLaVAVR
 try:
     from lmms_eval.api.model import lmms
 except ImportError:
-    sys.exit("lmms_adapter.py: lmms-eval is not installed; pip install lmms-eval==0.3.5, or use eval.py, which needs no harness")
+    sys.exit("tools.lmms: lmms-eval is not installed; pip install lmms-eval==0.3.5, or use eval.py, which needs no harness")
 
 
 class Adapter(lmms):

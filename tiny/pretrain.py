@@ -1,7 +1,7 @@
 """Makes the embedded parts, tiny/clip and tiny/qwen2, from nothing: only from drawn pictures, on a laptop.
 
-    python pretrain.py                        # all stages in order, about three hours on 2 cores; resumes if stopped
-    python pretrain.py --stage vision         # tokenizer | vision | language | joint | heights | talk
+    python -m tiny.pretrain                        # all stages in order, about three hours on 2 cores; resumes if stopped
+    python -m tiny.pretrain --stage vision         # tokenizer | vision | language | joint | heights | talk
 
 The real CLIP and Qwen2 knew much before LLaVA joined them, so the tiny ones must too, or the paper's two phases would
 start from noise. Six stages, each checkpointed under runs/pretrain and logged as JSON lines:
@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 
 import data
-import synth
+from tiny import draw
 from clip import CLIPVision
 from model import CLIP_TINY, PRESETS, QWEN2_TINY, LLaVAVR
 from qwen2 import Qwen2
@@ -43,10 +43,10 @@ TILE, PATCH, LAYERS = CLIP_TINY.image_size, CLIP_TINY.patch_size, PRESETS["tiny"
 SIDE = TILE // PATCH                                               # one tile is 8 x 8 patches
 DRILLS = 800, 1500                                                 # the language stage copies, then recalls, then converses
 GLYPHS = "0123456789:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-WORDS = [""] + synth.NAMES + ("Fruit Country Month Animal Food Travel City Sport sales score votes share Receipt Bill Shop "
+WORDS = [""] + draw.NAMES + ("Fruit Country Month Animal Food Travel City Sport sales score votes share Receipt Bill Shop "
                               "Invoice Form Letter Ticket Total Name Date Team Number Seat Trip").split()
 WORDS = list(dict.fromkeys(WORDS))
-COLOURS = [""] + list(synth.COLOURS)
+COLOURS = [""] + list(draw.COLOURS)
 
 
 # ---- vision: what each patch should know ----------------------------------------------------------------------------
@@ -148,10 +148,10 @@ class Tiles(IterableDataset):
             step += 1
 
     def lesson(self, number, kind):
-        options = {"page": {"kinds": ("page",), "sizes": synth.SIZES[:1]}, "chart": {"kinds": ("bar", "hbar", "line")}}.get(kind, {})
-        while kind == "chart" and any(topic == "item" for *_, topic in synth.compose(number, **options)[2]):
+        options = {"page": {"kinds": ("page",), "sizes": draw.SIZES[:1]}, "chart": {"kinds": ("bar", "hbar", "line")}}.get(kind, {})
+        while kind == "chart" and any(topic == "item" for *_, topic in draw.compose(number, **options)[2]):
             number += 1_000_000_000                                  # asked for its items, a chart has its numbers printed
-        drawing = synth.draw(number, **options)
+        drawing = draw.draw(number, **options)
         plan = data.plan_image(drawing.image.size, "square" if kind == "page" else "a4", SIDE, TILE)
         target = patch_targets(drawing, plan)
         busy = target["glyphs"].any((1, 2)) | (target["colour"] > 0).any(1)            # blank paper teaches little
@@ -252,8 +252,8 @@ def pretrain_tokenizer(args):
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rule), "isolated"), pre_tokenizers.ByteLevel(**level)])
     tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
-    texts = (text for i in range(6000) for _, caption, qa, _ in [synth.compose(args.seed + i)]
-             for text in [caption, synth.SHORT, *(part for pair in qa for part in pair[:2])])
+    texts = (text for i in range(6000) for _, caption, qa, _ in [draw.compose(args.seed + i)]
+             for text in [caption, draw.SHORT, *(part for pair in qa for part in pair[:2])])
     names = data.SPECIALS[2], data.SPECIALS[0], data.SPECIALS[1]                 # in Qwen2's order, behind the ordinary ids
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=QWEN2_TINY.vocab_size - len(names), show_progress=False,
                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -275,7 +275,7 @@ def join(tokenizer, number, parts, plan=None, tiles=()):
 def copy_drill(tokenizer, number):
     """Words in any order, then the same again."""
     rng = random.Random(number)
-    words = rng.sample([f" {w}" for w in (*synth.NAMES, *synth.COLOURS)] + list("0123456789"), rng.randint(4, 16))
+    words = rng.sample([f" {w}" for w in (*draw.NAMES, *draw.COLOURS)] + list("0123456789"), rng.randint(4, 16))
     return join(tokenizer, number, [(text, again) for again in (False, True) for text in words])
 
 
@@ -284,7 +284,7 @@ def recall_drill(tokenizer, number):
     teaches a decoder soonest to look things up."""
     rng = random.Random(number)
     count = rng.randint(2, 6)
-    rows = [(f" {n}", f" {v}") for n, v in zip(rng.sample(synth.NAMES, count), rng.sample(range(1, 100), count))]
+    rows = [(f" {n}", f" {v}") for n, v in zip(rng.sample(draw.NAMES, count), rng.sample(range(1, 100), count))]
     parts = [(text, False) for row in rows for text in (*row, ",")]
     for row in rng.sample(rows, count) + rng.sample(rows, count):
         key, found = row if rng.random() < 0.5 else row[::-1]
@@ -297,7 +297,7 @@ def picture_drill(tokenizer, number, size, mode):
     recall from the picture, without a sentence around it."""
     rng, seed = random.Random(number), number
     while True:
-        drawing = synth.draw(seed, sizes=(size,))
+        drawing = draw.draw(seed, sizes=(size,))
         facts = {(m.name, what) for m in drawing.marks if m.name
                  for what in (m.text, m.colour, str(m.value)) if what and what not in ("None", m.name, m.name + ":")}
         if facts:
@@ -308,7 +308,7 @@ def picture_drill(tokenizer, number, size, mode):
         if rng.random() < 0.5 and seen.count(what) == 1:
             parts += [(f" {what}", False), (f" {name},", True)]
         else:
-            parts += [(f" colour {name}" if what in synth.COLOURS else f" {name}", False), (f" {what},", True)]
+            parts += [(f" colour {name}" if what in draw.COLOURS else f" {name}", False), (f" {what},", True)]
     plan = data.plan_image(drawing.image.size, mode, SIDE, TILE)
     return join(tokenizer, number, parts, plan, data.cut_tiles(drawing.image, plan))
 
@@ -316,8 +316,8 @@ def picture_drill(tokenizer, number, size, mode):
 def text_talk(tokenizer, number):
     """A conversation in which the caption stands in for the picture; often the caption is to be said again first."""
     rng = random.Random(number)
-    kind, caption, qa, _ = synth.compose(number)
-    turns = synth.conversation(synth.Drawing(None, kind, caption, qa, []), rng.randint(2, 5))
+    kind, caption, qa, _ = draw.compose(number)
+    turns = draw.conversation(draw.Drawing(None, kind, caption, qa, []), rng.randint(2, 5))
     if rng.random() < 0.6:
         turns = [{"from": "human", "value": f"{data.MARK}\nSay what the picture shows."}, {"from": "gpt", "value": caption},
                  {"from": "human", "value": turns[0]["value"].removeprefix(data.MARK + "\n")}, *turns[1:]]
@@ -328,8 +328,8 @@ def text_talk(tokenizer, number):
 
 def picture_talk(tokenizer, number, size, mode):
     """A conversation about a picture; under mode "square" just its caption, as in phase 1."""
-    drawing = synth.draw(number, sizes=(size,))
-    kind, template, turns = "talk", "chat", synth.conversation(drawing, 6)
+    drawing = draw.draw(number, sizes=(size,))
+    kind, template, turns = "talk", "chat", draw.conversation(drawing, 6)
     if mode == "square":
         kind, template = "caption", "plain"
         turns = [{"from": "human", "value": data.MARK}, {"from": "gpt", "value": drawing.caption}]
@@ -363,11 +363,11 @@ def joint_lesson(tokenizer, step, numbers, single, drills=0.45):
     """Pictures of one size a batch, for little padding: for `single` steps one tile, then AnyRes. Drills, captions, talk."""
     rng = random.Random(step)
     if step < single:
-        drill, size = rng.random() < 0.75, synth.SIZES[0]
+        drill, size = rng.random() < 0.75, draw.SIZES[0]
     else:
-        drill, size = rng.random() < drills, rng.choices((None, *synth.SIZES), (3, 3, 5, 4, 4))[0]
+        drill, size = rng.random() < drills, rng.choices((None, *draw.SIZES), (3, 3, 5, 4, 4))[0]
     mode = "square" if step < single or size is None else "a4"
-    return [(picture_drill if drill else picture_talk)(tokenizer, n, size or synth.SIZES[0], mode) for n in numbers]
+    return [(picture_drill if drill else picture_talk)(tokenizer, n, size or draw.SIZES[0], mode) for n in numbers]
 
 
 def pretrain_language(args):

@@ -1,7 +1,7 @@
 """LLaVA-NeXT and LLaVA-VR: without compression and without Vision Remember they are one model under two names.
 
-    python convert.py weights/llava-next-qwen weights/ours      # Hugging Face's LlavaNext (CLIP + Qwen2) -> ours
-    python convert.py weights/ours weights/llava-next-qwen      # and back, for transformers to load
+    python -m tools.convert weights/llava-next-qwen weights/ours      # Hugging Face's LlavaNext (CLIP + Qwen2) -> ours
+    python -m tools.convert weights/ours weights/llava-next-qwen      # and back, for transformers to load
 
 SRC's config.json decides the direction; what one side cannot express is refused in one line. Keys, by their beginnings:
 
@@ -31,7 +31,7 @@ import data
 from clip import CLIPConfig
 from model import LLaVAVR, LLaVAVRConfig
 from qwen2 import Qwen2Config
-from weights import load_weights, read_config, read_tensors, save_weights
+from storage.weights import load_weights, read_config, read_tensors, save_weights
 
 TABLE = [line.split() for line in __doc__.split("called\n")[1].split("\n\n")[0].splitlines()]      # the one above
 ONLY = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True, "vision_feature_select_strategy": "default"}
@@ -162,4 +162,4 @@ if __name__ == "__main__":
     try:
         convert(args.source, args.target)
     except (ValueError, OSError) as error:
-        sys.exit(f"convert.py: {error}")
+        sys.exit(f"tools.convert: {error}")

@@ -1,4 +1,4 @@
-"""What synth.py promises: drawings that are the same everywhere, halves without a common picture, and answers that
+"""What tiny/draw.py promises: drawings that are the same everywhere, halves without a common picture, and answers that
 the marks on the picture bear out (a mark is a box with what is written there and what it belongs to)."""
 import os
 import re
@@ -10,18 +10,18 @@ import pytest
 import pyarrow.parquet as pq
 
 import data
-import metrics
-import synth
-import tasks
+from benchmarks import metrics
+from tiny import draw
+from benchmarks import tasks
 from helpers import ROOT
 
-KINDS = tuple(dict.fromkeys(synth.KINDS))                          # charts stand there twice
+KINDS = tuple(dict.fromkeys(draw.KINDS))                          # charts stand there twice
 WRITE = """
 import hashlib, pathlib, sys
 sys.path.insert(0, {root!r})
-import synth
+from tiny import draw
 out = pathlib.Path({out!r})
-synth.write_llava_json(out / "a", 5, seed=3), synth.write_parquet(out / "b", 5, seed=3), synth.write_chartqa(out / "c", 4, seed=3)
+draw.write_llava_json(out / "a", 5, seed=3), draw.write_parquet(out / "b", 5, seed=3), draw.write_chartqa(out / "c", 4, seed=3)
 for path in sorted(p for p in out.rglob("*") if p.is_file()):
     print(path.relative_to(out), hashlib.sha256(path.read_bytes()).hexdigest())
 """
@@ -30,7 +30,7 @@ for path in sorted(p for p in out.rglob("*") if p.is_file()):
 @pytest.fixture(scope="module")
 def drawings():
     """Thirty of every kind, with their seeds fixed."""
-    return [synth.draw(seed, kinds=(kind,)) for kind in KINDS for seed in range(30)]
+    return [draw.draw(seed, kinds=(kind,)) for kind in KINDS for seed in range(30)]
 
 
 def test_the_seed_decides_every_byte(tmp_path):
@@ -38,12 +38,12 @@ def test_the_seed_decides_every_byte(tmp_path):
     outputs = [subprocess.run([sys.executable, "-c", WRITE.format(root=str(ROOT), out=str(tmp_path / seed))], check=True,
                               capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")]
     assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 6 + 2 + 1
-    assert synth.compose(3)[1] != synth.compose(4)[1]
+    assert draw.compose(3)[1] != draw.compose(4)[1]
 
 
 def test_train_and_test_share_no_content():
     """Even from the same seeds: which half a content belongs to is decided by the content."""
-    train, test = ({synth.compose(seed, split)[1] for seed in range(500)} for split in ("train", "test"))
+    train, test = ({draw.compose(seed, split)[1] for seed in range(500)} for split in ("train", "test"))
     assert len(train) > 400 and len(test) > 400 and not train & test
 
 
@@ -51,14 +51,14 @@ def test_train_and_test_share_no_content():
 @pytest.mark.parametrize("scale", (1, 3))
 def test_every_kind_is_drawn_at_every_size(kind, scale):
     """From one tile to four, also at the scale that suits 336-pixel tiles; the picture keeps what it is asked about."""
-    for size in synth.SIZES:
+    for size in draw.SIZES:
         if kind in ("bar", "line") and size[0] < 200:
             continue                                                # drawn too, but rarely: see compose
-        drawing = synth.draw(1, kinds=(kind,), sizes=(size,), scale=scale)
+        drawing = draw.draw(1, kinds=(kind,), sizes=(size,), scale=scale)
         width, height = drawing.image.size
         assert drawing.kind == kind and drawing.qa and drawing.marks and len(drawing.image.getcolors(1 << 24)) > 2
         assert width <= size[0] * scale and height <= size[1] * scale
-        unscaled = synth.draw(1, kinds=(kind,), sizes=(size,))
+        unscaled = draw.draw(1, kinds=(kind,), sizes=(size,))
         assert unscaled.qa == drawing.qa and unscaled.caption == drawing.caption, "scale changes pixels only"
 
 
@@ -111,13 +111,13 @@ def test_answers_are_what_the_marks_say(drawings):
                 known[topic] += 1
             else:
                 assert topic == "place", f"the examiner does not know: {question}"
-    assert all(known[topic] >= 10 for topic in synth.ASKED), known
+    assert all(known[topic] >= 10 for topic in draw.ASKED), known
 
 
 def test_asked_numbers_are_written_on_the_picture_or_have_a_scale(drawings):
     """Where the values of a chart are printed, each stands as text; where they are not, the ticks 0 to 100 do."""
     printed = ticked = 0
-    for drawing in (d for d in drawings if d.kind in synth.CHARTS):
+    for drawing in (d for d in drawings if d.kind in draw.CHARTS):
         texts = {(m.name, m.text) for m in drawing.marks if m.text}
         values = {(m.name, str(m.value)) for m in drawing.marks if m.value is not None}
         if values <= texts:
@@ -138,21 +138,21 @@ def test_every_word_begins_with_a_patch_and_no_line_is_cut(drawings):
         for mark in (m for m in drawing.marks if m.text):
             at = 0
             for word in mark.text.split():
-                assert mark.glyphs[at][1] % synth.LINE == 0, f"{word} of {drawing.caption}"
+                assert mark.glyphs[at][1] % draw.LINE == 0, f"{word} of {drawing.caption}"
                 at += len(word)
-            top = mark.box[1] // synth.LINE * synth.LINE
-            assert mark.box[3] <= top + synth.LINE + 1, f"{mark.text} of {drawing.caption}"        # a tail may hang a pixel out
+            top = mark.box[1] // draw.LINE * draw.LINE
+            assert mark.box[3] <= top + draw.LINE + 1, f"{mark.text} of {drawing.caption}"        # a tail may hang a pixel out
 
 
 def test_a_printed_value_stands_behind_its_name_or_below_it(drawings):
     """What belongs together is drawn together: at most one blank column between, or the line below."""
     seen = 0
-    for drawing in (d for d in drawings if d.kind in synth.CHARTS):
+    for drawing in (d for d in drawings if d.kind in draw.CHARTS):
         at = {(m.name, m.text): m for m in drawing.marks if m.text and m.name}
         for (name, text), number in at.items():
             if text.isdigit():
                 word, seen = at[name, name], seen + 1
-                behind = 0 < number.glyphs[0][1] - word.glyphs[-1][2] < 2 * synth.LINE and abs(number.box[1] - word.box[1]) < 7
+                behind = 0 < number.glyphs[0][1] - word.glyphs[-1][2] < 2 * draw.LINE and abs(number.box[1] - word.box[1]) < 7
                 below = number.glyphs[0][1] == word.glyphs[0][1] and 7 < number.box[1] - word.box[1] < 21
                 assert behind or below, f"{name} {text} of {drawing.caption}"
     assert seen > 100
@@ -172,23 +172,23 @@ def test_training_asks_what_the_evaluation_asks():
     colours offers twelve about colour and one about its title."""
     first, offered = Counter(), Counter()
     for seed in range(3000):
-        _, _, qa, _ = synth.compose(seed, kinds=synth.CHARTS)
+        _, _, qa, _ = draw.compose(seed, kinds=draw.CHARTS)
         first[qa[0][3]] += 1
         offered.update(topic for *_, topic in qa)
-    share = {topic: first[topic] / 3000 * sum(synth.ASKED.values()) / synth.ASKED[topic] for topic in synth.ASKED}
+    share = {topic: first[topic] / 3000 * sum(draw.ASKED.values()) / draw.ASKED[topic] for topic in draw.ASKED}
     assert all(0.5 < value < 1.5 for value in share.values()), share         # not every chart has items, differences and colours
     assert offered["colour"] > 1.5 * offered["title"] and first["colour"] < first["title"]
 
 
 def test_both_training_formats_are_read_by_the_readers_of_the_real_ones(tmp_path):
     """LLaVA JSON for phase 1, Parquet for phase 2: every record has its picture and a mark for it."""
-    synth.write_llava_json(tmp_path / "pretrain", 4)
-    synth.write_parquet(tmp_path / "finetune", 5)
+    draw.write_llava_json(tmp_path / "pretrain", 4)
+    draw.write_parquet(tmp_path / "finetune", 5)
     captions, questions = data.open_records(tmp_path / "pretrain/captions.json"), data.open_records(tmp_path / "finetune")
     assert (len(captions), len(questions)) == (4, 5)
     for records, first in ((captions, 0), (questions, 0)):
         for i, record in enumerate(records[i] for i in range(len(records))):
-            drawing = synth.draw(first + i, sizes=synth.SIZES[:1] if records is captions else synth.SIZES)
+            drawing = draw.draw(first + i, sizes=draw.SIZES[:1] if records is captions else draw.SIZES)
             assert data.load_image(record["images"][0]).tobytes() == drawing.image.tobytes()
             turns = [turn["value"] for turn in record["conversations"]]
             assert sum(turn.count(data.MARK) for turn in turns) == 1 and turns[0].count(data.MARK) == 1
@@ -196,14 +196,14 @@ def test_both_training_formats_are_read_by_the_readers_of_the_real_ones(tmp_path
 
 
 def test_the_exam_alternates_types_and_its_answers_score_full(tmp_path):
-    """ChartQA's columns, half look-up and half reasoning, as tasks.py reads and metrics.py scores them."""
-    synth.write_chartqa(tmp_path / "ChartQA", 12, seed=5)
+    """ChartQA's columns, half look-up and half reasoning, as benchmarks/tasks.py reads and benchmarks/metrics.py scores them."""
+    draw.write_chartqa(tmp_path / "ChartQA", 12, seed=5)
     files = tasks.find_files("chartqa", tmp_path)
     assert tasks.count_rows("chartqa", files) == 12
     rows = [row for _, row in tasks.rows_of("chartqa", files, range(12))]
     assert [row["type"] for row in rows] == ["augmented_test", "human_test"] * 6
     for i, row in enumerate(rows):
-        drawing = synth.draw(5 + i, "test", synth.CHARTS, synth.SIZES)
+        drawing = draw.draw(5 + i, "test", draw.CHARTS, draw.SIZES)
         assert tasks.open_picture(row["image"]).tobytes() == drawing.image.tobytes()
         assert (row["question"], row["answer"], row["type"].removesuffix("_test")) in {qa[:3] for qa in drawing.qa}
         assert metrics.score("chartqa", row["answer"], row) == 1
@@ -211,13 +211,13 @@ def test_the_exam_alternates_types_and_its_answers_score_full(tmp_path):
 
 def test_a_finished_folder_is_not_drawn_again(tmp_path):
     """train.py calls this at every start; a half-written folder has no marker and is drawn anew."""
-    synth.write_all(str(tmp_path), pretrain=2, finetune=2, test=2)
+    draw.write_all(str(tmp_path), pretrain=2, finetune=2, test=2)
     shard = next((tmp_path / "finetune").rglob("*.parquet"))
     before = shard.stat().st_mtime_ns
-    synth.write_all(str(tmp_path), pretrain=2, finetune=2, test=2)
+    draw.write_all(str(tmp_path), pretrain=2, finetune=2, test=2)
     assert shard.stat().st_mtime_ns == before and pq.read_table(shard).num_rows == 1
     (tmp_path / "drawn.json").unlink()
-    synth.write_all(str(tmp_path), pretrain=2, finetune=2, test=2)
+    draw.write_all(str(tmp_path), pretrain=2, finetune=2, test=2)
     assert shard.stat().st_mtime_ns > before
-    synth.write_parquet(tmp_path / "alone", 2, seed=1_000_000)
+    draw.write_parquet(tmp_path / "alone", 2, seed=1_000_000)
     assert (tmp_path / "alone/data" / shard.name).read_bytes() == shard.read_bytes(), "several processes draw what one does"

@@ -2,7 +2,7 @@
 
 One table, TASKS, in the order of the paper's columns; one iterator, rows_of, that reads the official Parquet folders in
 place, a few rows at a time: a split's pictures are never in memory together. Prompts and limits are those of lmms-eval
-v0.3.4; the scorers are in metrics.py under the same names.
+v0.3.4; the scorers are in benchmarks/metrics.py under the same names.
 """
 
 import ast
@@ -50,7 +50,7 @@ def scienceqa_prompt(row):
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark. Everything that eval.py and report.py know of it, except its scorer: metrics.SCORERS[name]."""
+    """One benchmark. Everything that eval.py and benchmarks/report.py know of it, except its scorer: metrics.SCORERS[name]."""
     title: str            # in the paper's table
     group: str            # of the paper, Sec. 5.2
     repo: str             # on the Hugging Face hub; only local folders are read

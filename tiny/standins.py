@@ -1,9 +1,9 @@
 """Small stand-ins for the thirteen benchmarks' folders: drawn pictures, the official files, columns and types.
 
-    python standins.py data/standins 8        # then: python eval.py --task all --preset tiny --data data/standins
+    python -m tiny.standins data/standins 8        # then: python eval.py --task all --preset tiny --data data/standins
 
 They exercise every reader, prompt and scorer in minutes on a laptop; their scores mean nothing. `eval.py --task all
---preset tiny` draws them by itself. Column names and types are those of the dataset cards; the questions are synth.py's.
+--preset tiny` draws them by itself. Column names and types are those of the dataset cards; the questions are tiny/draw.py's.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import synth
+from tiny import draw
 
 LETTERS = "ABCD"
 SUBTASKS = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -27,9 +27,9 @@ AXES = (("coarse perception", "image scene and topic"), ("fine-grained perceptio
 def questions(count, seed):
     """`count` drawings of the test half, each with one of its questions: (rng, picture bytes, size, question, answer)."""
     for i in range(count):
-        drawing, rng = synth.draw(seed + i, "test"), random.Random(f"stand-in {seed + i}")
+        drawing, rng = draw.draw(seed + i, "test"), random.Random(f"stand-in {seed + i}")
         question, answer, *_ = rng.choice(drawing.qa)
-        yield rng, synth.png(drawing.image), drawing.image.size, question, answer
+        yield rng, draw.png(drawing.image), drawing.image.size, question, answer
 
 
 def options(rng, answer, count=4):
@@ -129,7 +129,7 @@ def ai2d(count, seed):
 
 def chartqa(count, seed):
     """The rows that train.py's drawn test set has more of."""
-    return {"data/test-00000-of-00001.parquet": synth.exam_rows(count, seed)}
+    return {"data/test-00000-of-00001.parquet": draw.exam_rows(count, seed)}
 
 
 def docvqa(count, seed):
@@ -232,5 +232,5 @@ def fill(data, tasks=tuple(WRITERS), count=8):
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3) or len(sys.argv) == 3 and not sys.argv[2].isdigit():
-        sys.exit("usage: python standins.py FOLDER [ROWS PER TASK]")
+        sys.exit("usage: python -m tiny.standins FOLDER [ROWS PER TASK]")
     fill(sys.argv[1], count=int(sys.argv[2]) if len(sys.argv) == 3 else 8)

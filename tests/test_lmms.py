@@ -1,4 +1,4 @@
-"""lmms_adapter.py against a stand-in of lmms-eval's interface (0.3.5), for the harness itself is large and optional."""
+"""tools/lmms.py against a stand-in of lmms-eval's interface (0.3.5), for the harness itself is large and optional."""
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -17,9 +17,9 @@ def adapter(monkeypatch):
     for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules["lmms_eval.api.model"].lmms = lmms
-    monkeypatch.delitem(sys.modules, "lmms_adapter", raising=False)
-    import lmms_adapter
-    return lmms_adapter
+    monkeypatch.delitem(sys.modules, "tools.lmms", raising=False)
+    from tools import lmms
+    return lmms
 
 
 def test_requests_are_answered_in_their_order_as_generate_would(adapter, tmp_path):
@@ -38,6 +38,6 @@ def test_requests_are_answered_in_their_order_as_generate_would(adapter, tmp_pat
 
 
 def test_without_the_harness_it_says_what_to_install():
-    run = subprocess.run([sys.executable, "-c", "import sys; sys.modules['lmms_eval'] = None; import lmms_adapter"], cwd=ROOT,
+    run = subprocess.run([sys.executable, "-c", "import sys; sys.modules['lmms_eval'] = None; import tools.lmms"], cwd=ROOT,
                          capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.startswith("lmms_adapter.py: lmms-eval is not installed; pip install lmms-eval==0.3.5")
+    assert run.returncode == 1 and run.stderr.startswith("tools.lmms: lmms-eval is not installed; pip install lmms-eval==0.3.5")

@@ -12,7 +12,7 @@ import math
 import os
 import time
 
-from tasks import TASKS
+from benchmarks.tasks import TASKS
 
 PAPER = {"0.5b": 0, "1.5b": 1}  # preset -> place in Task.paper; the paper has no such row for 7b
 

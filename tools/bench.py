@@ -1,11 +1,11 @@
 """What training, answering and reading cost on this machine, each beside the plain way of doing the same thing.
 
-    python bench.py packing                               # laptop: a training step without padding, and with
-    python bench.py transformers --preset tiny            # the same network and batch trained by transformers, if installed
-    python bench.py answers --preset 0.5b --layers 6      # sixteen questions decoded together, and one by one
-    python bench.py decoding --preset 0.5b                # the same without the pictures: the answers' tokens alone
-    python bench.py data                                  # pictures to tiles, and by transformers' processor, if installed
-    python bench.py packing --preset 0.5b --count 8       # one GPU, bf16
+    python -m tools.bench packing                               # laptop: a training step without padding, and with
+    python -m tools.bench transformers --preset tiny            # the same network and batch trained by transformers, if installed
+    python -m tools.bench answers --preset 0.5b --layers 6      # sixteen questions decoded together, and one by one
+    python -m tools.bench decoding --preset 0.5b                # the same without the pictures: the answers' tokens alone
+    python -m tools.bench data                                  # pictures to tiles, and by transformers' processor, if installed
+    python -m tools.bench packing --preset 0.5b --count 8       # one GPU, bf16
 
 Random weights, pictures and text: nothing is downloaded. The ways are timed in turn, round by round, so that a machine that
 slows down slows both; the median is printed with the fastest and the slowest, and the ratio of the medians.
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import cost
+from tools import cost
 import data
-import synth
+from tiny import draw
 from model import PRESETS, LLaVAVR
 
 # A mix like LLaVA-NeXT's 779K, whose lengths are not published; shares assumed: photographs, scans, charts, no picture.
@@ -123,7 +123,7 @@ def transformers(args):
     """The uncompressed LLaVA-NeXT that both can be, on the same pictures and tokens."""
     from transformers import LlavaNextForConditionalGeneration, LlavaNextImageProcessor
     from transformers.utils import logging
-    from convert import to_next
+    from tools.convert import to_next
     logging.set_verbosity_error()
     tile = PRESETS[args.preset].vision.image_size
     config = PRESETS[args.preset]
@@ -166,8 +166,8 @@ def answers(args, pictures=True):
     """Questions about drawn charts answered together, against one sample at a time."""
     model = build(args).eval()
     scale = model.config.vision.image_size / 112
-    charts = [synth.draw(args.seed + i, "test", synth.CHARTS, scale=scale) for i in range(-(-args.count // args.each))]
-    pairs = [(c.image if pictures else None, question + synth.SHORT) for c in charts for question, *_ in c.qa[:args.each]]
+    charts = [draw.draw(args.seed + i, "test", draw.CHARTS, scale=scale) for i in range(-(-args.count // args.each))]
+    pairs = [(c.image if pictures else None, question + draw.SHORT) for c in charts for question, *_ in c.qa[:args.each]]
     images, questions = map(list, zip(*pairs[:args.count]))
     count = len(questions)                                        # fewer where a chart has not so many
     model.read_tokenizer(args.tokenizer)
@@ -218,7 +218,7 @@ def main():
     parser.add_argument("--tokenizer", default="tiny/qwen2", help="folder with a tokenizer.json")
     args = parser.parse_args()
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"bench.py {args.what}, preset {args.preset}, torch {torch.__version__}, {args.device.type}, "
+    print(f"tools/bench.py {args.what}, preset {args.preset}, torch {torch.__version__}, {args.device.type}, "
           f"{torch.get_num_threads()} thread(s), seed {args.seed}, {args.rounds} rounds")
     ways[args.what](args)
 
@@ -227,4 +227,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"bench.py: {error}")
+        sys.exit(f"tools.bench: {error}")

@@ -1,0 +1,1 @@
+"""The thirteen benchmarks of the paper, one file for each of its groups."""

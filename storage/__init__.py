@@ -1,0 +1,1 @@
+"""What lies on the disk: weights, checkpoints, data sets, logs."""

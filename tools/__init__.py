@@ -1,0 +1,1 @@
+"""What is run beside the story: python -m tools.NAME."""
