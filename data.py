@@ -1,10 +1,5 @@
 """From records to batches: AnyRes plans, tiles, the Qwen2 chat template with its label mask, lengths, batches.
 
-    python data.py --check data/LLaVA-NeXT-Data/data --workers 8      # decode everything, name what is wrong, write the index
-    python data.py --check my.json --images my.zip                    # exit status 1 if anything is wrong
-    python data.py --show 3                                           # what the tiny model is shown and trained on
-    python data.py --show 3 --data data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json --template plain
-
 Nothing here knows of projectors: the model says how many tokens a side of one tile makes (`side`) and how wide a tile
 is in pixels (`tile`). One planner serves the data and the model, so token counts and features cannot disagree:
 `ImagePlan` says how many tokens an image costs, and `cells()` from which tile, row and column each of them comes.
@@ -15,23 +10,18 @@ is in pixels (`tile`). One planner serves the data and the model, so token count
 
 Sources: LLaVA-VL/LLaVA-NeXT at df179663 (AnyRes, template, label mask), "Vision Remember" arXiv 2506.03928.
 """
-import argparse
 import functools
 import io
-import itertools
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFile, ImageFont
-from tqdm import tqdm
+from PIL import Image, ImageFile
 
-from storage import records
-from storage.records import MARK, open_records
+from storage.records import MARK, open_records  # noqa: F401
 
 IMAGE = -200      # in input_ids: "here stands one vision token"; never an id of the tokenizer
 IGNORE = -100     # in labels: not trained
@@ -368,7 +358,18 @@ def encode_plain(tokenizer, caption, image_tokens):
 FRAME = {"chat": 21, "plain": 1}  # tokens around the text: system block and one round, 11 + 5 + 5; the caption's line break
 
 
-def lengths(index, template, mode, side, tile):
+@dataclass(frozen=True)
+class SampleFormat:
+    """How a record becomes a sample: what the recipe and the model decide."""
+    template: str             # "plain" (phase 1) or "chat"
+    mode: str                 # of `plan_image`; several pictures of a record are all "pad"
+    side: int                 # p
+    tile: int                 # P
+    train: str = "answer"     # of `encode_chat`
+    max_length: int = 8192    # tokens, vision tokens among them
+
+
+def planned_tokens(index, form):
     """Rows of `records.index` or `estimate` -> (records,) int64: planned tokens of every sample, to balance work by.
 
     Vision tokens are those of `plan_image`: one picture in `mode`, several "pad" each. An unknown size, 0 x 0, counts as a
@@ -377,16 +378,16 @@ def lengths(index, template, mode, side, tile):
     """
     chars, pictures, width, height = (index[name].astype(np.int64) for name in ("chars", "pictures", "width", "height"))
     sizes, which = np.unique(width << 32 | height, return_inverse=True)
-    sizes = [divmod(size, 2**32) if size else (2 * tile, 3 * tile // 2) for size in sizes.tolist()]
-    one = np.array([plan_image(size, mode, side, tile).tokens for size in sizes], np.int64)[which]
-    several = pictures * plan_image((tile, tile), "pad", side, tile).tokens
-    return np.select([pictures == 0, pictures == 1], [0, one], several) + chars // 4 + FRAME[template]
+    sizes = [divmod(size, 2**32) if size else (2 * form.tile, 3 * form.tile // 2) for size in sizes.tolist()]
+    one = np.array([plan_image(size, form.mode, form.side, form.tile).tokens for size in sizes], np.int64)[which]
+    several = pictures * plan_image((form.tile, form.tile), "pad", form.side, form.tile).tokens
+    return np.select([pictures == 0, pictures == 1], [0, one], several) + chars // 4 + FRAME[form.template]
 
 
 # ------------------------------------------------------------------------------- samples and batches
 
-def encode_sample(record, tokenizer, template, mode, side, tile, train="answer", max_length=8192):
-    """A record -> {"id", "ids" list, "labels" list, "tiles" (n, P, P, 3) uint8, n = 0 for text, "plans" list}.
+def encode_sample(record, tokenizer, form):
+    """A record -> {"id", "input_ids" list, "labels" list, "tiles" (n, P, P, 3) uint8, n = 0 for text, "plans" list}.
 
     template  "plain" (phase 1) or "chat" (phase 2); mode as in `plan_image`, but several pictures are all "pad"
     Cut on the right to max_length tokens, vision tokens counted; never through a picture, whose rows would vanish.
@@ -394,26 +395,26 @@ def encode_sample(record, tokenizer, template, mode, side, tile, train="answer",
     """
     try:
         pictures = [load_image(source, cut_short=True) for source in record["images"]]
-        plans = [plan_image(picture.size, "pad" if len(pictures) > 1 else mode, side, tile) for picture in pictures]
+        plans = [plan_image(picture.size, "pad" if len(pictures) > 1 else form.mode, form.side, form.tile) for picture in pictures]
         counts, turns = [plan.tokens for plan in plans], record["conversations"]
-        if template == "chat":
-            ids, labels = encode_chat(tokenizer, turns, counts, train=train)
-        elif template == "plain":
+        if form.template == "chat":
+            ids, labels = encode_chat(tokenizer, turns, counts, train=form.train)
+        elif form.template == "plain":
             if len(turns) != 2 or len(plans) != 1:
                 raise ValueError(f"{len(turns)} turns and {len(plans)} pictures: the plain template takes 2 and 1")
             ids, labels = encode_plain(tokenizer, turns[1].get("value", turns[1].get("content")), counts)
         else:
-            raise ValueError(f"template {template!r} is unknown: use plain or chat")
-        if IMAGE in ids[max_length:]:
-            raise ValueError(f"max_length {max_length} cuts through a picture ({sum(counts)} vision tokens): raise it")
-        ids, labels = ids[:max_length], labels[:max_length]
-        if train and all(label == IGNORE for label in labels):
-            raise ValueError(f"nothing is left to train on within max_length {max_length}: raise it or drop the record")
+            raise ValueError(f"template {form.template!r} is unknown: use plain or chat")
+        if IMAGE in ids[form.max_length:]:
+            raise ValueError(f"max_length {form.max_length} cuts through a picture ({sum(counts)} vision tokens): raise it")
+        ids, labels = ids[:form.max_length], labels[:form.max_length]
+        if form.train and all(label == IGNORE for label in labels):
+            raise ValueError(f"nothing is left to train on within max_length {form.max_length}: raise it or drop the record")
         tiles = [cut_tiles(picture, plan) for picture, plan in zip(pictures, plans)]
     except ValueError as error:
         raise ValueError(f"record {record['id']}: {error}") from error
-    tiles = np.concatenate(tiles) if tiles else np.empty((0, tile, tile, 3), np.uint8)
-    return {"id": record["id"], "ids": ids, "labels": labels, "tiles": tiles, "plans": plans}
+    tiles = np.concatenate(tiles) if tiles else np.empty((0, form.tile, form.tile, 3), np.uint8)
+    return {"id": record["id"], "input_ids": ids, "labels": labels, "tiles": tiles, "plans": plans}
 
 
 @dataclass
@@ -424,7 +425,7 @@ class Batch:
     lengths: torch.Tensor         # (B,)   int64; masks come from here: a pad id may also stand in text
     pixels: torch.Tensor | None   # (n, 3, P, P) float32, tiles of all pictures in order of `plans`
     plans: list                   # ImagePlan of every picture, in order of occurrence over the batch
-    ids: list                     # record ids
+    record_ids: list              # names of the records
     packed: list | None = None    # samples end to end in one row: their lengths. Then B is 1 above, but for `lengths`
 
     def to(self, device, non_blocking=False):
@@ -440,21 +441,21 @@ class Batch:
 
 def pack(samples):
     """Samples of `encode_sample` -> Batch of one row, end to end: no padding is computed. For training."""
-    lengths = [len(sample["ids"]) for sample in samples]
+    lengths = [len(sample["input_ids"]) for sample in samples]
     labels = [label for sample in samples for label in (IGNORE, *sample["labels"][1:])]      # none is told by its neighbour
     tiles = [sample["tiles"] for sample in samples if len(sample["tiles"])]
-    return Batch(torch.tensor([[i for sample in samples for i in sample["ids"]]]), torch.tensor([labels]), torch.tensor(lengths),
+    return Batch(torch.tensor([[i for sample in samples for i in sample["input_ids"]]]), torch.tensor([labels]), torch.tensor(lengths),
                  normalise(np.concatenate(tiles)) if tiles else None,
                  [plan for sample in samples for plan in sample["plans"]], [sample["id"] for sample in samples], lengths)
 
 
 def collate(samples, pad_id):
     """Samples of `encode_sample` -> Batch, padded on the right with pad_id. For answering, where rows grow apart."""
-    lengths = torch.tensor([len(sample["ids"]) for sample in samples])
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
     input_ids = torch.full((len(samples), int(lengths.max())), pad_id)  # (B, T)
     labels = torch.full_like(input_ids, IGNORE)
     for b, sample in enumerate(samples):
-        input_ids[b, :lengths[b]] = torch.tensor(sample["ids"])
+        input_ids[b, :lengths[b]] = torch.tensor(sample["input_ids"])
         labels[b, :lengths[b]] = torch.tensor(sample["labels"])
     tiles = [sample["tiles"] for sample in samples if len(sample["tiles"])]
     return Batch(input_ids, labels, lengths, normalise(np.concatenate(tiles)) if tiles else None,
@@ -518,192 +519,3 @@ class Order:
         count = -(-len(batch) // (world * micro))                                # forwards, as few as can be
         mine = np.array(shares(batch, self.lengths[batch], world, count * micro)[rank], np.int64)
         return shares(mine, self.lengths[mine], count, micro)
-
-
-# ------------------------------------------------------------------------------ checking and showing
-
-DEFECTS = MISSING, CORRUPT, MISMATCH, EMPTY, NOTHING, MALFORMED = (
-    "missing pictures", "corrupt pictures", "mark/picture mismatches", "empty answers", "records that would train nothing",
-    "malformed records")
-
-
-def decoded(file):
-    """An open picture, decoded to its last pixel -> ((W, H), what is wrong with it or None). Stricter than training: a
-    picture that is cut short counts as corrupt."""
-    blob = file.read()
-    try:
-        return load_image(blob).size, None
-    except ValueError as error:
-        why = str(error)
-    try:
-        return load_image(blob, cut_short=True).size, "it is cut short, training sees it as far as it goes"
-    except ValueError:
-        return (0, 0), why
-
-
-def defect(problem):
-    """Which of DEFECTS the words of `records.record_problem` tell of."""
-    return MISMATCH if f"{MARK} marks" in problem else EMPTY if "empty answer" in problem else MALFORMED
-
-
-def text_problem(record):
-    """What is wrong with the turns of a `reader.read(i)` -> (one of DEFECTS, why) or None."""
-    problem = records.record_problem(record, record["names"])
-    if problem:
-        return defect(problem), problem
-    try:
-        roles = [role for role, _ in read_turns(record["conversations"], bool(record["names"]))]
-    except ValueError as error:
-        return NOTHING, str(error)
-    return None if "assistant" in roles else (NOTHING, "has no answer")
-
-
-def examine(source, i):
-    """Record i, every picture decoded -> (its row of the index, [(one of DEFECTS, where and why)])."""
-    try:
-        record = source.read(i, decoded)
-    except (ValueError, OSError) as error:
-        return (0, 0, 0, 0), [(MALFORMED, f"row {i}: {error}")]
-    found, sizes = [text_problem(record)], []
-    for name, picture in zip(record["names"], record["images"]):
-        size, why = picture or (None, "it is missing")
-        found.append(why and (CORRUPT if picture else MISSING, f"picture {name}: {why}"))
-        sizes.append(size)
-    problems = [(kind, f"row {i}, record {record['id']}: {why}") for kind, why in filter(None, found)]
-    return records.row_of(record, sizes), problems
-
-
-def check(path, images, workers, side, tile):
-    """Reads all of a set, prints what it holds and what is wrong with it, writes its index. -> number of problems"""
-    refused, index, found = [], [], []
-    source = open_records(path, images, refused)
-    found += [(defect(why), why) for why in refused]
-    with tqdm(total=len(source), unit=" records", mininterval=1) as bar:
-        for row, problems in records.sweep(source, examine, workers, bar.update):
-            index.append(row)
-            found += problems
-    index = np.array(index, records.ROW)
-    records.save_index(source, index)
-    pictures = index["pictures"]
-    counts = {"records": len(source) + len(refused), "pictures": pictures.sum(), "text-only records": (pictures == 0).sum(),
-              "several-picture records": (pictures > 1).sum(), **{kind: sum(k == kind for k, _ in found) for kind in DEFECTS}}
-    print("\n".join(f"{name:<32}{count:>15,}" for name, count in counts.items()))
-    print_lengths(index, side, tile)
-    print("\n".join(why for _, why in found[:20]) if found else "no problem found")
-    if len(found) > 20:
-        print(f"and {len(found) - 20:,} more")
-    return len(found)
-
-
-def print_lengths(index, side, tile):
-    """How many samples have how many tokens in the two phases, as `lengths` plans them."""
-    edges = [0, *(2**n + 1 for n in range(6, 14)), 2**31]
-    phases = lengths(index, "plain", "square", side, tile), lengths(index, "chat", "a4", side, tile)
-    print(f"\n{'planned tokens, text estimated':<32}{'square, plain':>15}{'a4, chat':>15}")
-    for low, high, *counts in zip(edges, edges[1:], *(np.histogram(phase, edges)[0] for phase in phases)):
-        print(f"{f'{low:,} to {high - 1:,}' if high < 2**31 else f'{low:,} and more':<32}{counts[0]:>15,}{counts[1]:>15,}")
-    print(f"{'mean':<32}{phases[0].mean():>15,.1f}{phases[1].mean():>15,.1f}\n")
-
-
-def spell(sample, tokenizer, start="\u27e6", end="\u27e7"):
-    """A sample of `encode_sample` as text: what is trained stands between start and end, a picture as its token count."""
-    plans, pieces = iter(sample["plans"]), []
-    kind = lambda pair: (pair[0] == IMAGE, pair[1] != IGNORE)
-    for (picture, trained), run in itertools.groupby(zip(sample["ids"], sample["labels"]), kind):
-        ids = [i for i, _ in run]
-        while picture and ids:                                            # two pictures may stand side by side
-            count = next(plans).tokens
-            pieces.append(f"<image: {count} tokens>")
-            ids = ids[count:]
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-        pieces.append(f"{start}{text}{end}" if trained else text)
-    return "".join(pieces)
-
-
-def strip(tiles, plan, name):
-    """A picture of one plan's tiles, the base beside the canvas, what becomes tokens framed in red, the plan below."""
-    gap, P, (top, left, h, w) = 8, plan.tile, (max(1, edge * plan.tile // plan.side) for edge in plan.crop)
-    corners = [(gap, gap)]
-    if plan.tiles > 1:
-        corners += [(2 * gap + P + x, gap + y) for y in range(0, plan.canvas[1], P) for x in range(0, plan.canvas[0], P)]
-    rest = {"square": "", "pad": " + 1"}.get(plan.mode, " + {} rows of ({} + 1)".format(*plan.map))
-    caption = (f"{name}: {plan.size[0]} x {plan.size[1]} pixels, {plan.mode}, {plan.tiles} tiles, "
-               f"{plan.side} x {plan.side}{rest} = {plan.tokens} tokens")
-    font = ImageFont.load_default(16)
-    width = max(corners[-1][0] + P, math.ceil(font.getlength(caption)) + gap) + gap
-    image = Image.new("RGB", (width, plan.canvas[1] + 5 * gap), "white")
-    pen = ImageDraw.Draw(image)
-    for tile, (x, y) in zip(tiles, corners, strict=True):
-        image.paste(Image.fromarray(tile), (x, y))
-        pen.rectangle((x, y, x + P - 1, y + P - 1), outline="grey")
-    x, y = corners[plan.tiles > 1]
-    pen.rectangle((x + left, y + top, x + left + w - 1, y + top + h - 1), outline="red", width=2)
-    pen.text((gap, plan.canvas[1] + 2 * gap), caption, fill="black", font=font)
-    return image
-
-
-def sheet(samples):
-    """The strips of all pictures of these samples below each other, or None if they have no picture."""
-    strips = []
-    for sample in samples:
-        ends = np.cumsum([plan.tiles for plan in sample["plans"]])
-        strips += [strip(sample["tiles"][end - plan.tiles:end], plan, f"{sample['id']}, picture {n + 1}")
-                   for n, (plan, end) in enumerate(zip(sample["plans"], ends))]
-    if not strips:
-        return None
-    page = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
-    for n, image in enumerate(strips):
-        page.paste(image, (0, sum(above.height for above in strips[:n])))
-    return page
-
-
-def show(source, count, tokenizer, template, mode, side, tile, out):
-    """Prints `count` samples, evenly spaced over the set, as the model gets them, and saves their tiles to `out`."""
-    rows = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
-    samples = [encode_sample(source[i], tokenizer, template, mode, side, tile) for i in rows]
-    marks = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("\u27e6", "\u27e7")
-    for i, sample in zip(rows, samples):
-        trained = sum(label != IGNORE for label in sample["labels"])
-        print(f"--- row {i}, record {sample['id']}: {len(sample['ids'])} tokens, {trained} trained {marks[0]}like this{marks[1]}")
-        print(spell(sample, tokenizer, *marks))
-    page = sheet(samples)
-    if page:
-        page.save(out)
-        print(f"--- {out} shows the tiles")
-
-
-def main(argv=None):
-    """The command line. -> exit status: 1 if --check found a problem. Raises ValueError, OSError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--check", metavar="PATH", help="read a whole set, decode every picture, report, write the index")
-    task.add_argument("--show", type=int, metavar="N", help="print N samples as the model gets them and save their tiles")
-    parser.add_argument("--data", default="data/tiny/finetune", metavar="PATH", help="what --show shows; default: %(default)s")
-    parser.add_argument("--images", metavar="PLACE", help="folder or .zip with the pictures of a .json")
-    parser.add_argument("--workers", type=int, default=0, help="processes of --check; default: none but this one")
-    parser.add_argument("--template", choices=FRAME, default="chat")
-    parser.add_argument("--mode", choices=MODES, help="default: square for plain, a4 for chat")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="default: tiny/qwen2 for data/tiny, else Qwen2-0.5B-Instruct's")
-    parser.add_argument("--tile", type=int, help="pixels along a tile; default: 112 for data/tiny, else 336")
-    parser.add_argument("--side", type=int, help="tokens along a tile; default: 4 for data/tiny, else 12")
-    parser.add_argument("--out", default="shown.png", help="picture that --show writes; default: %(default)s")
-    args = parser.parse_args(argv)
-    tiny = Path("data/tiny").resolve() in Path(args.check or args.data).resolve().parents
-    side, tile = args.side or (4 if tiny else 12), args.tile or (112 if tiny else 336)
-    if args.check:
-        return int(check(args.check, args.images, args.workers, side, tile) > 0)
-    if args.show < 1:
-        raise ValueError(f"--show {args.show}: ask for at least one sample")
-    if tiny and not os.path.exists(args.data):
-        raise FileNotFoundError(f"{args.data} does not exist: python -m tiny.draw --out data/tiny draws it; or give --data")
-    tokenizer = load_tokenizer(args.tokenizer or ("tiny/qwen2" if tiny else "weights/Qwen2-0.5B-Instruct"))
-    mode = args.mode or ("square" if args.template == "plain" else "a4")
-    show(open_records(args.data, args.images), args.show, tokenizer, args.template, mode, side, tile, args.out)
-    return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"data.py: {error}")

@@ -6,12 +6,7 @@
     CLIPVision -> projector (4x fewer tokens) -> place among the text -> Qwen2 with Vision Remember between layers
 
 A folder written by `save_pretrained` holds config.json, model.safetensors (or shards) and tokenizer.json.
-
-    python model.py --check runs/0.5b/phase2      # a CLIP, Qwen2 or LLaVA-VR folder: is it whole, and free of NaN?
 """
-import argparse
-import sys
-from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,11 +19,35 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from clip import CLIPConfig, CLIPVision
-from projectors import PROJECTORS
 from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config
 from storage.records import stands_for_picture
 from sela import VisionRemember
-from storage.weights import check_fingerprint, fingerprint, load_weights, read_config, read_tensors, save_weights
+from storage.weights import check_fingerprint, fingerprint, load_weights, read_config, save_weights
+
+
+class MLP(nn.Sequential):
+    """LLaVA-NeXT's `mlp2x_gelu`, no compression: (t, N, C) -> (t, N, d). Keys 0.* and 2.* as in `mm_projector`."""
+
+    def __init__(self, width, out, feature_side, side):
+        super().__init__(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
+        self.feature_side, self.side = feature_side, side
+        if type(self) is MLP and side != feature_side:
+            raise ValueError(f"the mlp projector keeps all {feature_side}x{feature_side} tokens: set side={feature_side}")
+
+
+class AAP(MLP):
+    """Adaptive average pooling, then the MLP; the paper's default (Sec. 4.4, DeCo): (t, N, C) -> (t, p*p, d).
+
+    Pooling comes first, so the MLP runs on a quarter of the tokens.
+    """
+
+    def forward(self, features):
+        grid = features.transpose(1, 2).unflatten(2, (self.feature_side, -1))        # (t, C, g, g)
+        pooled = F.adaptive_avg_pool2d(grid, self.side)                              # (t, C, p, p)
+        return super().forward(pooled.flatten(2).transpose(1, 2))                    # (t, p*p, d)
+
+
+PROJECTORS = {"aap": AAP, "mlp": MLP}
 
 
 @dataclass
@@ -67,11 +86,25 @@ class LLaVAVRConfig:
 CLIP_L = CLIPConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
 CLIP_TINY = CLIPConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, image_size=112, patch_size=14)
 QWEN2_TINY = Qwen2Config(1024, 128, 384, 6, 4, 2, rope_theta=1e3, tie_word_embeddings=True, max_position_embeddings=4096)
+CLIP_FOLDER = "weights/clip-vit-large-patch14-336"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What `--preset NAME` stands for."""
+    config: LLaVAVRConfig       # how the parts are joined; their sizes are read from the folders' config.json
+    clip: str = CLIP_FOLDER     # folder of the ViT's weights
+    llm: str = ""               # folder of the decoder's weights and the tokenizer
+    drawn: bool = False         # trained and asked on what tiny/draw.py draws, by the small-batch recipes
+
+
+# The one list of presets: another size is one more entry here.
 PRESETS = {
-    "tiny": LLaVAVRConfig(CLIP_TINY, QWEN2_TINY, layers=(2, 4, 6), side=4),
-    "0.5b": LLaVAVRConfig(CLIP_L, QWEN2["0.5b"]),
-    "1.5b": LLaVAVRConfig(CLIP_L, QWEN2["1.5b"]),
-    "7b": LLaVAVRConfig(CLIP_L, QWEN2["7b"]),
+    "tiny": Preset(LLaVAVRConfig(CLIP_TINY, QWEN2_TINY, layers=(2, 4, 6), side=4),
+                   clip="tiny/clip", llm="tiny/qwen2", drawn=True),
+    "0.5b": Preset(LLaVAVRConfig(CLIP_L, QWEN2["0.5b"]), llm="weights/Qwen2-0.5B-Instruct"),
+    "1.5b": Preset(LLaVAVRConfig(CLIP_L, QWEN2["1.5b"]), llm="weights/Qwen2-1.5B-Instruct"),
+    "7b": Preset(LLaVAVRConfig(CLIP_L, QWEN2["7b"]), llm="weights/Qwen2-7B-Instruct"),
 }
 
 
@@ -100,7 +133,7 @@ class LLaVAVR(nn.Module):
         x = x + self.unused(batch).to(x.dtype)                                   # (B, T, d)
         targets = batch.labels[:, 1:]                                            # a token is predicted by the one before
         keep = F.pad(targets != data.IGNORE, (0, 1))                             # (B, T) where a logit row is needed
-        hidden = self.language_model(inputs_embeds=x, hook=remember, keep=keep, lengths=batch.packed, head=False)   # (n, d)
+        hidden = self.language_model(inputs_embeds=x, hook=remember, keep=keep, packed=batch.packed, logits=False)   # (n, d)
         loss = summed_loss(hidden, self.language_model.lm_head, targets[keep[:, :-1]])
         return loss / (denominator or keep.sum().clamp(min=1))
 
@@ -182,7 +215,7 @@ class LLaVAVR(nn.Module):
         x, remember = self.embed(batch)                                          # (heads, T, d)
         room = x.shape[1] + rest.input_ids.shape[1] + max_new_tokens
         cache = KVCache(self.config.text, len(heads), room, x.dtype, device)
-        self.language_model(inputs_embeds=x, cache=cache, hook=remember, head=False)
+        self.language_model(inputs_embeds=x, cache=cache, hook=remember, logits=False)
         cache.lengths = batch.lengths.clone()                                    # padding on the right will be overwritten
         cache.share(torch.tensor(owners, device=device))                         # (B,) rows from here on
         lengths = cache.lengths + rest.lengths
@@ -225,7 +258,7 @@ class LLaVAVR(nn.Module):
         plans = [data.plan_image(picture.size, mode, self.config.side, self.config.vision.image_size) for picture in pictures]
         ids, labels = data.encode_chat(self.tokenizer, turns, [plan.tokens for plan in plans], generate=True)
         tiles = [tile for picture, plan in zip(pictures, plans) for tile in data.cut_tiles(picture, plan)]
-        return {"id": "", "ids": ids, "labels": labels, "tiles": tiles, "plans": plans}
+        return {"id": "", "input_ids": ids, "labels": labels, "tiles": tiles, "plans": plans}
 
     @classmethod
     def from_parts(cls, clip, llm, preset="0.5b", dtype=torch.float32, **changes):
@@ -234,7 +267,7 @@ class LLaVAVR(nn.Module):
         preset names the joining choices (PRESETS); changes override them. Sizes come from the folders' config.json.
         Raises ValueError or FileNotFoundError, naming folder and key.
         """
-        base = PRESETS[preset]
+        base = PRESETS[preset].config
         joint = {name: getattr(base, name) for name in ("layers", "projector", "side", "remember", "window", "saliency", "image_mode")}
         joint.update(changes)
         vision = CLIPVision.from_pretrained(clip, joint["layers"], joint["saliency"], dtype)
@@ -296,11 +329,11 @@ def shared_heads(samples):
     """
     heads, owners, rests = {}, [], []
     for sample in samples:
-        cut = max((place for place, token in enumerate(sample["ids"]) if token == data.IMAGE), default=0) + 1
-        key = tuple(sample["ids"][:cut]), b"".join(tile.tobytes() for tile in sample["tiles"])
-        head = {**sample, "ids": sample["ids"][:cut], "labels": sample["labels"][:cut]}
+        cut = max((place for place, token in enumerate(sample["input_ids"]) if token == data.IMAGE), default=0) + 1
+        key = tuple(sample["input_ids"][:cut]), b"".join(tile.tobytes() for tile in sample["tiles"])
+        head = {**sample, "input_ids": sample["input_ids"][:cut], "labels": sample["labels"][:cut]}
         owners.append(heads.setdefault(key, (len(heads), head))[0])
-        rests.append({"id": "", "ids": sample["ids"][cut:], "labels": sample["labels"][cut:], "tiles": [], "plans": []})
+        rests.append({"id": "", "input_ids": sample["input_ids"][cut:], "labels": sample["labels"][cut:], "tiles": [], "plans": []})
     return [head for _, head in heads.values()], owners, rests
 
 
@@ -313,35 +346,3 @@ def summed_loss(hidden, head, targets, rows=1024):
         return part(hidden, targets)
     return sum(checkpoint(part, *pair, use_reentrant=False, preserve_rng_state=False)
                for pair in zip(hidden.split(rows), targets.split(rows)))
-
-
-def check(folder):
-    """Load a CLIP, Qwen2 or LLaVA-VR folder strictly -> lines that say what it holds.
-
-    Raises ValueError or FileNotFoundError as loading does, and ValueError naming the tensors with NaN or infinity.
-    """
-    config, dtypes, sizes, broken = read_config(folder), Counter(), Counter(), []
-    for path, key, tensor in read_tensors(folder):
-        dtypes[tensor.dtype] += tensor.numel()
-        if not torch.isfinite(tensor).all():
-            broken.append(f"{key} in {path.name}")
-    if broken:
-        raise ValueError(f"{folder}: NaN or infinity in {', '.join(broken)}; download it again, or go back to an earlier save")
-    kind, options = config.get("model_type"), {"dtype": max(dtypes, key=dtypes.get)}             # a 7B in bf16 stays in bf16
-    if kind in ("clip", "clip_vision_model"):
-        options["layers"] = (CLIPConfig.from_dict(config).num_hidden_layers,)
-    loader = {"clip": CLIPVision, "clip_vision_model": CLIPVision, "qwen2": Qwen2}.get(kind, LLaVAVR)
-    for name, parameter in loader.from_pretrained(folder, **options).named_parameters():
-        sizes[name.split(".")[0]] += parameter.numel()
-    return [f"{folder}: {kind}, {sizes.total():,} parameters, all finite",
-            *(f"{size:15,}  {name}" for name, size in sizes.items()),
-            *(f"{count:15,}  numbers on disk in {dtype}" for dtype, count in dtypes.items())]
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", metavar="FOLDER", required=True)
-    try:
-        print(*check(parser.parse_args().check), sep="\n")
-    except (ValueError, OSError) as error:
-        sys.exit(f"model.py: {error}")

@@ -271,13 +271,13 @@ class Qwen2(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids=None, *, inputs_embeds=None, cache=None, hook=None, keep=None, lengths=None, head=True):
+    def forward(self, input_ids=None, *, inputs_embeds=None, cache=None, hook=None, keep=None, packed=None, logits=True):
         """input_ids (B, T) or inputs_embeds (B, T, d) -> logits (B, T, V), or (n, V) where keep (B, T) is True.
 
         cache: a KVCache to fill (first call) or to go on from (later calls); its lengths advance by T.
         hook(layer index, hidden (B, T, d)) -> hidden (B, T, d), called before each decoder layer.
-        lengths: list of int, of samples packed end to end into one row (B = 1, no cache), each as if it were alone.
-        head: False gives what the head would read, (B, T, d) or (n, d), for a loss that never holds all logits.
+        packed: list of int, lengths of samples packed end to end into one row (B = 1, no cache), each as if it were alone.
+        logits: False gives what lm_head would read, (B, T, d) or (n, d), for a loss that never holds all logits.
         Raises ValueError unless exactly one input is given, when the cache is full, and for lengths that do not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -286,10 +286,10 @@ class Qwen2(nn.Module):
         positions, scope = torch.arange(x.shape[1], device=x.device), None      # (T,)
         if cache is not None:
             positions, scope = cache.plan(*x.shape[:2])                         # (B, T), (B, 1, T, S)
-        if lengths is not None:
+        if packed is not None:
             if cache is not None or len(x) != 1:
                 raise ValueError(f"packed samples come in one row and without a cache, not in {len(x)} rows or with one")
-            scope = Packing.of(lengths, x.shape[1], x.device)
+            scope = Packing.of(packed, x.shape[1], x.device)
             positions = scope.positions                                         # (T,)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)      # (1 or B, 1, T, D)
         for index, layer in enumerate(self.model.layers):
@@ -304,7 +304,7 @@ class Qwen2(nn.Module):
             cache.lengths, cache.prefilled = cache.lengths + x.shape[1], True
         x = self.model.norm(x)
         x = x if keep is None else x[keep]                                      # (B, T, d) or (n, d)
-        return self.lm_head(x) if head else x                                   # (B, T, V) or (n, V)
+        return self.lm_head(x) if logits else x                                   # (B, T, V) or (n, V)
 
     @torch.no_grad()
     def reset_parameters(self):

@@ -8,7 +8,7 @@
 
 Without --phase, 1 and 2 run one after the other. runs/<preset>/phase1 and phase2 hold the finished models with log.jsonl,
 one line a step, and loss.svg; phase1.partial holds them and the checkpoints while a phase runs. Ctrl-C or SIGTERM saves
-and ends the run. recipes.py holds every number, README.md says where weights and data go.
+and ends the run. The table below holds every number, README.md says where weights and data go.
 """
 import argparse
 import contextlib
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,9 +42,96 @@ from tools import cost
 import data
 from storage import records as readers
 from model import PRESETS, LLaVAVR
-from recipes import PAPER, RECIPES, folders, table
 from storage.log import Log
 from storage.weights import fingerprint
+
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One phase of training."""
+    folder: str                      # of its run, under runs/<preset>
+    start: str | None                # folder of the phase it goes on from; None: fresh projector and Vision Remember
+    batch: int                       # samples per optimizer step over all ranks and micro-batches
+    lr: float                        # peak
+    trains: tuple                    # parts of the model; all else is frozen
+    template: str                    # data.encode_sample
+    mode: str                        # data.plan_image
+    micro: int = 8                   # samples per forward on one device; does not change what is learned
+    vision_lr: float | None = None   # peak for the ViT, where it trains
+    epochs: int = 1
+    warmup: float = 0.03             # share of the steps
+    clip: float = 1.0                # largest norm of the gradient
+    betas: tuple = (0.9, 0.999)      # AdamW's; its weight decay is 0 throughout
+    max_length: int = 8192           # tokens
+
+    def peak(self, part):
+        """The peak learning rate of a part of the model."""
+        return self.vision_lr if part == "vision_tower" and self.vision_lr else self.lr
+
+
+ALIGN = ("mm_projector", "vision_remember")
+ALL = (*ALIGN, "image_newline", "language_model")
+
+PAPER = {"1": Recipe("phase1", None, batch=256, lr=1e-3, trains=ALIGN, template="plain", mode="square", micro=32),
+         "2": Recipe("phase2", "phase1", batch=32, lr=2e-5, trains=ALL, template="chat", mode="a4", micro=4),
+         "si": Recipe("si", "phase1", batch=256, lr=1e-5, vision_lr=2e-6, trains=(*ALL, "vision_tower"), template="chat",
+                      mode="max9", micro=2, max_length=32768)}
+# small batches, for many steps in minutes; a decoder of 128 channels bears larger ones
+TINY = {"1": dataclasses.replace(PAPER["1"], batch=16, lr=2e-3, micro=16),
+        "2": dataclasses.replace(PAPER["2"], batch=16, lr=1e-3, micro=16),
+        "si": dataclasses.replace(PAPER["si"], batch=16, lr=1e-3, vision_lr=2e-4, micro=16)}
+
+
+def recipe_of(preset, phase):
+    """The recipe of a phase for a preset."""
+    return (TINY if PRESETS[preset].drawn else PAPER)[phase]
+
+
+# field -> source of its value, or (phases 1 and 2, si)
+PAPER_SAYS, SI = "paper, Sec. 5.1", "paper, Sec. 5.1: as LLaVA-OneVision-SI, finetune_si.sh"
+SOURCES = {"batch": (PAPER_SAYS, SI), "lr": (PAPER_SAYS, SI), "vision_lr": ("the ViT is frozen: paper, Sec. 5.1", SI),
+           "trains": (PAPER_SAYS, SI), "template": "LLaVA-NeXT: plain captions, then qwen_1_5", "mode": (PAPER_SAYS, SI),
+           "micro": "free: what fits the device", "epochs": "LLaVA-NeXT's scripts", "warmup": "LLaVA-NeXT's scripts",
+           "clip": "paper silent: Hugging Face's default, which LLaVA-NeXT keeps", "betas": "as clip",
+           "max_length": ("paper silent: LLaVA-NeXT's pretraining script", SI)}
+
+
+def table(recipe, preset, changed=()):
+    """-> lines "name  value  source" of every number of a recipe; `changed`: names of those that a flag set."""
+    lines = []
+    for name, source in SOURCES.items():
+        value = getattr(recipe, name)
+        source = source if isinstance(source, str) else source[recipe.folder == "si"]
+        if value != getattr(PAPER[phase_of(recipe)], name):
+            source = "flag" if name in changed else f"preset {preset}"
+        value = ", ".join(map(str, value)) if isinstance(value, tuple) else "-" if value is None else value
+        lines.append(f"  {name:12}{value!s:68}{source}")
+    return lines
+
+
+def phase_of(recipe):
+    """The name of the phase that a recipe, changed or not, belongs to."""
+    return next(phase for phase, standard in PAPER.items() if standard.folder == recipe.folder)
+
+
+SETS = {"1": ("data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "liuhaotian/LLaVA-Pretrain --repo-type dataset", "data/LLaVA-Pretrain"),
+        "2": ("data/LLaVA-NeXT-Data/data", 'lmms-lab/LLaVA-NeXT-Data --repo-type dataset --include "data/*"', "data/LLaVA-NeXT-Data"),
+        "si": ("data/onevision-si.mix", "lmms-lab/LLaVA-OneVision-Data --repo-type dataset", "data/LLaVA-OneVision-Data")}
+
+
+def folders(preset, phase):
+    """Where things are by default -> {"clip", "llm", "data"}, each (path, how to get it)."""
+    clip, llm = PRESETS[preset].clip, PRESETS[preset].llm
+    if PRESETS[preset].drawn:
+        return {"clip": (clip, "git checkout tiny"), "llm": (llm, "git checkout tiny"),
+                "data": (f"data/tiny/{'pretrain/captions.json' if phase == '1' else 'finetune'}",
+                         "python -m tiny.draw --out data/tiny")}
+    fetch = "hf download {} --local-dir {}".format
+    path, what, where = SETS[phase]
+    more = " and list its folders in the .mix file (README, Data)" if phase == "si" else ""
+    return {"clip": (clip, fetch("openai/clip-vit-large-patch14-336 --exclude tf_model.h5", clip)),
+            "llm": (llm, fetch(f"Qwen/{Path(llm).name}", llm)), "data": (path, fetch(what, where) + more)}
 
 
 def locate(args, phase):
@@ -66,7 +154,7 @@ def check_places(args, phases):
         found, start = locate(args, phase)
         for name, (path, how) in folders(args.preset, phase).items():
             given = getattr(args, name)
-            drawn = args.preset == "tiny" and name == "data" and not given              # on the way
+            drawn = PRESETS[args.preset].drawn and name == "data" and not given              # on the way
             if not (start and name != "data") and not drawn and not os.path.exists(found[name]):      # parts come with phase 1
                 missing[found[name]] = f"  --{name}: {found[name]} is not there. " + ("" if given else f"Get it with: {how}")
         stopped = run_folder(args, phase, ".partial") / "checkpoints"
@@ -77,7 +165,7 @@ def check_places(args, phases):
             missing[start] = f"  {start} is not there. Make it with: python train.py --preset {args.preset} --phase 1"
     if missing:
         raise FileNotFoundError(f"phase {' and '.join(phases)} of preset {args.preset} misses:\n" + "\n".join(missing.values()) +
-                                ("\nTo try the whole path without any download: python train.py --preset tiny" if args.preset != "tiny"
+                                ("\nTo try the whole path without any download: python train.py --preset tiny" if not PRESETS[args.preset].drawn
                                  else "\nRun it in the folder that holds train.py."))
 
 
@@ -89,28 +177,32 @@ def lr_at(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def format_of(recipe, config):
+    """How records become samples by this recipe, for this model."""
+    return data.SampleFormat(recipe.template, recipe.mode, config.side, config.vision.image_size,
+                             max_length=recipe.max_length)
+
+
 class Samples(Dataset):
     """A list of indices -> (data.Batch, [why a record was skipped]). What cannot be read or would train nothing is
     skipped, counted and named, never replaced by a neighbour."""
 
     def __init__(self, records, tokenizer, recipe, config):
-        self.records, self.tokenizer, self.recipe = records, tokenizer, recipe
-        self.side, self.tile = config.side, config.vision.image_size
+        self.records, self.tokenizer, self.form = records, tokenizer, format_of(recipe, config)
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, indices):
-        samples, skipped, r = [], [], self.recipe
+        samples, skipped = [], []
         for index in indices:
             try:
-                samples.append(data.encode_sample(self.records[index], self.tokenizer, r.template, r.mode, self.side, self.tile,
-                                                  max_length=r.max_length))
+                samples.append(data.encode_sample(self.records[index], self.tokenizer, self.form))
             except (ValueError, OSError) as error:
                 skipped.append(f"skipped: {error}")
         if not samples:                                                          # nothing to learn, but a forward to make
             pad = self.tokenizer.token_to_id("<|endoftext|>")
-            samples = [{"id": "(empty)", "ids": [pad], "labels": [data.IGNORE], "tiles": [], "plans": []}]
+            samples = [{"id": "(empty)", "input_ids": [pad], "labels": [data.IGNORE], "tiles": [], "plans": []}]
         return data.pack(samples), skipped
 
 
@@ -228,7 +320,7 @@ def plan(args, recipe, records, config):
     """Which record when -> data.Order, a pure function of the seed and the step."""
     index = readers.load_index(records)
     index = readers.estimate(records) if index is None else index
-    lengths = data.lengths(index, recipe.template, recipe.mode, config.side, config.vision.image_size).clip(max=recipe.max_length)
+    lengths = data.planned_tokens(index, format_of(recipe, config)).clip(max=recipe.max_length)
     if args.validate >= len(records):
         raise ValueError(f"--validate {args.validate}: the set has {len(records)} records, and some must be left to train on")
     held_out = np.random.default_rng(args.seed).permutation(len(records))[:args.validate]
@@ -267,10 +359,10 @@ def learn(args, module, batches, targets, recipe, ranks, step):
             loss = module(batch.to(ranks.device, non_blocking=True), max(targets, 1) / ranks.world)
             loss.backward()
             losses.append(loss.detach() / ranks.world)
-    total = sum(finite(loss, "loss", batch.ids) for loss, batch in zip(torch.stack(losses).tolist(), batches))   # a GPU waits once
+    total = sum(finite(loss, "loss", batch.record_ids) for loss, batch in zip(torch.stack(losses).tolist(), batches))   # a GPU waits once
     norm = torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], recipe.clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return ranks.summed(total)[0], finite(norm.item(), "gradient", [name for batch in batches for name in batch.ids])
+    return ranks.summed(total)[0], finite(norm.item(), "gradient", [name for batch in batches for name in batch.record_ids])
 
 
 @torch.no_grad()
@@ -387,7 +479,7 @@ def save(args, folder, step, model, optimizer, run, losses, ranks):
 def train(args, phase, ranks, stop):
     """One phase from its start, or from where it stopped, to its saved model. -> False if it was asked to stop before"""
     changed = {name: value for name in ("batch", "micro", "lr", "vision_lr", "epochs") if (value := getattr(args, name))}
-    recipe = dataclasses.replace(RECIPES[args.preset][phase], **changed)
+    recipe = dataclasses.replace(recipe_of(args.preset, phase), **changed)
     if recipe.batch % ranks.world:
         even = ", ".join(str(n) for n in range(1, recipe.batch + 1) if recipe.batch % n == 0)
         raise ValueError(f"{ranks.world} ranks do not divide a global batch of {recipe.batch}: use "
@@ -541,7 +633,7 @@ def main(argv=None):
     phases = [args.phase] if args.phase else ["1", "2"]
     try:
         check_places(args, phases)
-        if args.preset == "tiny" and not args.data:
+        if PRESETS[args.preset].drawn and not args.data:
             if rank == 0:
                 subprocess.run([sys.executable, Path(__file__).with_name("tiny") / "draw.py", "--out", "data/tiny"], check=True)
             ranks.meet()

@@ -83,7 +83,8 @@ def sample(model, pictures=(), question="What is the value of Apple?", answer="1
     turns = [{"from": "human", "value": "<image>\n" * len(pictures) + question}, {"from": "gpt", "value": answer}]
     record = {"id": name, "conversations": turns, "images": list(pictures)}
     c = model.config
-    return data.encode_sample(record, model.tokenizer, template, mode or c.image_mode, c.side, c.vision.image_size)
+    form = data.SampleFormat(template, mode or c.image_mode, c.side, c.vision.image_size)
+    return data.encode_sample(record, model.tokenizer, form)
 
 
 def batch_of(model, *samples):

@@ -9,11 +9,11 @@ from model import PRESETS
 
 def test_the_mix_has_the_lengths_that_are_planned():
     """Vision tokens, tiles and labels fit together, or the model would refuse; about one sample in twenty has no picture."""
-    samples = bench.mix(PRESETS["tiny"], 200)
+    samples = bench.mix(PRESETS["tiny"].config, 200)
     assert all(len(one["tiles"]) == sum(plan.tiles for plan in one["plans"]) for one in samples)
-    assert all(one["ids"].count(data.IMAGE) == sum(plan.tokens for plan in one["plans"]) for one in samples)
+    assert all(one["input_ids"].count(data.IMAGE) == sum(plan.tokens for plan in one["plans"]) for one in samples)
     assert 2 <= sum(not one["plans"] for one in samples) <= 20
-    assert np.std([len(one["ids"]) for one in samples]) > 100
+    assert np.std([len(one["input_ids"]) for one in samples]) > 100
 
 
 def test_every_way_is_timed_in_turn_and_once_before():

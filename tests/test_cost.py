@@ -14,12 +14,12 @@ from tools.cost import PARTS, PHASES, flops, memory, parameters
 from helpers import TOKENIZER, batch_of, picture, sample
 from model import PRESETS, LLaVAVR, LLaVAVRConfig
 from qwen2 import Qwen2Config
-from recipes import PAPER
+from train import PAPER
 
 # sizes that share few factors, so that swapped ones show; features stay twice as fine as tokens
 ODD = LLaVAVRConfig(CLIPConfig(64, 72, num_hidden_layers=4, num_attention_heads=4, image_size=60, patch_size=10),
                     Qwen2Config(1200, 60, 100, 5, 3, 1), layers=(1, 3), side=3, remember=(2, 3), window=3)
-CONFIGS = {"tiny": PRESETS["tiny"], "odd": ODD}
+CONFIGS = {"tiny": PRESETS["tiny"].config, "odd": ODD}
 
 
 def built(config, trains):
@@ -62,7 +62,7 @@ def test_flops_are_those_that_pytorch_counts(name, trains):
 
 def test_flops_grow_with_what_is_computed():
     """Samples packed together cost what they cost alone; attention is quadratic in a sample, not in the batch."""
-    config, trains = PRESETS["0.5b"], PAPER["2"].trains
+    config, trains = PRESETS["0.5b"].config, PAPER["2"].trains
     one, two = flops(config, [700], 5, 150, trains), flops(config, [900], 3, 50, trains)
     assert flops(config, [700, 900], 8, 200, trains) == one + two
     assert flops(config, [1600], 8, 200, trains) > one + two
@@ -76,10 +76,10 @@ def test_flops_grow_with_what_is_computed():
 
 def test_a_forward_costs_two_operations_per_parameter_and_token():
     """The rule of thumb that everyone knows, on the decoder alone: 2 N forward, 6 N when it trains."""
-    text = PRESETS["7b"].text
+    text = PRESETS["7b"].config.text
     matrices = 28 * cost.layer_matrices(text) + text.vocab_size * text.hidden_size
-    assert matrices == pytest.approx(parameters(PRESETS["7b"])["language_model"] - text.vocab_size * text.hidden_size, rel=1e-3)
-    assert flops(PRESETS["7b"], [1] * 100, 0, 100, ("language_model",)) == pytest.approx(6 * matrices * 100, rel=1e-3)
+    assert matrices == pytest.approx(parameters(PRESETS["7b"].config)["language_model"] - text.vocab_size * text.hidden_size, rel=1e-3)
+    assert flops(PRESETS["7b"].config, [1] * 100, 0, 100, ("language_model",)) == pytest.approx(6 * matrices * 100, rel=1e-3)
 
 
 def test_a_part_that_is_not_there_is_named():
@@ -124,7 +124,7 @@ def kept(model, batch, autocast):
 @pytest.mark.parametrize("trains", [PAPER["1"].trains, PAPER["2"].trains, PARTS], ids=["phase 1", "phase 2", "all"])
 def test_activations_are_about_what_autograd_keeps(trains, precision):
     """By the difference of one picture and three, in which autocast's copies of the weights and the masks cancel."""
-    config = dataclasses.replace(PRESETS["tiny"], image_mode="pad")
+    config = dataclasses.replace(PRESETS["tiny"].config, image_mode="pad")
     model = built(config, trains)
     if precision == "bf16":
         for part in model.children():
@@ -142,7 +142,7 @@ def test_activations_are_about_what_autograd_keeps(trains, precision):
 
 def test_memory_falls_with_devices_and_recomputation():
     """Sharding is there so that 7B trains on devices of 80 GB: without it the moments alone are 62 GB."""
-    config, trains = PRESETS["7b"], PAPER["2"].trains
+    config, trains = PRESETS["7b"].config, PAPER["2"].trains
     alone, ranks, spread, again = (memory(config, trains, **how) for how in (
         {}, {"world": 8}, {"world": 8, "shard": True}, {"world": 8, "shard": True, "recompute": True}))
     assert alone == ranks and alone["gathered"] == spread["bf16 copies"] == 0 < spread["gathered"]
@@ -186,7 +186,7 @@ def test_a_wrong_number_is_one_line(capsys):
 @pytest.mark.gpu
 def test_memory_is_about_what_cuda_allocates():
     """Phase 2 of the 0.5B on one device: the second of two steps, when gradients' places and moments are there."""
-    config, trains = PRESETS["0.5b"], PAPER["2"].trains
+    config, trains = PRESETS["0.5b"].config, PAPER["2"].trains
     model = built(config, trains)
     batch = data.pack([sample(model, [picture(900, 900)], answer="12 " * 100)] * 2).to("cuda")
     model.vision_tower.to(torch.bfloat16)

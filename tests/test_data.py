@@ -486,11 +486,11 @@ def rows(*values):
 def test_planned_lengths_follow_the_planner():
     """No picture, one, several and an unknown one: vision tokens from `plan_image`, text as characters / 4 and a frame."""
     index = rows((40, 0, 0, 0), (8, 1, 64, 48), (0, 2, 64, 48), (3, 1, 0, 0))
-    found = data.lengths(index, "chat", "a4", 2, 32)
+    found = data.planned_tokens(index, data.SampleFormat("chat", "a4", 2, 32))
     four_by_three = plan_image((64, 48), "a4", 2, 32).tokens
     assert found.dtype == np.int64 and (found - data.FRAME["chat"]).tolist() == [10, four_by_three + 2, 2 * 5, four_by_three]
-    assert data.lengths(index, "plain", "square", 2, 32).tolist() == [11, 4 + 3, 10 + 1, 4 + 1]
-    assert data.lengths(rows(), "chat", "a4", 2, 32).shape == (0,)
+    assert data.planned_tokens(index, data.SampleFormat("plain", "square", 2, 32)).tolist() == [11, 4 + 3, 10 + 1, 4 + 1]
+    assert data.planned_tokens(rows(), data.SampleFormat("chat", "a4", 2, 32)).shape == (0,)
 
 
 def test_the_frame_of_a_round_is_counted(tokenizer):
@@ -508,40 +508,40 @@ def test_lengths_of_a_whole_epoch_take_seconds():
     index["chars"], index["pictures"] = 400, 1
     index["width"], index["height"] = random.integers(200, 400, 779_000), random.integers(200, 300, 779_000)
     start = time.process_time()
-    found = data.lengths(index, "chat", "a4", 12, 336)
+    found = data.planned_tokens(index, data.SampleFormat("chat", "a4", 12, 336))
     seconds = time.process_time() - start
     print(f"779,000 lengths planned in {seconds:.1f} s")
     assert seconds < 10
-    assert found[7] == data.lengths(index[7:8], "chat", "a4", 12, 336)[0]
+    assert found[7] == data.planned_tokens(index[7:8], data.SampleFormat("chat", "a4", 12, 336))[0]
 
 
 # ------------------------------------------------------------------------------- samples and batches
 
 def sample(tokenizer, question, pictures=(), identity="r", template="chat", mode="a4", **options):
     record = {"id": identity, "conversations": ask(question), "images": list(pictures)}
-    return encode_sample(record, tokenizer, template, mode, 2, 32, **options)
+    return encode_sample(record, tokenizer, data.SampleFormat(template, mode, 2, 32, **options))
 
 
 def test_a_sample_is_consistent(tokenizer):
     """As many vision tokens as planned, as many tiles as planned, and the answer to train on."""
     one = sample(tokenizer, "<image>\nA?", [png(noise(64, 48))])
-    assert one["ids"].count(IMAGE) == one["plans"][0].tokens and len(one["tiles"]) == one["plans"][0].tiles == 5
-    assert one["tiles"].shape[1:] == (32, 32, 3) and trained(tokenizer, one["ids"], one["labels"]) == "yes<|im_end|>"
+    assert one["input_ids"].count(IMAGE) == one["plans"][0].tokens and len(one["tiles"]) == one["plans"][0].tiles == 5
+    assert one["tiles"].shape[1:] == (32, 32, 3) and trained(tokenizer, one["input_ids"], one["labels"]) == "yes<|im_end|>"
     text = sample(tokenizer, "<image>?")
-    assert text["tiles"].shape == (0, 32, 32, 3) and text["plans"] == [] and IMAGE not in text["ids"]
+    assert text["tiles"].shape == (0, 32, 32, 3) and text["plans"] == [] and IMAGE not in text["input_ids"]
 
 
 def test_several_pictures_are_all_padded(tokenizer):
     """LLaVA-NeXT takes AnyRes for one picture only; with more, each costs p*p + 1 tokens."""
     two = sample(tokenizer, "<image> or <image>", [noise(64, 48), png(noise(9, 70))])
-    assert [plan.mode for plan in two["plans"]] == ["pad", "pad"] and two["ids"].count(IMAGE) == 10
+    assert [plan.mode for plan in two["plans"]] == ["pad", "pad"] and two["input_ids"].count(IMAGE) == 10
     assert len(two["tiles"]) == 2
 
 
 def test_plain_samples_take_one_picture_and_two_turns(tokenizer):
     """Phase 1 on a chat or on text would train a captioner on the wrong thing."""
     one = sample(tokenizer, "Describe.\n<image>", [noise(40, 30)], template="plain", mode="square")
-    assert spell(tokenizer, one["ids"]) == "####yes\n"
+    assert spell(tokenizer, one["input_ids"]) == "####yes\n"
     with pytest.raises(ValueError, match="record r: 2 turns and 0 pictures: the plain template takes 2 and 1"):
         sample(tokenizer, "A?", template="plain")
     with pytest.raises(ValueError, match="template 'qwen' is unknown"):
@@ -551,13 +551,13 @@ def test_plain_samples_take_one_picture_and_two_turns(tokenizer):
 def test_truncation_spares_pictures_and_never_trains_on_nothing(tokenizer):
     """Right truncation that eats the answer gives loss 0/0; one that eats picture rows misplaces every later token."""
     whole = sample(tokenizer, "<image>\nA?", [noise(64, 48)])
-    last = max(i for i, token in enumerate(whole["ids"]) if token == IMAGE) + 1
+    last = max(i for i, token in enumerate(whole["input_ids"]) if token == IMAGE) + 1
     answer = next(i for i, label in enumerate(whole["labels"]) if label != IGNORE)
     cut = sample(tokenizer, "<image>\nA?", [noise(64, 48)], max_length=answer + 1)
-    assert cut["ids"] == whole["ids"][:answer + 1] and len(cut["labels"]) == answer + 1
+    assert cut["input_ids"] == whole["input_ids"][:answer + 1] and len(cut["labels"]) == answer + 1
     with pytest.raises(ValueError, match="record r: nothing is left to train on"):
         sample(tokenizer, "<image>\nA?", [noise(64, 48)], max_length=answer)
-    assert len(sample(tokenizer, "<image>\nA?", [noise(64, 48)], max_length=last, train=None)["ids"]) == last
+    assert len(sample(tokenizer, "<image>\nA?", [noise(64, 48)], max_length=last, train=None)["input_ids"]) == last
     with pytest.raises(ValueError, match="record r: max_length .* cuts through a picture"):
         sample(tokenizer, "<image>\nA?", [noise(64, 48)], max_length=last - 1)
 
@@ -576,11 +576,11 @@ def test_collate_pads_right_and_keeps_order(tokenizer):
                sample(tokenizer, "<image>", [noise(64, 48, 1)], identity="b"),
                sample(tokenizer, "<image>", [noise(20, 90, 2)], identity="c")]
     batch = data.collate(samples, pad_id=7)
-    assert batch.ids == ["a", "b", "c"] and [plan.size for plan in batch.plans] == [(64, 48), (20, 90)]
+    assert batch.record_ids == ["a", "b", "c"] and [plan.size for plan in batch.plans] == [(64, 48), (20, 90)]
     assert batch.input_ids.dtype == batch.labels.dtype == batch.lengths.dtype == torch.int64
     for row, one in enumerate(samples):
         n = batch.lengths[row]
-        assert batch.input_ids[row, :n].tolist() == one["ids"] and (batch.input_ids[row, n:] == 7).all()
+        assert batch.input_ids[row, :n].tolist() == one["input_ids"] and (batch.input_ids[row, n:] == 7).all()
         assert batch.labels[row, :n].tolist() == one["labels"] and (batch.labels[row, n:] == IGNORE).all()
     assert batch.pixels.shape == (sum(plan.tiles for plan in batch.plans), 3, 32, 32)
     assert torch.equal(batch.pixels[batch.plans[0].tiles:], data.normalise(samples[2]["tiles"]))

@@ -77,7 +77,7 @@ def test_the_real_size_answers_about_a_picture(preset, tmp_path):
     model = LLaVAVR.from_parts(tmp_path / "clip", tmp_path / "llm", preset, dtype).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"\n{preset}: {count:,} parameters" + (f", the paper says {PAPER[preset] / 1e9:.1f}B" if preset in PAPER else ""))
-    assert model.config == PRESETS[preset] and (preset not in PAPER or round(count / 1e9, 1) * 1e9 == PAPER[preset])
+    assert model.config == PRESETS[preset].config and (preset not in PAPER or round(count / 1e9, 1) * 1e9 == PAPER[preset])
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     if dtype == torch.bfloat16:
         compute_in_fp32(model)

@@ -100,7 +100,7 @@ def test_llava_next_from_ours(mode, tmp_path):
     processor = oracle.LlavaNextImageProcessorPil.from_pretrained(tmp_path / "hf")
     image = picture(70, 31)
     found, _ = logits(ours, image)
-    ids = torch.tensor([ours.question(image, "What is the value of Apple?")["ids"]])
+    ids = torch.tensor([ours.question(image, "What is the value of Apple?")["input_ids"]])
     ids[ids == data.IMAGE] = theirs.config.image_token_id
     out = theirs.eval()(input_ids=ids, **processor(images=image, return_tensors="pt")).logits[0]
     assert off_by(out, found) <= 1e-5

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from helpers import ROOT, TOKENIZER, batch_of, picture, sample, tiny_model, wake
 from model import PRESETS, LLaVAVR, LLaVAVRConfig, summed_loss
 from qwen2 import Qwen2, Qwen2Config
-from recipes import TINY
+from train import TINY
 
 WIDE, TALL, SMALL = (70, 31), (20, 64), (32, 30)                    # AnyRes grids 2x1 (un-padded), 1x2 (un-padded), 1x2
 
@@ -103,14 +103,14 @@ def test_samples_end_to_end_have_the_loss_they_have_alone():
     model = wake(tiny_model())
     samples = mixed(model)
     packed = data.pack(samples)
-    assert packed.input_ids.shape == (1, sum(len(one["ids"]) for one in samples)), "no padding"
+    assert packed.input_ids.shape == (1, sum(len(one["input_ids"]) for one in samples)), "no padding"
     for one, start in zip(samples, torch.tensor([0, *packed.packed]).cumsum(0).tolist()):
         only = data.pack(samples)
-        only.labels[:, :start] = only.labels[:, start + len(one["ids"]):] = data.IGNORE
+        only.labels[:, :start] = only.labels[:, start + len(one["input_ids"]):] = data.IGNORE
         assert torch.allclose(model(only), model(batch_of(model, one)), rtol=1e-5)
     assert torch.allclose(model(packed), model(batch_of(model, *samples)), rtol=1e-5)
     for one in samples:
-        one["labels"] = one["ids"][:1] + one["labels"][1:]
+        one["labels"] = one["input_ids"][:1] + one["labels"][1:]
     assert torch.equal(model(data.pack(samples)), model(packed)), "nobody predicts a neighbour's first token"
 
 
@@ -119,7 +119,7 @@ def test_no_gradient_crosses_from_a_sample_to_its_neighbour():
     model = wake(tiny_model())
     samples = [sample(model, [picture(*WIDE)]), sample(model, [picture(*WIDE, seed=1)])]
     for trained in (0, 1):
-        batch, (first, second) = data.pack(samples), (len(one["ids"]) for one in samples)
+        batch, (first, second) = data.pack(samples), (len(one["input_ids"]) for one in samples)
         batch.labels[:, slice(first, None) if trained == 0 else slice(0, first)] = data.IGNORE
         batch.pixels.requires_grad_()
         model(batch).backward()
@@ -307,7 +307,7 @@ def test_answers_with_a_cache_are_those_without(images, prompt):
     model = talkative(wake(tiny_model()))
     question, ids = model.question(images, prompt), []
     for _ in range(10):
-        grown = {**question, "ids": question["ids"] + ids, "labels": question["labels"] + [data.IGNORE] * len(ids)}
+        grown = {**question, "input_ids": question["input_ids"] + ids, "labels": question["labels"] + [data.IGNORE] * len(ids)}
         ids.append(int(logits(model, batch_of(model, grown))[0, -1].argmax()))
     assert model.generate([images], [prompt], max_new_tokens=10) == [model.tokenizer.decode(ids).strip()]
 
@@ -316,9 +316,9 @@ def test_marks_may_be_left_out_and_must_otherwise_agree():
     """A mark where the picture goes by default changes nothing; more marks than pictures is a mistake, in one line."""
     model = wake(tiny_model())
     image = picture(*WIDE)
-    assert model.question(image, "<image>\nWhat?")["ids"] == model.question([image], "What?")["ids"]
+    assert model.question(image, "<image>\nWhat?")["input_ids"] == model.question([image], "What?")["input_ids"]
     one, other = picture(*SMALL), picture(*TALL)
-    assert model.question([one, other], "<image> <image>\nWhat?")["ids"] == model.question([one, other], "What?")["ids"]
+    assert model.question([one, other], "<image> <image>\nWhat?")["input_ids"] == model.question([one, other], "What?")["input_ids"]
     with pytest.raises(ValueError, match="2 <image> marks in the text but 1 pictures"):
         model.generate([image], ["<image> and <image>?"])
     with pytest.raises(ValueError, match="asks about <image> but comes without a picture"):
@@ -347,8 +347,8 @@ def recite(model, monkeypatch, text):
     """Let the decoder say `text` whatever it is asked: one-hot logits, token after token."""
     ids = iter(data.text_ids(model.tokenizer, text) + [model.tokenizer.token_to_id("<|im_end|>")])
 
-    def forward(input_ids=None, *, keep=None, head=True, **_):
-        if not head:
+    def forward(input_ids=None, *, keep=None, logits=True, **_):
+        if not logits:
             return None
         row = F.one_hot(torch.tensor([next(ids)]), model.config.text.vocab_size).float()     # (1, V)
         return row if keep is not None else row.unsqueeze(1)
@@ -398,7 +398,7 @@ def test_parts_keep_the_weights_they_came_with(tmp_path):
     whole.vision_tower.save_pretrained(tmp_path / "clip")
     whole.language_model.save_pretrained(tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
     joined = LLaVAVR.from_parts(tmp_path / "clip", tmp_path / "llm", "tiny", layers=(1, 2), remember=(1, 2))
-    assert joined.config.text == whole.config.text and joined.config.side == PRESETS["tiny"].side
+    assert joined.config.text == whole.config.text and joined.config.side == PRESETS["tiny"].config.side
     ours, theirs = whole.state_dict(), joined.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours if key.startswith(("vision_tower", "language_model")))
     assert all((remember.down.weight == 0).all() for remember in joined.vision_remember.values())
@@ -446,7 +446,7 @@ def test_the_uncompressed_baseline_is_a_choice_of_the_config():
 def test_presets_have_the_sizes_of_the_paper(preset, billions):
     """Table 3 gives 0.9B and 2.0B parameters; shapes only, nothing is allocated."""
     with torch.device("meta"):
-        model = LLaVAVR(PRESETS[preset])
+        model = LLaVAVR(PRESETS[preset].config)
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 1) == billions
 
 
@@ -547,7 +547,7 @@ def edit(folder, change):
 
 
 def check(folder):
-    return subprocess.run([sys.executable, str(ROOT / "model.py"), "--check", str(folder)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "tools.check_weights", str(folder)], capture_output=True, text=True)
 
 
 def test_check_says_what_a_folder_holds(tmp_path):
@@ -575,7 +575,7 @@ def test_check_names_what_is_not_a_number(tmp_path):
     save_file(tensors, file)
     run = check(tmp_path / "llm")
     assert run.returncode == 1 and run.stdout == "" and run.stderr.count("\n") == 1
-    assert run.stderr.startswith("model.py: ") and "NaN or infinity in model.layers.1.mlp.up_proj.weight in model.safetensors, " \
+    assert run.stderr.startswith("tools.check_weights: ") and "NaN or infinity in model.layers.1.mlp.up_proj.weight in model.safetensors, " \
         "model.norm.weight in model.safetensors; download it again" in run.stderr
     save_file({key: torch.ones_like(t) for key, t in tensors.items() if "q_proj" not in key}, file)
     run = check(tmp_path / "llm")

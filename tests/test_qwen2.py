@@ -70,7 +70,7 @@ def test_padded_and_packed_rows_equal_transformers(name):
     ids = expected["input_ids"]
     padded = model(ids) * (torch.arange(11) < torch.tensor([11, 6])[:, None])[..., None]
     assert off_by(padded, expected["padded"]) <= 1e-5
-    packed = model(ids[:1], lengths=[7, 4])
+    packed = model(ids[:1], packed=[7, 4])
     assert off_by(packed, expected["packed"]) <= 1e-5 and off_by(model(ids[:1]), expected["packed"]) > 1e-2
     alone = torch.cat([model(part) for part in ids[:1].split([7, 4], 1)], 1)
     assert off_by(packed, alone) <= 1e-5
@@ -80,7 +80,7 @@ def test_padded_and_packed_rows_equal_transformers(name):
 def test_lengths_that_do_not_fit_are_refused(model, rows, lengths, says):
     """A wrong length shifts every later sample by a token, and nothing else would tell."""
     with pytest.raises(ValueError, match=says):
-        model(torch.zeros(rows, 11, dtype=torch.long), lengths=lengths)
+        model(torch.zeros(rows, 11, dtype=torch.long), packed=lengths)
 
 
 def stand_in(causal):
@@ -154,7 +154,7 @@ def test_recomputed_layers_have_the_same_gradients(model):
     model.requires_grad_(True)
     for model.recompute in (False, True):
         model.zero_grad()
-        model(ids, lengths=[7, 4]).square().sum().backward()
+        model(ids, packed=[7, 4]).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 from storage import records
+from tools import check_data
 from tiny import draw
 from helpers import ROOT, TOKENIZER, picture
 from storage.records import open_records
@@ -487,7 +488,7 @@ def defective(folder):
 def test_check_names_every_kind_of_defect(tmp_path, capsys):
     """Counts, one line a defect with the record's id, status 1; and the index of the records that can be used."""
     path = defective(tmp_path)
-    assert data.main(["--check", str(path)]) == 1
+    assert check_data.main(["--check", str(path)]) == 1
     out = capsys.readouterr().out
     counts = {line[:32].strip(): line[32:].strip() for line in out.splitlines()[:10]}
     assert counts == {
@@ -510,7 +511,7 @@ def test_check_names_twenty_and_counts_the_rest(tmp_path, capsys):
     """A set without its pictures must not scroll everything else away."""
     (tmp_path / "images").mkdir()
     path = write_set(tmp_path, [{"id": n, "image": f"{n}.png", "conversations": ask("<image>")} for n in range(30)])
-    assert data.main(["--check", str(path), "--images", str(tmp_path / "images")]) == 1
+    assert check_data.main(["--check", str(path), "--images", str(tmp_path / "images")]) == 1
     out = capsys.readouterr().out
     assert out.count("it is missing") == 20 and out.endswith("and 10 more\n")
 
@@ -518,14 +519,14 @@ def test_check_names_twenty_and_counts_the_rest(tmp_path, capsys):
 def test_check_says_how_long_the_samples_are(tmp_path, capsys):
     """The two phases' plans at the sizes asked for; every record falls into one row of the table."""
     draw.write_parquet(tmp_path, 3)
-    assert data.main(["--check", str(tmp_path / "data"), "--workers", "1", "--tile", "112", "--side", "4"]) == 0
+    assert check_data.main(["--check", str(tmp_path / "data"), "--workers", "1", "--tile", "112", "--side", "4"]) == 0
     out = capsys.readouterr().out
     index = records.load_index(open_records(tmp_path / "data"))
     assert "no problem found" in out and index["width"].all()
     rows = [line.split()[-2:] for line in out.splitlines() if " to " in line or " and more" in line]
     for column, (template, mode) in enumerate((("plain", "square"), ("chat", "a4"))):
         assert sum(int(row[column]) for row in rows) == 3
-        assert f"{data.lengths(index, template, mode, 4, 112).mean():,.1f}" in out.split("mean")[1]
+        assert f"{data.planned_tokens(index, data.SampleFormat(template, mode, 4, 112)).mean():,.1f}" in out.split("mean")[1]
 
 
 def test_the_command_line_ends_with_a_status_and_one_line(tmp_path):
@@ -535,8 +536,8 @@ def test_the_command_line_ends_with_a_status_and_one_line(tmp_path):
                            (("--check", str(tmp_path / "gone.json")), "gone.json does not exist"),
                            (("--show", "1", "--data", str(numbers), "--tokenizer", str(tmp_path)), "tokenizer.json does not")):
         with pytest.raises((ValueError, OSError), match=why):
-            data.main(arguments)
-    done = subprocess.run([sys.executable, ROOT / "data.py", *arguments], capture_output=True, text=True)
+            check_data.main(arguments)
+    done = subprocess.run([sys.executable, "-m", "tools.check_data", *arguments], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == f"data.py: {tmp_path}/tokenizer.json does not exist: copy tokenizer.json of " \
                                                    f"Qwen2-Instruct into {tmp_path}\n"
 
@@ -545,7 +546,7 @@ def test_show_marks_what_is_trained(tmp_path, capsys):
     """What the model is given can be read: answers between brackets, pictures as their number of tokens, tiles as a picture."""
     draw.write_parquet(tmp_path, 4)
     flags = ["--show", "2", "--data", str(tmp_path / "data"), "--tokenizer", str(TOKENIZER), "--tile", "32", "--side", "4"]
-    assert data.main(flags + ["--out", str(tmp_path / "shown.png")]) == 0
+    assert check_data.main(flags + ["--out", str(tmp_path / "shown.png")]) == 0
     out = capsys.readouterr().out
     for i in (0, 3):
         record = open_records(tmp_path / "data")[i]
@@ -564,13 +565,13 @@ def test_show_takes_apart_pictures_that_stand_side_by_side(tmp_path, capsys):
     blob = png(40, 30)
     write_parquet(tmp_path / "a.parquet", [{"id": "0", "conversations": ask("A?")}])
     flags = ["--tokenizer", str(TOKENIZER), "--tile", "32", "--side", "2", "--out", str(tmp_path / "none.png")]
-    assert data.main(["--show", "5", "--data", str(tmp_path / "a.parquet"), *flags]) == 0
+    assert check_data.main(["--show", "5", "--data", str(tmp_path / "a.parquet"), *flags]) == 0
     assert not (tmp_path / "none.png").exists() and capsys.readouterr().out.count("--- row") == 1
     tokenizer = data.load_tokenizer(TOKENIZER)
     two = {"id": "r", "conversations": ask("<image><image>"), "images": [blob, blob]}
-    both = data.encode_sample(two, tokenizer, "chat", "a4", 2, 32)
-    assert "user\n<image: 5 tokens><image: 5 tokens><|im_end|>" in data.spell(both, tokenizer)
+    both = data.encode_sample(two, tokenizer, data.SampleFormat("chat", "a4", 2, 32))
+    assert "user\n<image: 5 tokens><image: 5 tokens><|im_end|>" in check_data.spell(both, tokenizer)
     one = {"id": "r", "conversations": ask("<image>", "a cat"), "images": [blob]}
-    plain = data.encode_sample(one, tokenizer, "plain", "square", 2, 32)
-    assert data.spell(plain, tokenizer, "[", "]") == "<image: 4 tokens>[a cat\n]"
-    assert data.sheet([both, plain]).height == 3 * (32 + 40)
+    plain = data.encode_sample(one, tokenizer, data.SampleFormat("plain", "square", 2, 32))
+    assert check_data.spell(plain, tokenizer, "[", "]") == "<image: 4 tokens>[a cat\n]"
+    assert check_data.sheet([both, plain]).height == 3 * (32 + 40)

@@ -5,6 +5,7 @@ The data set of nine records serves both phases: seven good pictures, one text w
 one picture that is no picture (both phases skip it). In batches of 4 that makes steps of 4, 4 and 1 records.
 """
 import ast
+import itertools
 import json
 import os
 import random
@@ -21,7 +22,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from storage import checkpoint
-import recipes
 from tiny import draw
 import train
 from clip import CLIPConfig, CLIPVision
@@ -104,14 +104,14 @@ def test_learning_rate_warms_up_and_follows_half_a_cosine():
 
 def test_every_number_of_a_recipe_is_printed_with_its_source():
     """A researcher must see what is the paper's, what LLaVA-NeXT's, and what a flag changed."""
-    for preset, phases in recipes.RECIPES.items():
-        for recipe in phases.values():
-            lines = recipes.table(recipe, preset)
+    for preset, phase in itertools.product(train.PRESETS, train.PAPER):
+        for recipe in [train.recipe_of(preset, phase)]:
+            lines = train.table(recipe, preset)
             assert {line.split()[0] for line in lines} == set(vars(recipe)) - {"folder", "start"}
             assert all("flag" not in line for line in lines)
-    changed = recipes.table(train.dataclasses.replace(recipes.PAPER["2"], lr=1.0), "7b", {"lr": 1.0})
+    changed = train.table(train.dataclasses.replace(train.PAPER["2"], lr=1.0), "7b", {"lr": 1.0})
     assert [line.split()[-1] for line in changed if line.split()[0] == "lr"] == ["flag"]
-    assert recipes.PAPER["si"].peak("vision_tower") == 2e-6 and recipes.PAPER["si"].peak("language_model") == 1e-5
+    assert train.PAPER["si"].peak("vision_tower") == 2e-6 and train.PAPER["si"].peak("language_model") == 1e-5
 
 
 # ---- whole runs
@@ -127,10 +127,10 @@ def test_a_run_logs_every_step_and_leaves_a_whole_model(straight):
                {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl", "loss.svg"}
         assert not (straight / f"tiny/phase{phase}.partial").exists()
     stored = {key.split(".")[0] for key in result(straight, 1)[0]}
-    assert stored == {*recipes.ALIGN, "image_newline"}, "phase 1 stores no frozen part"
+    assert stored == {*train.ALIGN, "image_newline"}, "phase 1 stores no frozen part"
     before, after = LLaVAVR.from_pretrained(straight / "tiny/phase1").state_dict(), result(straight, 2)[0]
     moved = {key.split(".")[0] for key in after if not torch.equal(before[key], after[key])}
-    assert moved == set(recipes.ALL), "phase 2 trains all but the ViT, and starts from phase 1"
+    assert moved == set(train.ALL), "phase 2 trains all but the ViT, and starts from phase 1"
 
 
 def test_accumulation_takes_the_same_steps(world, straight, tmp_path):
@@ -198,7 +198,7 @@ def test_phase_si_trains_the_vit_at_its_own_rate_and_answers_as_it_was_taught(wo
     train.main(flags(world, tmp_path, "--phase", "si", "--micro", "4", "--limit", "4", "--recompute"))
     before, model = LLaVAVR.from_pretrained(straight / "tiny/phase1").state_dict(), LLaVAVR.from_pretrained(tmp_path / "tiny/si")
     moved = {key.split(".")[0] for key, tensor in model.state_dict().items() if not torch.equal(before[key], tensor)}
-    assert moved == {*recipes.ALL, "vision_tower"} and model.config.image_mode == "max9"
+    assert moved == {*train.ALL, "vision_tower"} and model.config.image_mode == "max9"
     line = json.loads((tmp_path / "tiny/si/log.jsonl").read_text().splitlines()[0])
     assert sorted((line["lr"], line["lr_1"])) == [2e-4, 1e-3]
 

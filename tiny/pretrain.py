@@ -39,7 +39,7 @@ from model import CLIP_TINY, PRESETS, QWEN2_TINY, LLaVAVR
 from qwen2 import Qwen2
 
 CLIP_FOLDER, LLM_FOLDER, RUNS = "tiny/clip", "tiny/qwen2", "runs/pretrain"
-TILE, PATCH, LAYERS = CLIP_TINY.image_size, CLIP_TINY.patch_size, PRESETS["tiny"].layers
+TILE, PATCH, LAYERS = CLIP_TINY.image_size, CLIP_TINY.patch_size, PRESETS["tiny"].config.layers
 SIDE = TILE // PATCH                                               # one tile is 8 x 8 patches
 DRILLS = 800, 1500                                                 # the language stage copies, then recalls, then converses
 GLYPHS = "0123456789:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -267,7 +267,7 @@ def join(tokenizer, number, parts, plan=None, tiles=()):
     """[(text, trained or not)] behind a picture or nothing -> a sample that data.collate takes."""
     pieces = [(data.text_ids(tokenizer, text), learn) for text, learn in parts]
     vision = [data.IMAGE] * plan.tokens if plan else []
-    return {"id": f"drill-{number}", "ids": vision + [id for ids, _ in pieces for id in ids],
+    return {"id": f"drill-{number}", "input_ids": vision + [id for ids, _ in pieces for id in ids],
             "labels": [data.IGNORE] * len(vision) + [id if learn else data.IGNORE for ids, learn in pieces for id in ids],
             "tiles": tiles, "plans": [plan] if plan else []}
 
@@ -323,7 +323,7 @@ def text_talk(tokenizer, number):
                  {"from": "human", "value": turns[0]["value"].removeprefix(data.MARK + "\n")}, *turns[1:]]
     turns[0]["value"] = turns[0]["value"].replace(data.MARK, caption)
     ids, labels = data.encode_chat(tokenizer, turns, [])
-    return {"id": f"text-{number}", "ids": ids, "labels": labels, "tiles": [], "plans": []}
+    return {"id": f"text-{number}", "input_ids": ids, "labels": labels, "tiles": [], "plans": []}
 
 
 def picture_talk(tokenizer, number, size, mode):
@@ -334,7 +334,7 @@ def picture_talk(tokenizer, number, size, mode):
         kind, template = "caption", "plain"
         turns = [{"from": "human", "value": data.MARK}, {"from": "gpt", "value": drawing.caption}]
     record = {"id": f"{kind}-{number}", "conversations": turns, "images": [drawing.image]}
-    return data.encode_sample(record, tokenizer, template, mode, SIDE, TILE)
+    return data.encode_sample(record, tokenizer, data.SampleFormat(template, mode, SIDE, TILE))
 
 
 class Lessons(IterableDataset):
@@ -416,7 +416,7 @@ def uncompressed():
 
     def learn(batch):
         loss = model(batch)
-        return loss, {"loss " + batch.ids[0].split("-")[0]: loss.item()}
+        return loss, {"loss " + batch.record_ids[0].split("-")[0]: loss.item()}
     return model, learn
 
 

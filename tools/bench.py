@@ -43,7 +43,7 @@ def mix(config, count, seed=0):
         vision = [data.IMAGE] * sum(plan.tokens for plan in plans)
         told = 2 * len(text) // 3
         tiles = random.integers(0, 256, (sum(plan.tiles for plan in plans), tile, tile, 3), np.uint8)
-        samples.append({"id": str(i), "ids": vision + text, "labels": [data.IGNORE] * (len(vision) + told) + text[told:],
+        samples.append({"id": str(i), "input_ids": vision + text, "labels": [data.IGNORE] * (len(vision) + told) + text[told:],
                         "tiles": tiles, "plans": plans})
     return samples
 
@@ -80,7 +80,7 @@ def kept_for_backward(forward):
 
 def build(args, **changes):
     """A model of the preset with random weights, with fewer layers where asked; frozen as in phase 2."""
-    config = PRESETS[args.preset]
+    config = PRESETS[args.preset].config
     text = replace(config.text, num_hidden_layers=args.layers or config.text.num_hidden_layers)
     config = replace(config, text=text, **changes)
     torch.manual_seed(args.seed)
@@ -125,8 +125,8 @@ def transformers(args):
     from transformers.utils import logging
     from tools.convert import to_next
     logging.set_verbosity_error()
-    tile = PRESETS[args.preset].vision.image_size
-    config = PRESETS[args.preset]
+    tile = PRESETS[args.preset].config.vision.image_size
+    config = PRESETS[args.preset].config
     model = build(args, projector="mlp", side=config.feature_side, remember=(), layers=(max(config.layers),), image_mode="a4hf")
     random = np.random.default_rng(args.seed)
     sizes = [size for size in SIZES if size]
@@ -136,7 +136,7 @@ def transformers(args):
     for n, picture in enumerate(pictures):
         plan = data.plan_image(picture.size, "a4hf", model.config.side, tile)
         text = random.integers(0, WORDS, int(random.lognormal(np.log(TEXT[0]), TEXT[1])) + 3).tolist()
-        samples.append({"id": str(n), "ids": [data.IMAGE] * plan.tokens + text, "labels": [data.IGNORE] * plan.tokens + text,
+        samples.append({"id": str(n), "input_ids": [data.IMAGE] * plan.tokens + text, "labels": [data.IGNORE] * plan.tokens + text,
                         "tiles": data.cut_tiles(picture, plan), "plans": [plan]})
     packed, padded = data.pack(samples).to(args.device), data.collate(samples, 0).to(args.device)
     model.read_tokenizer(args.tokenizer)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from model import PRESETS, LLaVAVR
-from recipes import PAPER
+import train
 
 PARTS = ("vision_tower", "mm_projector", "image_newline", "vision_remember", "language_model")
 A100 = 312e12       # bf16 with fp32 sums, dense, by NVIDIA's data sheet
@@ -198,8 +198,8 @@ def short(number, unit=""):
 
 def table(preset, phase, world=8, shard=False, recompute=False, micro=None, precision="bf16"):
     """The lines that are printed: what is assumed, parameters, FLOPs of a sample, bytes per device, days on A100s."""
-    config, p, trains = PRESETS[preset], PHASES[phase], PAPER[phase].trains
-    sizes, micro, tokens, vision = parameters(config), micro or PAPER[phase].micro, p.tokens(config.side), p.tiles * config.side ** 2
+    config, p, trains = PRESETS[preset].config, PHASES[phase], train.PAPER[phase].trains
+    sizes, micro, tokens, vision = parameters(config), micro or train.PAPER[phase].micro, p.tokens(config.side), p.tiles * config.side ** 2
     forward, both = (flops(config, [tokens], p.tiles, p.trained, parts) for parts in ((), trains))
     need = memory(config, trains, world, shard, precision, micro * tokens, micro * p.tiles, recompute)
     days = p.samples * both / (world * A100 * MFU) / 86400
