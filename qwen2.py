@@ -1,13 +1,19 @@
 """Qwen2, a decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP, key/value cache.
 
-B rows, T tokens, S keys, d hidden_size, H query heads, G key/value heads, D = d / H their width, V vocabulary rows.
-Parameters carry the checkpoint's own names (Qwen/Qwen2-*). Nothing here knows of images: `hook` runs before each layer.
+    B   rows of a batch (1 when packed)    A   attention heads, D = d / A their width
+    T   tokens of a row                    G   key/value heads: A/G query heads share one
+    M   places of the cache to look at     V   vocabulary rows
+    d   width (hidden_size)                R   rows that reach the lm_head
 
-Padding is on the RIGHT, everywhere. Under a causal mask a token sees only what stands left of it, so padding on the
-right reaches no real token and neither training nor prefill needs a mask. (Left padding would need one in every layer.)
+Parameters carry the checkpoint's own names (Qwen/Qwen2-*). Nothing here knows of images: `hook`
+runs before each layer.
+
+Padding is on the RIGHT, everywhere. Under a causal mask a token sees only what stands left of it:
+padding on the right reaches no real token, and neither training nor prefill needs a mask.
 """
 import inspect
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,21 +29,21 @@ except ImportError:
     flash_attn_func = flash_attn_varlen_func = None
 try:
     from torch.nn.attention.varlen import varlen_attn
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:           # before torch 2.12
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:    # before torch 2.12
         varlen_attn = None
-except ImportError:                                                             # before torch 2.10
+except ImportError:                                                      # before torch 2.10
     varlen_attn = None
 
 
 @dataclass
 class Qwen2Config:
-    """The shape of the decoder, named as in config.json."""
-    vocab_size: int
-    hidden_size: int
+    """The shape of the decoder, named as in config.json. ValueError for what is not built."""
+    vocab_size: int                      # V
+    hidden_size: int                     # d
     intermediate_size: int
     num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
+    num_attention_heads: int             # A
+    num_key_value_heads: int             # G
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -45,10 +51,11 @@ class Qwen2Config:
 
     def __post_init__(self):
         if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads of "
-                             "even width")
+            raise ValueError(f"hidden_size {self.hidden_size} does not divide into "
+                             f"{self.num_attention_heads} heads of even width")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} keys/values")
+            raise ValueError(f"{self.num_attention_heads} heads cannot share "
+                             f"{self.num_key_value_heads} keys/values")
 
     @property
     def head_dim(self):
@@ -56,177 +63,209 @@ class Qwen2Config:
 
     @classmethod
     def from_dict(cls, config):
-        """Read a config.json. ValueError for another model type, a missing number, or a feature that is not built."""
-        if config.get("model_type") != "qwen2":
-            raise ValueError(f"model_type {config.get('model_type')!r}: expected 'qwen2'")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}    # transformers 5 | 4
+        """Read a config.json. ValueError for a missing number or a feature that is not built."""
+        built = {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False}
+        config = {"model_type": None, **config}
+        for name, value in built.items():
+            if config.get(name, value) != value:
+                raise ValueError(f"{name} {config[name]!r} is not built: only {value!r}")
+        # transformers 5 | 4
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError(f"rope scaling {rope} is not built; Qwen2's released checkpoints have none")
-        if config.get("use_sliding_window"):
-            raise ValueError("use_sliding_window is not built; set it to false (as released) for full attention")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {config['hidden_act']!r}: only silu is built")
+            raise ValueError(f"rope scaling {rope} is not built; Qwen2's checkpoints have none")
         config = {"rope_theta": rope.get("rope_theta"), **config}
-        found = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        for name in [*list(cls.__dataclass_fields__)[:6], "rope_theta"]:
-            if name not in found:
-                raise ValueError(f"{name} is missing")
+        found = {}
+        for field in fields(cls):
+            if config.get(field.name) is not None:
+                found[field.name] = config[field.name]
+            elif field.default is MISSING or field.name == "rope_theta":
+                raise ValueError(f"{field.name} is missing")
         self = cls(**found)
         if config.get("head_dim") not in (None, self.head_dim):
-            raise ValueError(f"head_dim {config['head_dim']}: only hidden_size / num_attention_heads is built")
+            raise ValueError(f"head_dim {config['head_dim']}: only hidden_size / "
+                             "num_attention_heads is built")
         return self
 
 
 QWEN2 = {
-    "0.5b": Qwen2Config(151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
-    "1.5b": Qwen2Config(151936, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
-    "7b": Qwen2Config(152064, 3584, 18944, 28, 28, 4),
+    "0.5b": Qwen2Config(vocab_size=151936, hidden_size=896, intermediate_size=4864,
+                        num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+                        tie_word_embeddings=True),
+    "1.5b": Qwen2Config(vocab_size=151936, hidden_size=1536, intermediate_size=8960,
+                        num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+                        tie_word_embeddings=True),
+    "7b": Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+                      num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
 }
 
 
 class KVCache:
-    """Keys and values of every layer, with a true length per row, so that rows of unequal length decode together.
+    """Keys and values of every layer, with a true length for each row.
 
-    The first forward pass (prefill) fills places 0..T-1 of every row and sets lengths to T. If rows were padded, set
-    `cache.lengths = true_lengths` (B,) then: what padding wrote beyond them is never attended to, and is overwritten.
+    The first forward pass (prefill) fills places 0..T-1 of every row and sets lengths to T. If rows
+    were padded, set `cache.lengths = true_lengths` (B,) then: what padding wrote beyond them is
+    never looked at, and is overwritten. So rows of unequal length decode together.
     """
 
     def __init__(self, config, batch, max_len, dtype=torch.float32, device="cpu"):
-        shape = (config.num_hidden_layers, batch, max_len, config.num_key_value_heads, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)      # zeros, not empty: a masked NaN would still be NaN
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        shape = (layers, 2, batch, max_len, heads, config.head_dim)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)         # empty could hold NaN
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.max_len, self.prefilled = max_len, False
+        self.max_len = max_len
+        self.used = 0                                                    # M
 
-    def share(self, rows):
-        """Let `rows` (B,) of what was filled so far become the rows, also several times: for prompts that begin alike."""
-        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+    def select_rows(self, rows):
+        """Go on with these rows (B,), some several times: for prompts that begin alike."""
+        self.kv, self.lengths = self.kv[:, :, rows], self.lengths[rows]
 
-    def write(self, layer, k, v, positions):
-        """k v (B, G, T, D) to their positions (B, T) -> all places so far (B, G, S, D)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]                   # (B, 1)
-        self.k[layer, rows, positions] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[layer, rows, positions] = v.transpose(1, 2).to(self.v.dtype)
-        past_k, past_v = self.k[layer, :, :self.used], self.v[layer, :, :self.used]     # (B, S, G, D)
-        return past_k.transpose(1, 2).to(k.dtype), past_v.transpose(1, 2).to(v.dtype)   # (B, G, S, D)
+    def reserve(self, batch, length):
+        """Take the next `length` places of a row -> (positions (B, T), mask (B, 1, T, M)).
 
-    def plan(self, batch, length):
-        """Positions (B, T) of the next `length` tokens and the mask over the cache (B, 1, T, S); no mask in prefill."""
+        Prefill has no mask. Raises ValueError for another batch and when the cache is full.
+        """
         if batch != len(self.lengths):
             raise ValueError(f"the cache holds {len(self.lengths)} rows, the input {batch}")
-        positions = self.lengths[:, None] + torch.arange(length, device=self.lengths.device)    # (B, T)
-        self.used = length if not self.prefilled else int(positions.max()) + 1
+        prefill = self.used == 0
+        steps = torch.arange(length, device=self.lengths.device)         # (T,)
+        self.positions = self.lengths[:, None] + steps                   # (B, T)
+        self.used = length if prefill else int(self.positions.max()) + 1
         if self.used > self.max_len:
-            raise ValueError(f"the cache has room for {self.max_len} tokens, {self.used} are needed")
-        if not self.prefilled:
-            return positions, None
-        keys = torch.arange(self.used, device=positions.device)                 # (S,)
-        return positions, (keys <= positions[..., None])[:, None]               # (B, 1, T, S)
+            raise ValueError(f"the cache has room for {self.max_len} tokens, {self.used} are "
+                             "needed")
+        self.lengths = self.lengths + length
+        if prefill:
+            return self.positions, None
+        places = torch.arange(self.used, device=steps.device)            # (M,)
+        return self.positions, (places <= self.positions[..., None])[:, None]
+
+    def write(self, layer, k, v):
+        """k v (B, G, T, D) to the reserved places of a layer -> k v of all (B, G, M, D)."""
+        rows = torch.arange(len(k), device=k.device)[:, None]            # (B, 1)
+        new = torch.stack([k, v]).transpose(2, 3)                        # (2, B, T, G, D)
+        self.kv[layer][:, rows, self.positions] = new.to(self.kv.dtype)
+        seen = self.kv[layer, :, :, :self.used].transpose(2, 3)          # (2, B, G, M, D)
+        return seen.to(k.dtype).unbind(0)
 
 
 class Packing(NamedTuple):
-    """Samples laid end to end in one row, each as if it were alone: nothing is computed for padding."""
-    lengths: list             # tokens of each sample, for those who take them one by one
+    """Samples laid end to end in one row, each as if it were alone: no padding is computed."""
+    lengths: list                # tokens of each sample
     longest: int
-    starts: torch.Tensor      # (samples + 1,) int32, where each begins, and the end
-    positions: torch.Tensor   # (T,) counted from 0 within each sample
+    starts: torch.Tensor         # (samples + 1,) int32, where each begins, and the end
+    positions: torch.Tensor      # (T,) counted from 0 within each sample
 
     @classmethod
     def of(cls, lengths, size, device):
         """Raises ValueError if the lengths do not add up to `size` tokens."""
         if sum(lengths) != size:
-            raise ValueError(f"lengths {list(lengths)} add up to {sum(lengths)}, but the row has {size} tokens")
-        starts = torch.tensor([0, *lengths]).cumsum(0)                          # (samples + 1,)
-        positions = torch.arange(size) - starts[:-1].repeat_interleave(torch.tensor(lengths))      # (T,)
-        return cls(lengths, max(lengths), starts.int().to(device, non_blocking=True), positions.to(device, non_blocking=True))
+            raise ValueError(f"lengths {list(lengths)} add up to {sum(lengths)}, but the row has "
+                             f"{size} tokens")
+        starts = torch.tensor([0, *lengths]).cumsum(0)                   # (samples + 1,)
+        own_start = starts[:-1].repeat_interleave(torch.tensor(lengths))  # (T,)
+        positions = (torch.arange(size) - own_start).to(device, non_blocking=True)
+        return cls(lengths, max(lengths), starts.int().to(device, non_blocking=True), positions)
 
 
 def attention(q, k, v, scope=None):
-    """q (B, H, T, D), k v (B, G, S, D) -> (B, H, T, D). Query head h reads key/value head h // (H/G).
+    """q (B, A, T, D), k v (B, G, M, D) -> (B, A, T, D). Query head a reads key head a // (A/G).
 
-    scope: None for causal; a mask (B, 1, T, S) of bool, True = look; or a Packing (B = 1), causal within each sample.
+    scope: None for causal (M = T); a mask (B, 1, T, M) of bool, True = look; or a Packing (B = 1),
+    causal within each sample.
     """
     if isinstance(scope, Packing):
         return packed_attention(q, k, v, scope)
-    if flash_attn_func and scope is None and fused(q):
-        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, scope, is_causal=scope is None, enable_gqa=q.shape[1] != k.shape[1])
+    if flash_attn_func and scope is None and fits_flash(q):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                 # (B, T, A or G, D)
+        return flash_attn_func(q, k, v, causal=True).transpose(1, 2)     # (B, A, T, D)
+    causal, grouped = scope is None, q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, scope, is_causal=causal, enable_gqa=grouped)
 
 
 def packed_attention(q, k, v, packing):
-    """As `attention`: by flash-attn where it is installed, else by PyTorch's kernel of the same kind, else one by one."""
-    if not fused(q) or not (flash_attn_varlen_func or varlen_attn):
-        parts = zip(*(x.split(packing.lengths, 2) for x in (q, k, v)))
-        return torch.cat([attention(*part) for part in parts], 2)               # (1, H, T, D)
+    """As `attention`: by flash-attn, else by PyTorch's kernel of the same kind, else one by one."""
+    if not fits_flash(q) or not (flash_attn_varlen_func or varlen_attn):
+        samples = zip(*(x.split(packing.lengths, 2) for x in (q, k, v)))
+        return torch.cat([attention(*sample) for sample in samples], 2)  # (1, A, T, D)
     grouped = q.shape[1] != k.shape[1]
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                         # (T, H or G, D)
-    spans = packing.starts, packing.starts, packing.longest, packing.longest     # no list: --compile would want one graph per count
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                  # (T, A or G, D)
+    # no list of lengths here: --compile would make a graph for every number of samples
+    spans = (packing.starts, packing.starts, packing.longest, packing.longest)
     if flash_attn_varlen_func:
         out = flash_attn_varlen_func(q, k, v, *spans, causal=True)
-    else:
-        out = varlen_attn(q, k, v, *spans, window_size=(-1, 0), enable_gqa=grouped)         # (all before, none ahead)
-    return out.transpose(0, 1).unsqueeze(0)                                     # (1, H, T, D)
+    else:                                                                # all before, none ahead
+        out = varlen_attn(q, k, v, *spans, window_size=(-1, 0), enable_gqa=grouped)
+    return out.transpose(0, 1).unsqueeze(0)                              # (1, A, T, D)
 
 
-def fused(x):
-    """Whether the kernels for tensor cores take x: half precision, on a GPU since Ampere."""
-    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+def fits_flash(x):
+    """Whether kernels for tensor cores take x: half precision, on a GPU since Ampere."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.is_cuda and half and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def rotary(positions, width, theta):
-    """positions (..., T) -> cos, sin (..., 1, T, D) in float32: at position 30000, bfloat16 could not count by ones."""
+    """positions (..., T) -> cos, sin (..., 1, T, D) in float32: bfloat16 cannot count to 30000."""
     steps = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device)
-    angles = positions[..., None].float() * theta ** (-steps / width)           # (..., T, D/2)
-    angles = torch.cat([angles, angles], -1).unsqueeze(-3)                      # (..., 1, T, D)
+    angles = positions[..., None].float() * theta ** (-steps / width)    # (..., T, D/2)
+    angles = torch.cat([angles, angles], -1).unsqueeze(-3)               # (..., 1, T, D)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
     """Turn pairs of channels of x (B, A, T, D) by their angles.
 
-    Two layouts are in use: neighbours (2i, 2i+1) as in the RoPE paper, or halves (i, i + D/2) as in Hugging Face's
-    checkpoints. The weights fit only one; the other loads, runs and talks nonsense. Qwen2's are halves.
+    Two layouts are in use: neighbours (2i, 2i+1) as in the RoPE paper, or halves (i, i + D/2) as in
+    Hugging Face's checkpoints. The weights fit only one; the other loads, runs and talks nonsense.
+    Qwen2's are halves.
     """
-    first, second = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+    first, second = x.float().chunk(2, -1)                               # (B, A, T, D/2)
+    turned = torch.cat([-second, first], -1)                             # (B, A, T, D)
+    return (x.float() * cos + turned * sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square, in float32."""
+    """Divide by the root mean square, in float32: in half precision squares overflow."""
 
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        y = x.float()                                                           # squares overflow in half precision
+        y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Causal self-attention in which H/G query heads share one key/value head."""
+    """Causal self-attention in which A/G query heads share one key/value head."""
 
     def __init__(self, config):
         super().__init__()
-        d, self.width, shared = config.hidden_size, config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(d, d), nn.Linear(d, shared), nn.Linear(d, shared)
-        self.o_proj = nn.Linear(d, d, bias=False)                               # Qwen2: biases on q, k, v only
+        d, self.width = config.hidden_size, config.head_dim
+        shared = config.num_key_value_heads * config.head_dim            # G*D
+        self.q_proj = nn.Linear(d, d)
+        self.k_proj = nn.Linear(d, shared)
+        self.v_proj = nn.Linear(d, shared)
+        self.o_proj = nn.Linear(d, d, bias=False)                        # biases on q, k, v only
 
     def split(self, x):
-        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)                # (B, H or G, T, D)
+        """(B, T, A*D) -> (B, A, T, D), or G for A."""
+        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
 
-    def forward(self, x, cos, sin, write, scope):
-        q = rotate(self.split(self.q_proj(x)), cos, sin)                        # (B, H, T, D)
-        k = rotate(self.split(self.k_proj(x)), cos, sin)                        # (B, G, T, D)
-        v = self.split(self.v_proj(x))                                          # (B, G, T, D)
+    def forward(self, x, cos, sin, scope, write):
+        """x (B, T, d) -> (B, T, d). scope: see `attention`. write: KVCache.write of the layer."""
+        q = rotate(self.split(self.q_proj(x)), cos, sin)                 # (B, A, T, D)
+        k = rotate(self.split(self.k_proj(x)), cos, sin)                 # (B, G, T, D)
+        v = self.split(self.v_proj(x))                                   # (B, G, T, D)
         if write:
-            k, v = write(k, v)                                                  # (B, G, S, D)
-        return self.o_proj(attention(q, k, v, scope).transpose(1, 2).flatten(2))     # (B, T, d)
+            k, v = write(k, v)                                           # (B, G, M, D)
+        out = attention(q, k, v, scope)                                  # (B, A, T, D)
+        return self.o_proj(out.transpose(1, 2).flatten(2))               # (B, T, d)
 
 
 class MLP(nn.Module):
-    """SwiGLU: a gate decides how much of each channel passes."""
+    """SwiGLU: a gate decides how much of each channel passes. (B, T, d) -> (B, T, d)."""
 
     def __init__(self, config):
         super().__init__()
@@ -239,7 +278,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and MLP, each added to what it read."""
+    """Pre-norm attention and MLP, each added to what it read. (B, T, d) -> (B, T, d)."""
 
     def __init__(self, config):
         super().__init__()
@@ -247,17 +286,18 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, write=None, scope=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, write, scope)     # (B, T, d)
-        return x + self.mlp(self.post_attention_layernorm(x))                   # (B, T, d)
+    def forward(self, x, cos, sin, scope=None, write=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, scope, write)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Qwen2(nn.Module):
-    """The decoder of a Qwen2Config, with random weights; `from_pretrained` reads a published folder."""
+    """The decoder of a Qwen2Config, with random weights. `from_pretrained` reads published ones."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.recompute = config, False      # True: keep only what enters each layer for the backward pass
+        self.config = config
+        self.recompute = False           # True: keep only what enters each layer for backward
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -267,53 +307,57 @@ class Qwen2(nn.Module):
         self.tie()
 
     def tie(self):
-        """Let the head be the embedding, one parameter under two names. To be called again after to_empty()."""
+        """Let lm_head be the embedding: one parameter, two names. Call again after to_empty()."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids=None, *, inputs_embeds=None, cache=None, hook=None, keep=None, packed=None, logits=True):
-        """input_ids (B, T) or inputs_embeds (B, T, d) -> logits (B, T, V), or (n, V) where keep (B, T) is True.
+    def forward(self, input_ids=None, *, inputs_embeds=None, cache=None, hook=None, keep=None,
+                packed=None, logits=True):
+        """input_ids (B, T) or inputs_embeds (B, T, d) -> logits (B, T, V), or (R, V) with `keep`.
 
-        cache: a KVCache to fill (first call) or to go on from (later calls); its lengths advance by T.
-        hook(layer index, hidden (B, T, d)) -> hidden (B, T, d), called before each decoder layer.
-        packed: list of int, lengths of samples packed end to end into one row (B = 1, no cache), each as if it were alone.
-        logits: False gives what lm_head would read, (B, T, d) or (n, d), for a loss that never holds all logits.
-        Raises ValueError unless exactly one input is given, when the cache is full, and for lengths that do not fit.
+        cache: a KVCache to fill (first call) or to go on from; its lengths advance by T.
+        hook(number of the layer, x (B, T, d)) -> x (B, T, d), called before each decoder layer.
+        keep: (B, T) of bool, where logits are wanted; R of them.
+        packed: lengths of samples laid end to end in one row (B = 1, no cache), see Packing.
+        logits: False gives what lm_head would read, (B, T, d) or (R, d).
+        Raises ValueError for none or both inputs, a full cache, and lengths that do not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds      # (B, T, d)
-        positions, scope = torch.arange(x.shape[1], device=x.device), None      # (T,)
-        if cache is not None:
-            positions, scope = cache.plan(*x.shape[:2])                         # (B, T), (B, 1, T, S)
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = x.shape[:2]                                      # B, T
+        positions, scope = torch.arange(length, device=x.device), None   # (T,)
         if packed is not None:
-            if cache is not None or len(x) != 1:
-                raise ValueError(f"packed samples come in one row and without a cache, not in {len(x)} rows or with one")
-            scope = Packing.of(packed, x.shape[1], x.device)
-            positions = scope.positions                                         # (T,)
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)      # (1 or B, 1, T, D)
+            if cache is not None or batch != 1:
+                raise ValueError("packed samples come in one row and without a cache, not in "
+                                 f"{batch} rows or with one")
+            scope = Packing.of(packed, length, x.device)
+            positions = scope.positions                                  # (T,)
+        elif cache is not None:
+            positions, scope = cache.reserve(batch, length)              # (B, T), (B, 1, T, M)
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         for index, layer in enumerate(self.model.layers):
             if hook is not None:
-                x = hook(index, x)                                              # (B, T, d)
+                x = hook(index, x)                                       # (B, T, d)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, None, scope, use_reentrant=False, preserve_rng_state=False)
-                continue
-            write = cache and (lambda k, v: cache.write(index, k, v, positions))
-            x = layer(x, cos, sin, write, scope)                                # (B, T, d)
-        if cache is not None:
-            cache.lengths, cache.prefilled = cache.lengths + x.shape[1], True
+                x = checkpoint(layer, x, cos, sin, scope, use_reentrant=False,
+                               preserve_rng_state=False)
+            else:
+                write = partial(cache.write, index) if cache else None
+                x = layer(x, cos, sin, scope, write)                     # (B, T, d)
         x = self.model.norm(x)
-        x = x if keep is None else x[keep]                                      # (B, T, d) or (n, d)
-        return self.lm_head(x) if logits else x                                   # (B, T, V) or (n, V)
+        if keep is not None:
+            x = x[keep]                                                  # (R, d)
+        return self.lm_head(x) if logits else x                          # (B, T, V) or (R, V)
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Start small and normal (deviation 0.02, biases 0), for the tiny decoder that is trained here from nothing."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.normal_(std=0.02)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()
+        """Start small and normal, for the tiny decoder that is trained from nothing."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim > 1:
+                parameter.normal_(std=0.02)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32):
@@ -323,21 +367,22 @@ class Qwen2(nn.Module):
             config = Qwen2Config.from_dict(config)
         except ValueError as error:
             raise ValueError(f"{folder}/config.json: {error}") from None
-        with torch.device("meta"):                  # shapes only: no time spent on numbers about to be overwritten
+        with torch.device("meta"):       # shapes only: no time spent on numbers soon overwritten
             model = cls(config).to(dtype)
         model.to_empty(device="cpu").tie()
         load_weights(model, folder, model.rename)
         return model
 
     def rename(self, key):
-        """A checkpoint's key -> our parameter name. A tied one stores no head; the odd one that does repeats the embedding."""
+        """A checkpoint's key -> our parameter name. A tied lm_head repeats the embedding: None."""
         return None if key == "lm_head.weight" and self.config.tie_word_embeddings else key
 
     def save_pretrained(self, folder, extra=None):
-        """Write a folder that from_pretrained and transformers read; extra {name: path} are files to copy in beside."""
+        """Write a folder that from_pretrained and transformers read; copy in extra {name: path}."""
         tensors = self.state_dict()
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-        config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-                  "torch_dtype": str(self.lm_head.weight.dtype).removeprefix("torch."), **asdict(self.config)}
+        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+                  "hidden_act": "silu", "torch_dtype": dtype, **asdict(self.config)}
         save_weights(folder, tensors, config, extra)

@@ -1,145 +1,289 @@
-"""What is shown of an evaluation: tables of text, results.json in lmms-eval's key names, and a page to look through.
+"""What is shown of an evaluation: tables of text, results.json, and a page to look through.
 
-Everything here is made from what eval.py returns for a task, its entry: {"scores": parts, "blind": parts or None,
-"unparsed": share or None, "rows", "of", "seconds", "model", ...}; nothing is computed but the paper's average.
+All is made from a task's entry, what `entry_of` returns and results.json holds:
+{"scores": parts, "blind": parts or None, "unparsed": share or None, "errors", "rows", "of",
+"seconds", "model", ...}. Nothing is computed here but the paper's average.
 """
-
 import base64
 import html
 import io
 import json
 import math
-import os
+import sys
 import time
 
-from benchmarks.tasks import TASKS
+from tqdm import tqdm
 
-PAPER = {"0.5b": 0, "1.5b": 1}  # preset -> place in Task.paper; the paper has no such row for 7b
-
-
-def write(path, text):
-    """Write under a temporary name, then rename: a file that is there is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+from benchmarks import TASKS, aggregate, parsed
+from benchmarks.answers import write
+from benchmarks.rows import find_files, open_pictures, rows_of
+from benchmarks.task import BROKEN
 
 
-def number(value, places=1):
+def entry_of(task, samples, blind_samples, about):
+    """The task's entry: `about` (a dict), the scores, and what was not read or not understood."""
+    ident = TASKS[task].ident
+    errors, unparsed = [], 0
+    for sample in samples:
+        if "error" in sample:
+            name = sample.get(ident, sample["index"])
+            errors.append({"index": sample["index"], "id": name, "error": sample["error"]})
+            unparsed += 1
+        elif parsed(task, sample["prediction"], sample) is None:
+            unparsed += 1
+    return about | {
+        "unreadable_pictures": len(errors),
+        "errors": errors,
+        "unparsed": unparsed / len(samples) if samples else None,
+        "scores": aggregate(task, samples),
+        "blind": aggregate(task, blind_samples) if blind_samples else None}
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+def number(value):
     """The number as text, "-" where there is none."""
-    return "-" if value is None else format(value, f".{places}f")
+    return "-" if value is None else f"{value:.1f}"
 
 
-def table(task, parts, blind_parts):
+def table(task, entry):
     """One task's parts as lines of text; "-" where there is no number."""
+    parts, blind_parts = entry["scores"], entry["blind"] or {}
     width = max(12, *(len(name) + 2 for name in parts))
     lines = [f"{task:<{width}}{'score':>8}{'stderr':>8}{'n':>8}{'blind':>8}"]
-    for name, p in parts.items():
-        blind = blind_parts[name]["score"] if blind_parts and name in blind_parts else None
-        lines.append(f"{name:<{width}}{number(p['score']):>8}{number(p['stderr']):>8}{p['n']:>8}{number(blind):>8}")
+    for name, part in parts.items():
+        score, error = number(part["score"]), number(part["stderr"])
+        blind = number(blind_parts[name]["score"] if name in blind_parts else None)
+        lines.append(f"{name:<{width}}{score:>8}{error:>8}{part['n']:>8}{blind:>8}")
     return "\n".join(lines)
 
 
-def whole(task, entry):
-    """Whether the score is that of the benchmark: every sample of the official split."""
-    return entry["rows"] == TASKS[task].rows
+def print_entry(task, entry, path):
+    """A task's table, and what there is to say of its samples; rows with errors go to stderr."""
+    for bad in entry["errors"]:
+        tqdm.write(f"{task} row {bad['index']} counts as wrong: {bad['error']}", file=sys.stderr)
+    print(table(task, entry))
+    print(f"{entry['seconds']} s, model {entry['model']}, samples in {path}")
+    if entry["kept"]:
+        print(f"{entry['kept']} answers are from an earlier run")
+    if entry["errors"]:
+        print(f"{len(entry['errors'])} rows could not be read or scored and count as wrong")
+
+
+def split_size(task, entry):
+    """Rows of the official split; where that is not known, of the files that were there."""
+    return TASKS[task].rows or entry["of"] or entry["rows"]
 
 
 def average(entries):
-    """(mean over the tasks with MME-P/20, its standard error, why it is not final or ""), as in the paper's table.
+    """(Avg, its standard error, why it is not final or ""), as in the paper's table.
 
-    The paper's Avg is over all thirteen; over fewer it is another number, so that is said.
+    Avg is the mean over the paper's benchmarks, MME-P/20 among them. Over fewer, or over some of
+    their rows, it is another number, so that is said. A benchmark that the paper does not have is
+    left out.
     """
-    scores, errors, lacking = [], [], [t for t in TASKS if t not in entries]
+    scores, errors, short = [], [], []
     for task, entry in entries.items():
-        overall, unit = entry["scores"]["overall"], 20 if task == "mme" else 1
+        if not TASKS[task].paper:
+            continue
+        overall, unit = entry["scores"]["overall"], TASKS[task].full / 100
         if overall["score"] is not None:
             scores.append(overall["score"] / unit)
-            errors.append(math.nan if overall["stderr"] is None else overall["stderr"] / unit)
-    short = [f"{t} {e['rows']} of {TASKS[t].rows}" for t, e in entries.items() if not whole(t, e)]
-    reasons = [f"without {', '.join(lacking)}"] * bool(lacking) + [f"samples missing: {', '.join(short)}"] * bool(short)
-    if not scores:
-        return None, None, "; ".join(reasons)
-    error = math.sqrt(sum(e * e for e in errors)) / len(scores)
-    return sum(scores) / len(scores), None if math.isnan(error) else error, "; ".join(reasons)
+            errors.append(None if overall["stderr"] is None else overall["stderr"] / unit)
+        if entry["rows"] != split_size(task, entry):
+            short.append(f"{task} {entry['rows']} of {split_size(task, entry)}")
+
+    reasons = []
+    lacking = [task for task, spec in TASKS.items() if spec.paper and task not in entries]
+    if lacking:
+        reasons.append(f"without {', '.join(lacking)}")
+    if short:
+        reasons.append(f"samples missing: {', '.join(short)}")
+    mean = sum(scores) / len(scores) if scores else None
+    error = None
+    if scores and None not in errors:
+        error = math.sqrt(sum(error * error for error in errors)) / len(scores)
+    return mean, error, "; ".join(reasons)
 
 
-def rows_of_summary(entries, preset):
-    """The summary's cells: a header and a row per task in the paper's order, then Avg. All text."""
-    place = PAPER.get(preset)
-    rows = [["benchmark", "score", "stderr", "n", "unparsed", "blind", "chance", "seconds", "paper"]]
+def paper_average(preset):
+    """The paper's Avg for this size; None where it has none."""
+    scores = [spec.paper[preset] / (spec.full / 100)
+              for spec in TASKS.values() if preset in spec.paper]
+    return sum(scores) / len(scores) if scores else None
+
+
+HEADER = ["benchmark", "score", "stderr", "n", "unparsed", "blind", "chance", "seconds", "paper"]
+
+
+def summary_rows(entries, preset):
+    """The summary's cells as text: HEADER, a row for each task in the table's order, Avg."""
+    rows = [HEADER]
     for task, spec in TASKS.items():
         if task not in entries:
             continue
-        e = entries[task]
-        overall, blind = e["scores"]["overall"], (e["blind"] or {}).get("overall", {}).get("score")
-        n = str(e["rows"]) if whole(task, e) else f"{e['rows']} of {spec.rows}"
-        share = "-" if e["unparsed"] is None else f"{100 * e['unparsed']:.1f}%"
-        paper = None if place is None else spec.paper[place]
-        rows.append([spec.title, number(overall["score"]), number(overall["stderr"]), n, share, number(blind),
-                     number(spec.chance), number(e["seconds"]), number(paper)])
+        entry = entries[task]
+        overall, n = entry["scores"]["overall"], str(entry["rows"])
+        if entry["rows"] != split_size(task, entry):
+            n += f" of {split_size(task, entry)}"
+        unparsed = "-" if entry["unparsed"] is None else f"{100 * entry['unparsed']:.1f}%"
+        blind = entry["blind"]["overall"]["score"] if entry["blind"] else None
+        rows.append([spec.title, number(overall["score"]), number(overall["stderr"]), n, unparsed,
+                     number(blind), number(spec.chance), number(entry["seconds"]),
+                     number(spec.paper.get(preset))])
     mean, error, _ = average(entries)
-    paper = None if place is None else sum(s.paper[place] / (20 if t == "mme" else 1) for t, s in TASKS.items()) / len(TASKS)
-    rows.append(["Avg", number(mean), number(error), "", "", "", "", number(sum(e["seconds"] for e in entries.values())),
-                 number(paper)])
+    seconds = sum(entry["seconds"] for entry in entries.values())
+    rows.append(["Avg", number(mean), number(error), "", "", "", "", number(seconds),
+                 number(paper_average(preset))])
     return rows
 
 
 def summary(entries, preset):
-    """The table of several tasks, in the paper's order, beside the paper's row for this size; Avg says if it is final."""
-    rows = rows_of_summary(entries, preset)
-    widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(rows[0]))]
-    lines = [row[0].ljust(widths[0]) + "".join(cell.rjust(w) for cell, w in zip(row[1:], widths[1:])) for row in rows]
+    """The table of several tasks beside the paper's row for this size; Avg says if it is final."""
+    rows = summary_rows(entries, preset)
+    first, *widths = [max(len(cell) for cell in column) + 2 for column in zip(*rows)]
+    lines = []
+    for title, *cells in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths)]
+        lines.append(title.ljust(first) + "".join(aligned))
     reasons = average(entries)[2]
-    return "\n".join(lines) + (f"\nAvg is not final: {reasons}" if reasons else "\nAvg is over all 13, with MME-P/20")
+    in_paper = sum(bool(spec.paper) for spec in TASKS.values())
+    lines.append(f"Avg is not final: {reasons}" if reasons
+                 else f"Avg is over all {in_paper}, with MME-P/20")
+    others = [task for task in entries if not TASKS[task].paper]
+    if others:
+        lines.append(f"not in the paper, so not in Avg: {', '.join(others)}")
+    return "\n".join(lines)
 
 
 def beside(entries, preset):
-    """What one task's score is read against, in a line: the summary's cells that its own table lacks."""
-    header, cells, _ = rows_of_summary(entries, preset)
-    return ", ".join(f"{name} {cell}" for name, cell in zip(header, cells) if name in ("n", "unparsed", "chance", "paper"))
+    """What one task's score is read against: the summary's cells that its own table lacks."""
+    cells = dict(zip(HEADER, summary_rows(entries, preset)[1]))
+    return ", ".join(f"{name} {cells[name]}" for name in ("n", "unparsed", "chance", "paper"))
 
 
-def lmms_keys(entries, args):
-    """results.json as lmms-eval writes it: fractions (MME in points) under "<metric>,<filter>", so its readers read ours."""
-    results, samples = {}, {}
+# ----------------------------------------------------------------------------------- results.json
+
+def read_results(path, mark, fresh):
+    """{task: entry} of the results.json that is there, {} if there is none.
+
+    Raises ValueError for a damaged one and, without `fresh`, for one with another model's scores:
+    `mark` tells the models apart.
+    """
+    found = {}
+    try:
+        if path.exists():
+            results = json.loads(path.read_text(encoding="utf-8"))
+            found = {task: entry for task, entry in results.items() if task in TASKS}
+        lmms_keys(found)                        # reads all that the next results.json needs of it
+    except BROKEN as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): "
+                         "remove it or give --out another folder") from None
+    others = {str(entry.get("model_mark")) for entry in found.values()} - {mark}
+    if others and not fresh:
+        raise ValueError(
+            f"{path} holds scores of another model ({', '.join(others)}, this one is {mark}): "
+            "give --out another folder, or --fresh to start over")
+    return {} if others else found
+
+
+def write_results(path, entries, model, batch, limit, seed):
+    """results.json: the entries in the order of the table, then lmms-eval's keys."""
+    entries = {task: entries[task] for task in TASKS if task in entries}
+    found = entries | lmms_keys(entries, model, batch, limit, seed)
+    write(path, json.dumps(found, indent=2) + "\n")
+
+
+def lmms_keys(entries, model="", batch=None, limit=None, seed=0):
+    """What lmms-eval writes into results.json, in its names and units, so that its readers read it.
+
+    Scores are fractions (MME's are points) under "<metric>,<filter>". model, batch, limit, seed:
+    of the run, for "config".
+    """
+    specs, named = {}, {}                                       # by lmms-eval's names
     for task, entry in entries.items():
-        spec, unit = TASKS[task], 1 if task == "mme" else 100
-        keys = dict(spec.keys)
-        if task == "mmstar":
-            keys |= {f"{name},none": name for name in entry["scores"] if name not in ("overall", "micro")}
-        results[spec.reference] = {"alias": spec.reference}
-        for key, name in keys.items():
-            part = entry["scores"].get(name, {"score": None, "stderr": None})
-            metric, kind = key.split(",")
-            results[spec.reference] |= {key: None if part["score"] is None else part["score"] / unit,
-                                        f"{metric}_stderr,{kind}": "N/A" if part["stderr"] is None else part["stderr"] / unit}
-        samples[spec.reference] = {"original": entry["of"], "effective": entry["rows"]}
-    names = [TASKS[task].reference for task in entries]
-    better = {name: {key.split(",")[0]: True for key in TASKS[task].keys} for name, task in zip(names, entries)}
-    return {"results": results, "group_subtasks": {}, "versions": dict.fromkeys(names, "rules of lmms-eval v0.3.4"),
-            "n-shot": dict.fromkeys(names, 0), "higher_is_better": better,
-            "configs": {TASKS[t].reference: {"task": TASKS[t].reference, "dataset_path": TASKS[t].repo,
-                                             "generation_kwargs": {"max_new_tokens": TASKS[t].max_new_tokens, "do_sample": False}}
-                        for t in entries},
-            "n-samples": samples,
-            "config": {"model": "llava_vr", "model_args": f"pretrained={args.model}", "batch_size": args.batch,
-                       "limit": args.limit or args.sample, "gen_kwargs": "", "random_seed": args.seed},
-            "date": time.strftime("%Y-%m-%d %H:%M:%S"), "model_source": "llava_vr", "model_name": str(args.model),
-            "total_evaluation_time_seconds": str(sum(e["seconds"] for e in entries.values()))}
+        name = TASKS[task].reference or task
+        specs[name], named[name] = TASKS[task], entry
+    return {
+        "results": {name: _lmms_scores(name, specs[name], entry) for name, entry in named.items()},
+        "group_subtasks": {},
+        "versions": dict.fromkeys(specs, "rules of lmms-eval v0.3.4"),
+        "n-shot": dict.fromkeys(specs, 0),
+        "higher_is_better": {name: {key.split(",")[0]: True for key in spec.keys}
+                             for name, spec in specs.items()},
+        "configs": {name: _lmms_config(name, spec) for name, spec in specs.items()},
+        "n-samples": {name: {"original": entry["of"], "effective": entry["rows"]}
+                      for name, entry in named.items()},
+        "config": {"model": "llava_vr", "model_args": f"pretrained={model}", "batch_size": batch,
+                   "limit": limit, "gen_kwargs": "", "random_seed": seed},
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "model_source": "llava_vr",
+        "model_name": str(model),
+        "total_evaluation_time_seconds": str(sum(entry["seconds"] for entry in entries.values()))}
 
 
-# -------------------------------------------------------------------------------------------------------------- page
+def _lmms_config(name, spec):
+    settings = {"max_new_tokens": spec.max_new_tokens, "do_sample": False}
+    return {"task": name, "dataset_path": spec.repo, "generation_kwargs": settings}
 
-STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}.cards{display:flex;flex-wrap:wrap;gap:.8em}
-.card{width:15em;border:1px solid #ccc;border-left:.4em solid #b33;border-radius:.3em;padding:.6em;overflow-wrap:anywhere}
-.card.right{border-left-color:#2a7}.card.part{border-left-color:#c90}.card img{max-width:100%;display:block;margin:0 0 .4em}
-.card p{margin:.2em 0;white-space:pre-wrap}.dim{color:#777;font-size:.85em}button{font:inherit;margin-right:.4em}
-button.on{background:#246;color:#fff}body.right .card:not(.right),body.wrong .card.right{display:none}"""
-SCRIPT = """for(const b of document.querySelectorAll('button'))b.onclick=()=>{document.body.className=b.value;
-for(const o of document.querySelectorAll('button'))o.classList.toggle('on',o===b)}"""
+
+def _lmms_scores(name, spec, entry):
+    """{"<metric>,<filter>": score, "<metric>_stderr,<filter>": error} of a task."""
+    parts, keys, scores = entry["scores"], dict(spec.keys), {"alias": name}
+    if spec.keys_of_groups:
+        keys |= {f"{part},none": part for part in parts if part not in ("overall", "micro")}
+    for key, part in keys.items():
+        found = parts.get(part, {"score": None, "stderr": None})
+        metric, kind = key.split(",")
+        score, error = found["score"], found["stderr"]
+        scores[key] = None if score is None else score / spec.unit
+        scores[f"{metric}_stderr,{kind}"] = "N/A" if error is None else error / spec.unit
+    return scores
+
+
+# ------------------------------------------------------------------------------------------- page
+
+STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}
+td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}
+.cards{display:flex;flex-wrap:wrap;gap:.8em}
+.card{width:15em;border:1px solid #ccc;border-radius:.3em;padding:.6em;overflow-wrap:anywhere}
+.card{border-left:.4em solid #b33}.card.right{border-left-color:#2a7}
+.card.part{border-left-color:#c90}
+.card img{max-width:100%;display:block;margin:0 0 .4em}
+.card p{margin:.2em 0;white-space:pre-wrap}
+.dim{color:#777;font-size:.85em}
+button{font:inherit;margin-right:.4em}
+button.on{background:#246;color:#fff}
+body.right .card:not(.right),body.wrong .card.right{display:none}
+"""
+SCRIPT = """
+const buttons = document.querySelectorAll('button');
+for (const button of buttons) button.onclick = () => {
+  document.body.className = button.value;
+  for (const other of buttons) other.classList.toggle('on', other === button);
+};
+"""
+
+
+def gallery(task, samples, data, most=48):
+    """[(sample, thumbnails)]: every error and an even choice of the rest.
+
+    Pictures are shown where the data is at hand; a gallery without pictures is still one.
+    """
+    step = max(1, len(samples) // most)
+    chosen = {sample["index"]: sample for i, sample in enumerate(samples)
+              if i % step == 0 or "error" in sample}
+    thumbnails = {index: [] for index in chosen}
+    try:
+        for index, row in rows_of(task, find_files(task, data), chosen, data):
+            if "error" not in chosen[index]:
+                thumbnails[index] = [thumbnail(picture) for picture in open_pictures(task, row)]
+    except (ValueError, OSError):
+        pass
+    return [(sample, thumbnails[index]) for index, sample in chosen.items()]
 
 
 def thumbnail(picture, size=240):
@@ -151,30 +295,45 @@ def thumbnail(picture, size=240):
 
 
 def card(task, sample, thumbnails):
-    """One sample of the gallery, with its id if it has one. All of it is text from data and model, so all of it is escaped."""
-    said = {key: html.escape(str(sample.get(key, ""))) for key in ("index", "prompt", "prediction", "error")}
+    """One sample of the gallery. All of it is text from data and model, so all of it is escaped."""
     gold, ident = sample.get("answers", sample.get("answer")), TASKS[task].ident
-    gold = html.escape(gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False))
-    name = f", id {html.escape(str(sample[ident]))}" if ident in sample else ""
-    kind = "right" if sample["score"] == 1 else "wrong" if sample["score"] == 0 else "part"
+    if not isinstance(gold, str):
+        gold = json.dumps(gold, ensure_ascii=False)
+    kind = {1: "right", 0: "wrong"}.get(sample["score"], "part")
+    said = html.escape(str(sample["prediction"])) or "(nothing)"
+    about = f"row {html.escape(str(sample['index']))}"
+    if ident in sample:
+        about += f", id {html.escape(str(sample[ident]))}"
+    about += f", score {sample['score']:.2f}"
+    if sample.get("parsed", "") is None:
+        about += "; no answer found"
+    if "error" in sample:
+        about += "; " + html.escape(sample["error"])
     images = "".join(f'<img src="{address}" alt="">' for address in thumbnails)
-    return (f'<div class="card {kind}">{images}<p>{said["prompt"]}</p><p><b>{said["prediction"] or "(nothing)"}</b></p>'
-            f'<p class="dim">gold {gold}</p><p class="dim">row {said["index"]}{name}, score {sample["score"]:.2f}'
-            f'{"; no answer found" if sample.get("parsed", "") is None else ""}'
-            f'{"; " + said["error"] if said["error"] else ""}</p></div>')
+    return (f'<div class="card {kind}">{images}<p>{html.escape(sample["prompt"])}</p>'
+            f'<p><b>{said}</b></p><p class="dim">gold {html.escape(gold)}</p>'
+            f'<p class="dim">{about}</p></div>')
 
 
 def page(entries, galleries, preset):
-    """One HTML file that needs nothing else: the table, and per task cards {task: [(sample, [thumbnail])]}."""
-    header, *rows = rows_of_summary(entries, preset)
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    head = "".join(f"<th>{c}</th>" for c in header)
+    """One HTML file that needs nothing else: the summary, and {task: cards of `gallery`}."""
+    header, *rows = summary_rows(entries, preset)
+    head = "".join(f"<th>{cell}</th>" for cell in header)
+    body = ""
+    for row in rows:
+        body += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+    sections = ""
+    for task, samples in galleries.items():
+        cards = "".join(card(task, sample, thumbnails) for sample, thumbnails in samples)
+        sections += (f"<h2>{TASKS[task].title}</h2><p class='dim'>{len(samples)} of "
+                     f"{entries[task]['rows']} samples</p><div class='cards'>{cards}</div>")
     model = html.escape(str(next(iter(entries.values()))["model"]))
-    sections = "".join(f"<h2>{TASKS[task].title}</h2><p class='dim'>{len(cards)} of {entries[task]['rows']} samples</p>"
-                       f"<div class='cards'>{''.join(card(task, *c) for c in cards)}</div>" for task, cards in galleries.items())
-    note = html.escape(average(entries)[2])
-    return (f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-            f"<title>{model}</title><style>{STYLE}</style><body><h1>{model}</h1><table><tr>{head}</tr>{cells}</table>"
-            f"<p>{'Avg is not final: ' + note if note else ''}</p><p><button value='' class='on'>all</button>"
-            f"<button value='right'>right</button><button value='wrong'>wrong</button></p>{sections}"
+    reasons = average(entries)[2]
+    note = "Avg is not final: " + html.escape(reasons) if reasons else ""
+    return ("<!doctype html><html lang='en'><meta charset='utf-8'>"
+            "<meta name='viewport' content='width=device-width'>"
+            f"<title>{model}</title><style>{STYLE}</style><body><h1>{model}</h1>"
+            f"<table><tr>{head}</tr>{body}</table><p>{note}</p>"
+            "<p><button value='' class='on'>all</button><button value='right'>right</button>"
+            f"<button value='wrong'>wrong</button></p>{sections}"
             f"<script>{SCRIPT}</script></body></html>\n")

@@ -38,8 +38,10 @@ def wake(model, std=0.2, seed=1):
 def tiny_model(std=0.2, **changes):
     """A whole LLaVA-VR of 8x8 features and 4x4 tokens a tile of 32 pixels, remembering before layers 1 and 2 of 3."""
     tokenizer = data.load_tokenizer(TOKENIZER)
-    vision = CLIPConfig(hidden_size=64, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=4)
-    text = Qwen2Config(tokenizer.get_vocab_size(), 32, 24, 3, 4, 2, tie_word_embeddings=True)
+    vision = CLIPConfig(hidden_size=64, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                        image_size=32, patch_size=4)
+    text = Qwen2Config(vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=24, num_hidden_layers=3,
+                       num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
     joint = {"layers": (1, 2), "side": 4, "remember": (1, 2), **changes}
     model = randomise(LLaVAVR(LLaVAVRConfig(vision, text, **joint)), std)
     for remember in model.vision_remember.values():

@@ -68,6 +68,7 @@ def randomise(model):
 
 @torch.no_grad()
 def record(name, model, expected, **saving):
+    """Write fixtures/NAME: the model in float16 and what is expected of it."""
     folder = FIXTURES / name
     shutil.rmtree(folder, ignore_errors=True)
     model.half().save_pretrained(folder, **saving)
@@ -85,8 +86,8 @@ def clip_case(shape, whole):
     vision = getattr(randomise(model), "vision_model", model)
     pixels = torch.randn(2, 3, shape["image_size"], shape["image_size"]).half().float()
     out = vision(pixels, output_hidden_states=True, output_attentions=True)
-    hidden = {f"hidden.{i}": h for i, h in enumerate(out.hidden_states)}                      # (B, 1+N, C) each
-    cls_rows = {f"cls_row.{i}": a[:, :, 0] for i, a in enumerate(out.attentions, 1)}          # (B, A, 1+N) each
+    hidden = {f"hidden.{i}": state for i, state in enumerate(out.hidden_states)}              # (t, 1+N, C) each
+    cls_rows = {f"cls_row.{i}": scores[:, :, 0] for i, scores in enumerate(out.attentions, 1)}    # (t, A, 1+N) each
     return model, {"pixels": pixels.half(), **hidden, **cls_rows}
 
 
@@ -99,7 +100,7 @@ def qwen2_case(shape):
     mask = torch.arange(11) < torch.tensor(LENGTHS)[:, None]                                  # (B, T)
     padded = model(input_ids, attention_mask=mask.long()).logits
     sample = torch.repeat_interleave(torch.arange(2), torch.tensor(PACKED))                   # (T,) which sample a token is of
-    positions = torch.cat([torch.arange(n) for n in PACKED])[None]
+    positions = torch.cat([torch.arange(length) for length in PACKED])[None]
     sees = (sample[:, None] == sample) & torch.ones(11, 11).tril().bool()                     # (T, T)
     bias = torch.zeros(1, 1, 11, 11).masked_fill(~sees, torch.finfo(torch.float32).min)
     packed = model(input_ids[:1], attention_mask=bias, position_ids=positions).logits
@@ -124,11 +125,14 @@ def next_case(mode, tied):
 
 @torch.no_grad()
 def next_expected(model, processor, shapes):
-    """What a LlavaNext makes of one picture of each shape and PROMPT, its own processor included: per picture the number
-    of its tokens, all logits of the last token, the first 40 of 8 tokens spread over the prompt, and the next 8 tokens."""
+    """What a LlavaNext and its own processor make of one picture of each shape and PROMPT.
+
+    -> per picture: tokens, their number; last, all logits of the last token; spread, the first 40 logits of 8 tokens
+    spread over the prompt; greedy, the next 8 tokens.
+    """
     found = {"tokens": [], "last": [], "spread": [], "greedy": []}
-    for n, shape in enumerate(shapes):
-        inputs = processor(images=picture(*shape, n), text=PROMPT, return_tensors="pt")
+    for i, shape in enumerate(shapes):
+        inputs = processor(images=picture(*shape, i), text=PROMPT, return_tensors="pt")
         logits = model(**inputs).logits[0]                                                    # (T, V)
         found["tokens"].append((inputs["input_ids"] == model.config.image_token_id).sum())
         found["last"].append(logits[-1])
@@ -139,12 +143,13 @@ def next_expected(model, processor, shapes):
 
 
 def anyres(pinpoints, tile):
+    """transformers' AnyRes processor over canvases [[height, width], ...] in pixels."""
     square = {"size": {"shortest_edge": tile}, "crop_size": {"height": tile, "width": tile}}
     return LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints, **square)
 
 
 def reference_tiles(image, mode, tile, normalised=False):
-    """transformers' own tiles of a PIL picture -> (n, P, P, 3) uint8, or (n, 3, P, P) float32 as the ViT gets them."""
+    """transformers' own tiles of a PIL picture -> (t, P, P, 3) uint8, or (t, 3, P, P) float32 as the ViT gets them."""
     square = {"size": {"shortest_edge": tile}, "crop_size": {"height": tile, "width": tile}}
     if mode in ("square", "pad"):
         processor = CLIPImageProcessorPil(**square) if mode == "square" else LlavaImageProcessorPil(do_pad=True, **square)
@@ -152,11 +157,12 @@ def reference_tiles(image, mode, tile, normalised=False):
         processor = anyres([[down * tile, across * tile] for across, down in data.CANVASES[mode]], tile)
     options = {} if normalised else {"do_rescale": False, "do_normalize": False}
     found = np.asarray(processor(image, return_tensors="np", **options)["pixel_values"])
-    found = found.reshape(-1, *found.shape[-3:])                                              # (n, 3, P, P)
+    found = found.reshape(-1, *found.shape[-3:])                                              # (t, 3, P, P)
     return found if normalised else found.transpose(0, 2, 3, 1).astype(np.uint8)
 
 
 def digest(tiles):
+    """A short hash of tiles."""
     return hashlib.sha256(np.ascontiguousarray(tiles).tobytes()).hexdigest()[:16]
 
 
@@ -165,13 +171,14 @@ def pixel_cases():
     found = [[*shape, mode, tile, digest(reference_tiles(picture(*shape), mode, tile))]
              for tile, count in ((28, 60), (336, 3)) for shape in sizes(count, 300, tile) for mode in data.MODES
              if mode != "square" or max(shape) <= 64 * min(shape)]
-    # by way of numpy: Pillow's convert leaves a note of the clear colour, by which transformers would lay the picture on white
+    # by way of numpy, because Pillow's convert keeps a note of the clear colour: transformers would lay the picture on white
     pictures = {kind: np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for kind, content in files().items()}
     hashes = {kind: digest(reference_tiles(Image.fromarray(rgb), "a4", 28)) for kind, rgb in pictures.items()}
     return {"sizes": found, "files": hashes}
 
 
 def main():
+    """Write all fixtures anew."""
     torch.manual_seed(0)
     for name, shape in CLIP.items():
         record(name, *clip_case(shape, name == "clip_whole"))

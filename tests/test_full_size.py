@@ -20,13 +20,13 @@ from helpers import ROOT, TOKENIZER, picture
 from model import CLIP_L, PRESETS, LLaVAVR
 from qwen2 import QWEN2, Qwen2
 
-PAPER = {"0.5b": 0.9e9, "1.5b": 2.0e9}                               # Table 3
+PAPER = {"0.5b": 0.9, "1.5b": 2.0}                      # Table 3: billions of parameters
 FILES = {"0.5b": ["model.safetensors"], "1.5b": ["model.safetensors"],
-         "7b": [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]}
+         "7b": [f"model-0000{shard}-of-00004.safetensors" for shard in (1, 2, 3, 4)]}
 
 
 def write_clip(folder):
-    """openai/clip-vit-large-patch14-336: a whole CLIP pickled in float32, with its position ids and a text model to skip."""
+    """As openai/clip-vit-large-patch14-336: a whole CLIP pickled in float32, with position ids and a text model to skip."""
     folder.mkdir()
     tower = CLIPVision(CLIP_L, (24,))
     state = {f"vision_model.{name}": tensor for name, tensor in tower.state_dict().items()}
@@ -41,7 +41,7 @@ def write_clip(folder):
 
 
 def write_qwen2(folder, preset):
-    """Qwen/Qwen2-*: bfloat16, one file with a tied head or four shards without."""
+    """As Qwen/Qwen2-*: bfloat16, in one file with a tied lm_head or in four shards without."""
     with torch.device("meta"):
         model = Qwen2(QWEN2[preset]).to(torch.bfloat16)
     model.to_empty(device="cpu").tie()
@@ -53,7 +53,7 @@ def write_qwen2(folder, preset):
 
 
 def compute_in_fp32(model):
-    """Cast each linear, convolution and norm up before it runs and down after: many CPUs multiply bfloat16 very slowly."""
+    """Cast linears, convolutions and norms up before they run and down after: many CPUs multiply bfloat16 very slowly."""
     def up(module, inputs):
         module.float()
         return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
@@ -76,8 +76,11 @@ def test_the_real_size_answers_about_a_picture(preset, tmp_path):
     write_qwen2(tmp_path / "llm", preset)
     model = LLaVAVR.from_parts(tmp_path / "clip", tmp_path / "llm", preset, dtype).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f"\n{preset}: {count:,} parameters" + (f", the paper says {PAPER[preset] / 1e9:.1f}B" if preset in PAPER else ""))
-    assert model.config == PRESETS[preset].config and (preset not in PAPER or round(count / 1e9, 1) * 1e9 == PAPER[preset])
+    print(f"\n{preset}: {count:,} parameters")
+    if preset in PAPER:
+        print(f"the paper says {PAPER[preset]:.1f}B")
+        assert round(count / 1e9, 1) == PAPER[preset]
+    assert model.config == PRESETS[preset].config
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     if dtype == torch.bfloat16:
         compute_in_fp32(model)
@@ -103,9 +106,12 @@ def test_the_real_size_takes_the_same_steps_on_one_rank_and_on_two(tmp_path):
         folder = out / "0.5b/phase1"
         found.append((load_file(folder / "model.safetensors"), [json.loads(line) for line in (folder / "log.jsonl").open()]))
     (weights, log), (others, other_log) = found
-    print(f"\nlosses {[line['loss'] for line in log]}, seconds {[[line['seconds'] for line in lines] for lines in (log, other_log)]}")
+    seconds = [[line["seconds"] for line in lines] for lines in (log, other_log)]
+    print(f"\nlosses {[line['loss'] for line in log]}, seconds {seconds}")
     assert len(log) == len(other_log) == 2
-    for line, same in zip(log, other_log):
-        assert line["loss"] == pytest.approx(same["loss"], rel=1e-4) and line["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-4)
+    for line, other in zip(log, other_log):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
     assert any("vision_remember" in name for name in weights) and not any("language_model" in name for name in weights)
-    assert weights.keys() == others.keys() and all((weights[name] - others[name]).abs().max() < 1e-4 for name in weights)
+    assert weights.keys() == others.keys()
+    assert all((weights[name] - others[name]).abs().max() < 1e-4 for name in weights)

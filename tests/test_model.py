@@ -1,9 +1,7 @@
 """What model.py promises: one forward gives the loss, pictures stand where the plan says, and Vision Remember touches
-vision tokens only. B samples, T tokens, d width, n vision tokens; see helpers.py for the sizes of the random model.
+vision tokens only. B rows, T tokens, d width, t tiles; see helpers.py for the sizes of the random model.
 """
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -13,12 +11,11 @@ import torch.nn.functional as F
 import data
 import train
 from clip import CLIPVision
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from helpers import ROOT, TOKENIZER, batch_of, picture, sample, tiny_model, wake
+from helpers import TOKENIZER, batch_of, picture, sample, tiny_model, wake
 from model import PRESETS, LLaVAVR, LLaVAVRConfig, summed_loss
 from qwen2 import Qwen2, Qwen2Config
-from train import TINY
 
 WIDE, TALL, SMALL = (70, 31), (20, 64), (32, 30)                    # AnyRes grids 2x1 (un-padded), 1x2 (un-padded), 1x2
 
@@ -229,8 +226,9 @@ def test_a_picture_over_its_budget_is_shrunk_as_planned(size):
 @pytest.mark.parametrize("kind", ("picture", "text"))
 def test_gradients_reach_all_that_is_trained_and_nothing_frozen(phase, kind):
     """Also where a batch holds no picture: DDP waits for a gradient of every parameter, if only of zero."""
-    model, recipe = wake(tiny_model()), TINY[phase]
+    model, recipe = wake(tiny_model()), train.recipe_of("tiny", phase)
     train.freeze(model, recipe.trains)
+    train.touch_every_parameter(model)
     optimizer = train.build_optimizer(model, recipe)
     pictures = [picture(*WIDE)] if kind == "picture" else []
     batch = batch_of(model, sample(model, pictures, template=recipe.template if pictures else "chat", mode=recipe.mode))
@@ -253,7 +251,7 @@ def test_a_frozen_tower_keeps_no_graph_and_an_open_one_learns():
     batch = batch_of(model, sample(model, [picture(*WIDE)]))
     seen = []
     model.vision_tower.register_forward_hook(lambda *call: seen.append(call[-1][0][-1].requires_grad))
-    train.freeze(model, TINY["2"].trains)
+    train.freeze(model, train.recipe_of("tiny", "2").trains)
     model(batch).backward()
     model.requires_grad_(True)
     model(batch).backward()
@@ -305,9 +303,10 @@ def test_a_picture_that_several_ask_about_is_read_once():
 def test_answers_with_a_cache_are_those_without(images, prompt):
     """The whole prompt anew for every token, vision and remembering included, picks the same tokens."""
     model = talkative(wake(tiny_model()))
-    question, ids = model.question(images, prompt), []
+    asked, ids = model.encode_prompt(images, prompt), []
     for _ in range(10):
-        grown = {**question, "input_ids": question["input_ids"] + ids, "labels": question["labels"] + [data.IGNORE] * len(ids)}
+        labels = asked["labels"] + [data.IGNORE] * len(ids)
+        grown = {**asked, "input_ids": asked["input_ids"] + ids, "labels": labels}
         ids.append(int(logits(model, batch_of(model, grown))[0, -1].argmax()))
     assert model.generate([images], [prompt], max_new_tokens=10) == [model.tokenizer.decode(ids).strip()]
 
@@ -316,9 +315,10 @@ def test_marks_may_be_left_out_and_must_otherwise_agree():
     """A mark where the picture goes by default changes nothing; more marks than pictures is a mistake, in one line."""
     model = wake(tiny_model())
     image = picture(*WIDE)
-    assert model.question(image, "<image>\nWhat?")["input_ids"] == model.question([image], "What?")["input_ids"]
+    assert model.encode_prompt(image, "<image>\nWhat?")["input_ids"] == model.encode_prompt([image], "What?")["input_ids"]
     one, other = picture(*SMALL), picture(*TALL)
-    assert model.question([one, other], "<image> <image>\nWhat?")["input_ids"] == model.question([one, other], "What?")["input_ids"]
+    marked = model.encode_prompt([one, other], "<image> <image>\nWhat?")
+    assert marked["input_ids"] == model.encode_prompt([one, other], "What?")["input_ids"]
     with pytest.raises(ValueError, match="2 <image> marks in the text but 1 pictures"):
         model.generate([image], ["<image> and <image>?"])
     with pytest.raises(ValueError, match="asks about <image> but comes without a picture"):
@@ -330,7 +330,7 @@ def test_marks_may_be_left_out_and_must_otherwise_agree():
 def test_the_callers_turns_are_not_changed():
     """sample.py sends its growing conversation again and again; marks set in place would pile up."""
     model, turns = tiny_model(), [{"from": "human", "value": "What?"}]
-    model.question(picture(*SMALL), turns)
+    model.encode_prompt(picture(*SMALL), turns)
     assert turns == [{"from": "human", "value": "What?"}]
 
 
@@ -405,9 +405,12 @@ def test_parts_keep_the_weights_they_came_with(tmp_path):
 
 
 @pytest.mark.parametrize("edit, complaint", [
-    (lambda c: c["text"].update(hidden_size=40), r"has shape \(.*but .* has shape"), (lambda c: c["text"].update(num_hidden_layers=4), "missing key language_model"),
-    (lambda c: c["vision"].update(image_size=48), "does config.json belong to these weights"), (lambda c: c.update(remember=[1]), "unknown key vision_remember.2"),
-    (lambda c: c.update(side=8), "vision_remember.1.position_bias has shape"), (lambda c: c.update(remember=[1, 7]), "remember 7 is out of range: the decoder has layers 0 to 2"),
+    (lambda c: c["text"].update(hidden_size=40), r"has shape \(.*but .* has shape"),
+    (lambda c: c["text"].update(num_hidden_layers=4), "missing key language_model"),
+    (lambda c: c["vision"].update(image_size=48), "does config.json belong to these weights"),
+    (lambda c: c.update(remember=[1]), "unknown key vision_remember.2"),
+    (lambda c: c.update(side=8), "vision_remember.1.position_bias has shape"),
+    (lambda c: c.update(remember=[1, 7]), "remember 7 is out of range: the decoder has layers 0 to 2"),
     (lambda c: c.update(model_type="qwen2"), "not of a LLaVA-VR model")])
 def test_a_checkpoint_of_another_size_is_refused(edit, complaint, tmp_path):
     """A folder whose config.json does not belong to its weights: one line that names the key, not a stack of 40."""
@@ -421,12 +424,20 @@ def test_a_checkpoint_of_another_size_is_refused(edit, complaint, tmp_path):
 
 
 @pytest.mark.parametrize("changes, complaint", [
-    (dict(remember=(3,)), "remember 3 is out of range: the decoder has layers 0 to 2"), (dict(remember=(-1,)), "remember -1 is out of range"),
-    (dict(layers=(1, 4)), "layer 4 is out of range: hidden layers are 0 to 3"), (dict(layers=(2, 1)), "the deepest last"),
-    (dict(layers=()), "layers is empty"), (dict(projector="qformer"), "projector 'qformer' is unknown: use one of aap, mlp"),
-    (dict(projector="mlp"), "set side=8"), (dict(image_mode="a5"), "image_mode 'a5' is unknown"),
-    (dict(saliency="max"), "saliency 'max'"), (dict(window=3), "windows of 3x3"),
-    (dict(side=0), "side 0: give whole numbers"), (dict(window=0), "window 0: give"), (dict(layers=(1, 2.5)), "layers .*2.5.*: give")])
+    (dict(remember=(3,)), "remember 3 is out of range: the decoder has layers 0 to 2"),
+    (dict(remember=(-1,)), "remember -1 is out of range"),
+    (dict(remember=("1",)), "remember .*'1'.*: give whole numbers"),
+    (dict(layers=(1, 4)), "layer 4 is out of range: hidden layers are 0 to 3"),
+    (dict(layers=(2, 1)), "the deepest last"),
+    (dict(layers=()), "name no block to take a saliency from"),
+    (dict(layers=(1, 2.5)), "layers .*2.5.*: give whole numbers"),
+    (dict(projector="qformer"), "projector 'qformer' is unknown: use one of aap, mlp"),
+    (dict(projector="mlp"), "set side=8"),
+    (dict(image_mode="a5"), "image_mode 'a5' is unknown"),
+    (dict(saliency="max"), "saliency 'max'"),
+    (dict(window=3), "windows of 3x3"),
+    (dict(side=0), "side 0: give a whole number above 0"),
+    (dict(window=0), "window 0: give a whole number above 0")])
 def test_choices_that_cannot_be_joined_are_refused(changes, complaint):
     """In one line that says what would do."""
     with pytest.raises(ValueError, match=complaint) as caught:
@@ -450,7 +461,22 @@ def test_presets_have_the_sizes_of_the_paper(preset, billions):
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 1) == billions
 
 
-# ---- half precision, small folders, --check
+@pytest.mark.parametrize("pictures", ([], [picture(*WIDE)]), ids=("text", "picture"))
+def test_a_model_without_vision_remember_trains_answers_and_comes_back(pictures, tmp_path):
+    """The plain compressed model is the paper's baseline: remember=() works wherever (1, 4) does, and has no such weights."""
+    model = talkative(tiny_model(remember=()))
+    batch = batch_of(model, sample(model, pictures))
+    model(batch).backward()
+    assert (model.mm_projector[0].weight.grad is not None) == bool(pictures)
+    model.save_pretrained(tmp_path / "m")
+    again = LLaVAVR.from_pretrained(tmp_path / "m")
+    assert again.config.remember == () and not any("vision_remember" in name for name in again.state_dict())
+    assert torch.equal(again(batch), model(batch))
+    answer, = model.generate([pictures], ["What is this?"], 5)
+    assert answer and again.generate([pictures], ["What is this?"], 5) == [answer]
+
+
+# ---- half precision, small folders
 
 def test_every_loader_takes_a_dtype(tmp_path):
     """Also on the way: a 7B model in float32 would not fit where it is to run in bfloat16. It answers, too."""
@@ -546,42 +572,6 @@ def edit(folder, change):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def check(folder):
-    return subprocess.run([sys.executable, "-m", "tools.check_weights", str(folder)], capture_output=True, text=True)
-
-
-def test_check_says_what_a_folder_holds(tmp_path):
-    """CLIP, Qwen2 and LLaVA-VR, whole and small: the kind, parameters by part, what the files hold. As a user types it."""
-    model = small(tmp_path)
-    model.half().save_pretrained(tmp_path / "half")
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    total = sum(p.numel() for p in model.parameters())
-    for folder, kind, lines in (("clip", "clip_vision_model", ["embeddings"]), ("llm", "qwen2", ["model"]),
-                                ("m", "llava_vr", [f"{n:,}  {name}" for name, n in counts.items()] + ["torch.float32"]),
-                                ("half", "llava_vr", [f"{total:,}  numbers on disk in torch.float16"])):
-        run = check(tmp_path / folder)
-        assert run.returncode == 0 and run.stdout.startswith(f"{tmp_path / folder}: {kind}, "), run.stderr
-        assert all(line in run.stdout for line in lines), run.stdout
-    assert f"{total:,} parameters, all finite" in run.stdout
-
-
-def test_check_names_what_is_not_a_number(tmp_path):
-    """Key and file, one line, exit code 1; the strictness of loading stays: here a missing key."""
-    tiny_model().language_model.save_pretrained(tmp_path / "llm")
-    file = tmp_path / "llm/model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
-    tensors["model.norm.weight"][0] = float("inf")
-    save_file(tensors, file)
-    run = check(tmp_path / "llm")
-    assert run.returncode == 1 and run.stdout == "" and run.stderr.count("\n") == 1
-    assert run.stderr.startswith("tools.check_weights: ") and "NaN or infinity in model.layers.1.mlp.up_proj.weight in model.safetensors, " \
-        "model.norm.weight in model.safetensors; download it again" in run.stderr
-    save_file({key: torch.ones_like(t) for key, t in tensors.items() if "q_proj" not in key}, file)
-    run = check(tmp_path / "llm")
-    assert run.returncode == 1 and "missing key model.layers.0.self_attn.q_proj.weight" in run.stderr
-
-
 def test_no_prompts_give_no_answers():
     """A caller's empty last window is no error."""
     assert tiny_model().generate([], []) == []
@@ -600,5 +590,6 @@ def test_a_config_that_is_not_ours_is_refused_in_one_line(tmp_path):
 def test_a_trained_vit_also_gets_gradients_from_text_alone():
     """Where the ViT is trained (Table 3's recipe), DDP waits for its parameters too."""
     model = tiny_model()
+    train.touch_every_parameter(model)
     model(batch_of(model, sample(model))).backward()
     assert all(p.grad is not None for p in model.vision_tower.parameters())

@@ -102,7 +102,7 @@ def test_packed_kernels_are_called_as_they_want_it(installed, monkeypatch):
     packing = qwen2.Packing.of([7, 4], 11, "cpu")
     alone = qwen2.attention(q, k, v, packing)
     assert packing.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3]
-    monkeypatch.setattr(qwen2, "fused", lambda x: True)
+    monkeypatch.setattr(qwen2, "fits_flash", lambda x: True)
     monkeypatch.setattr(qwen2, "flash_attn_varlen_func", stand_in(True) if installed else None)
     monkeypatch.setattr(qwen2, "varlen_attn", None if installed else stand_in(False))
     assert off_by(qwen2.attention(q, k, v, packing), alone) <= 1e-6
@@ -115,7 +115,7 @@ def test_without_any_such_kernel_packed_samples_are_taken_one_by_one(monkeypatch
     q, k, v = torch.randn(1, 4, 11, 8), torch.randn(1, 2, 11, 8), torch.randn(1, 2, 11, 8)
     packing = qwen2.Packing.of([7, 4], 11, "cpu")
     alone = qwen2.attention(q, k, v, packing)
-    monkeypatch.setattr(qwen2, "fused", lambda x: True)
+    monkeypatch.setattr(qwen2, "fits_flash", lambda x: True)
     for name in ("flash_attn_func", "flash_attn_varlen_func", "varlen_attn"):
         monkeypatch.setattr(qwen2, name, None)
     assert torch.equal(qwen2.attention(q, k, v, packing), alone)
@@ -125,7 +125,7 @@ def test_a_compiled_layer_serves_any_number_of_samples(monkeypatch):
     """A graph for each number of samples in a micro-batch would be given up after eight."""
     from torch._dynamo.testing import CompileCounter
     kernel = lambda q, k, v, starts, *_, **__: q + starts.sum()
-    monkeypatch.setattr(qwen2, "fused", lambda x: True)
+    monkeypatch.setattr(qwen2, "fits_flash", lambda x: True)
     monkeypatch.setattr(qwen2, "flash_attn_varlen_func", kernel)
     counter = CompileCounter()
     compiled = torch.compile(qwen2.packed_attention, backend=counter, dynamic=True)
@@ -231,7 +231,7 @@ def test_half_precision_load_and_run():
     model = Qwen2.from_pretrained(FIXTURES / "qwen2_untied", torch.bfloat16).requires_grad_(False)
     cache = KVCache(model.config, 2, 11, torch.bfloat16)
     logits = model(expected["input_ids"], cache=cache)
-    assert logits.dtype == cache.k.dtype == torch.bfloat16 and off_by(logits.float(), expected["logits"]) < 0.05
+    assert logits.dtype == cache.kv.dtype == torch.bfloat16 and off_by(logits.float(), expected["logits"]) < 0.05
 
 
 def test_presets_have_the_published_number_of_parameters():

@@ -29,7 +29,9 @@ def all_cells(tiles):
 def inputs(cells, tiles, seed=0):
     """x (n, d), features 2 x (t, g*g, C), saliency (t, g*g)."""
     torch.manual_seed(seed)
-    return torch.randn(len(cells), WIDTH), [torch.randn(tiles, FEATURES ** 2, LEVEL) for _ in range(2)], torch.rand(tiles, FEATURES ** 2)
+    x = torch.randn(len(cells), WIDTH)
+    features = [torch.randn(tiles, FEATURES ** 2, LEVEL) for _ in range(2)]
+    return x, features, torch.rand(tiles, FEATURES ** 2)
 
 
 def own_window(cells, tiles, window=WINDOW):
@@ -88,7 +90,7 @@ def test_windows_follow_the_tiles_not_the_stitched_picture():
 
 @torch.no_grad()
 def test_it_is_the_equations_written_token_by_token():
-    """Q = U Wq, K = F Wk, V = S * (F Wv), softmax(QK'/sqrt(D) + bias) V per head, then o_proj, down and the residual."""
+    """Q = u Wq, K = f Wk, V = S * (f Wv), softmax(QK'/sqrt(D) + bias) V per head, then o_proj, down and the residual."""
     remember, cells = module(), all_cells(2)[torch.randperm(32)[:25]]
     x, features, saliency = inputs(cells, 2)
     assert remember.position_bias.abs().max() > 0.1, "a bias of zero would prove nothing"
@@ -96,7 +98,7 @@ def test_it_is_the_equations_written_token_by_token():
     expected = []
     for i, (tile, row, column) in enumerate(cells.tolist()):
         rms = (x[i].square().mean() + 1e-6).sqrt()
-        q = remember.q_proj(remember.up(remember.norm.weight * x[i] / rms))                 # (F,)
+        q = remember.q_proj(remember.up(remember.norm.weight * x[i] / rms))                 # (E,)
         top, left = row // WINDOW * reach, column // WINDOW * reach
         places = [(top + a) * FEATURES + left + b for a in range(reach) for b in range(reach)]
         f = [torch.cat([norm(level[tile, j]) for norm, level in zip(remember.level_norms, features)]) for j in places]
@@ -105,7 +107,8 @@ def test_it_is_the_equations_written_token_by_token():
         o, asks = [], row % WINDOW * WINDOW + column % WINDOW
         for h in range(heads):
             part = slice(h * width, (h + 1) * width)
-            scores = [(q[part] @ one[part]).item() / math.sqrt(width) + remember.position_bias[h, asks, m].item() for m, one in enumerate(k)]
+            bias = remember.position_bias[h, asks].tolist()
+            scores = [(q[part] @ one[part]).item() / math.sqrt(width) + extra for one, extra in zip(k, bias)]
             weights = [math.exp(score) for score in scores]
             o.append(sum(w / sum(weights) * one[part] for w, one in zip(weights, v)))
         expected.append(x[i] + remember.down(remember.o_proj(torch.cat(o))))
@@ -123,7 +126,8 @@ def test_tokens_that_were_unpadded_away_change_nothing_for_the_others():
 
 
 @pytest.mark.parametrize("sizes, complaint", [
-    (dict(window=3), "windows of 3x3 tokens do not tile 4x4"), (dict(window=1, feature_side=6), "do not tile 4x4 tokens over 6x6"),
+    (dict(window=3), "windows of 3x3 tokens do not tile 4x4"),
+    (dict(window=1, feature_side=6), "do not tile 4x4 tokens over 6x6"),
     (dict(head_width=5), "heads of width 5")])
 def test_windows_and_heads_that_do_not_fit_are_refused(sizes, complaint):
     """With the numbers, in one line; a view error from inside the forward would name neither."""

@@ -1,1 +1,1 @@
-"""The embedded world: what is drawn, and the parts that were pre-trained on it."""
+"""The embedded world of `--preset tiny`: what is drawn, and parts that were pre-trained on it."""

@@ -1,12 +1,15 @@
 """Lets lmms-eval itself run a checkpoint of ours, for results that must come from that harness.
 
     pip install lmms-eval==0.3.5
-    python -m tools.lmms --model llava_vr --model_args pretrained=runs/0.5b/phase2 --tasks chartqa,ai2d --batch_size 16 --output_path logs
-    accelerate launch --num_processes=8 -m tools.lmms --model llava_vr --model_args pretrained=runs/0.5b/phase2 --tasks chartqa
+    python -m tools.lmms --model llava_vr --model_args pretrained=runs/0.5b/phase2 \\
+        --tasks chartqa,ai2d --batch_size 16 --output_path logs
+    accelerate launch --num_processes=8 -m tools.lmms --model llava_vr \\
+        --model_args pretrained=runs/0.5b/phase2 --tasks chartqa
 
-All flags are lmms-eval's. It fetches data sets itself; eval.py needs none of this. Written against the interface of 0.3.5, which
-is that of v0.3.4, whose rules eval.py follows. Two scores are others in 0.3.5: all open questions of MMMU count 0, and ScienceQA
-takes "A. text" for A. Where that matters: pip install git+https://github.com/EvolvingLMMs-Lab/lmms-eval@v0.3.4
+All flags are lmms-eval's. It fetches data sets itself; eval.py needs none of this. Written against
+the interface of 0.3.5, which is that of v0.3.4, whose rules eval.py follows. Two scores are others
+in 0.3.5: all open questions of MMMU count 0, and ScienceQA takes "A. text" for A. Where that
+matters: pip install git+https://github.com/EvolvingLMMs-Lab/lmms-eval@v0.3.4
 """
 import sys
 from itertools import groupby
@@ -18,44 +21,67 @@ from model import LLaVAVR
 try:
     from lmms_eval.api.model import lmms
 except ImportError:
-    sys.exit("tools.lmms: lmms-eval is not installed; pip install lmms-eval==0.3.5, or use eval.py, which needs no harness")
+    sys.exit("tools.lmms: lmms-eval is not installed; pip install lmms-eval==0.3.5, "
+             "or use eval.py, which needs no harness")
 
 
 class Adapter(lmms):
-    """Our model under the interface of lmms-eval. Greedy; `until` is not applied, as in LLaVA's own wrappers there."""
+    """Our model under the interface of lmms-eval.
+
+    Greedy; `until` is not applied, as in LLaVA's own wrappers there.
+    """
 
     def __init__(self, pretrained, batch_size=1, device=None, dtype=None, **_):
         super().__init__()
-        self.batch, self.device = int(batch_size), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.batch = int(batch_size)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if torch.distributed.is_torchelastic_launched():
-            from accelerate import Accelerator
+            from accelerate import Accelerator              # lmms-eval brings it
             self.accelerator = Accelerator()
-            self.device, self._rank, self._world_size = (self.accelerator.device, self.accelerator.process_index,
-                                                         self.accelerator.num_processes)
-        precision = getattr(torch, dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
-        self._model = LLaVAVR.from_pretrained(pretrained, precision).to(self.device)
+            self.device = self.accelerator.device
+            self._rank = self.accelerator.process_index
+            self._world_size = self.accelerator.num_processes
+        dtype = dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
+        model = LLaVAVR.from_pretrained(pretrained, getattr(torch, dtype))
+        self._model = model.to(self.device)
 
     def generate_until(self, requests):
-        """[(question, settings, doc -> pictures, doc id, task, split) of each request] -> [answer], in their order."""
+        """Requests of (question, settings, doc -> pictures, doc id, task, split) -> answers, in
+        their order."""
         answers = []
-        for task, group in groupby((request.args for request in requests), key=lambda asked: asked[4]):
-            group = list(group)                                                  # one task has one limit
+        for _, group in groupby(requests, key=task_of):             # one task has one limit
+            group = list(group)
             for start in range(0, len(group), self.batch):
-                asked = group[start:start + self.batch]
-                pictures = [see(self.task_dict[task][split][doc]) for _, _, see, doc, _, split in asked]
-                answers += self._model.generate(pictures, [question for question, *_ in asked], asked[0][1].get("max_new_tokens", 1024))
+                answers += self._answer(group[start:start + self.batch])
         return answers
 
+    def _answer(self, requests):
+        """One batch."""
+        pictures, questions = [], []
+        for request in requests:
+            question, _, see, doc, task, split = request.args
+            questions.append(question)
+            pictures.append(see(self.task_dict[task][split][doc]))
+        settings = requests[0].args[1]
+        return self._model.generate(pictures, questions, settings.get("max_new_tokens", 1024))
+
     def generate_until_multi_round(self, requests):
-        raise NotImplementedError("conversations of several rounds: none of the paper's benchmarks has them")
+        raise NotImplementedError("conversations of several rounds: "
+                                  "none of the paper's benchmarks has them")
 
     def loglikelihood(self, requests):
-        raise NotImplementedError("likelihoods of given answers: none of the paper's benchmarks asks for them")
+        raise NotImplementedError("likelihoods of given answers: "
+                                  "none of the paper's benchmarks asks for them")
+
+
+def task_of(request):
+    """Name of the task that a request belongs to."""
+    return request.args[4]
 
 
 if __name__ == "__main__":
     import lmms_eval.models
     from lmms_eval.__main__ import cli_evaluate
-    sys.modules["lmms_adapter"] = sys.modules["__main__"]                        # one class, whoever imports it
+    sys.modules["lmms_adapter"] = sys.modules["__main__"]           # one class, whoever imports it
     lmms_eval.models.AVAILABLE_MODELS["llava_vr"] = "lmms_adapter.Adapter"
     cli_evaluate()
