@@ -6,24 +6,21 @@
 Parameters carry the checkpoint's own names (openai/clip-vit-large-patch14-336), less the prefix
 "vision_model.".
 """
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from storage.weights import load_weights, read_config, save_weights
+from storage.weights import load_weights, read_config
 
 SALIENCY = ("sigmoid", "softmax", "standardised")
 
 
 @dataclass
 class CLIPConfig:
-    """The shape of the tower, named as in config.json, with Hugging Face's defaults.
-
-    Raises ValueError for what is not built.
-    """
+    """Shape of the tower, names and defaults of Hugging Face. ValueError for what is not built."""
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
@@ -61,7 +58,7 @@ class Embeddings(nn.Module):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
         self.image_size = config.image_size
-        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.class_embedding = nn.Parameter(torch.zeros(width))
         self.patch_embedding = nn.Conv2d(3, width, patch, patch, bias=False)
         self.position_embedding = nn.Embedding((self.image_size // patch)**2 + 1, width)
 
@@ -164,7 +161,6 @@ class CLIPVision(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)      # sic
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(Block(config) for _ in range(deepest))
-        self.reset_parameters()
 
     def forward(self, pixels):
         """pixels (t, 3, P, P), normalised -> (features L x (t, N, C), saliency (t, N)).
@@ -189,16 +185,6 @@ class CLIPVision(nn.Module):
                 hidden[layer] = x
         return hidden, cls_row
 
-    @torch.no_grad()
-    def reset_parameters(self):
-        """Start small and normal, for the tiny tower that is trained from nothing."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.ndim > 1:
-                parameter.normal_(std=0.02)
-        self.embeddings.class_embedding.normal_(std=0.02)
-
     @classmethod
     def from_pretrained(cls, folder, layers=(13, 18, 23), saliency="sigmoid", dtype=torch.float32):
         """Read a whole CLIP or a vision tower, in `dtype`. Raises as storage/weights.py does."""
@@ -221,16 +207,6 @@ class CLIPVision(nn.Module):
                     "embeddings.position_ids", "post_layernorm.",
                     *(f"encoder.layers.{number}." for number in unbuilt))
         return None if key.startswith(left_out) else key
-
-    def save_pretrained(self, folder):
-        """Write the built blocks for from_pretrained and for transformers' CLIPVisionModel."""
-        tensors = {f"vision_model.{name}": tensor for name, tensor in self.state_dict().items()}
-        # transformers insists on the last norm, which we never run
-        tensors["vision_model.post_layernorm.weight"] = torch.ones(self.config.hidden_size)
-        tensors["vision_model.post_layernorm.bias"] = torch.zeros(self.config.hidden_size)
-        config = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model",
-                  **asdict(self.config), "num_hidden_layers": len(self.encoder.layers)}
-        save_weights(folder, tensors, config)
 
 
 def saliency_from(cls_row, kind="sigmoid"):

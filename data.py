@@ -1,8 +1,7 @@
 """From a record to a batch: AnyRes plan, tiles, chat template with label mask, order of training.
 
 One planner serves data and model, so token counts and features cannot disagree: an `ImagePlan` says
-how many tokens a picture costs, and `cells()` where each comes from. Projectors are unknown here:
-callers say how many tokens (`side`) and pixels (`tile`) there are along a side of a tile.
+how many tokens a picture costs, `cells()` where each comes from. Projectors are unknown here.
 
     W, H           width and height of a picture in pixels, always (W, H) as in PIL
     P, p           pixels and vision tokens along a side of a tile: 336, and 24 (12 behind AAP-1/4)
@@ -35,8 +34,7 @@ Image.MAX_IMAGE_PIXELS = 2**29  # scans of DocVQA exceed Pillow's default; it re
 # -------------------------------------------------------------------------------------- AnyRes
 # Canvases in tiles (across, down). Their order decides ties, so it is part of the format.
 A4 = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-CANVASES = {"a4": A4,
-            "a4hf": tuple((down, across) for across, down in A4),
+CANVASES = {"a4": A4, "a4hf": tuple((down, across) for across, down in A4),
             "max9": tuple(itertools.product(range(1, 7), repeat=2))}
 MODES = (*CANVASES, "square", "pad")
 Pair = tuple[int, int]
@@ -44,8 +42,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """How one picture becomes tiles and tokens. Pixels are (W, H), token maps (rows, columns).
-    `plan["tokens"]` reads like `plan.tokens`, so a plan compares directly with a row of JSON."""
+    """How one picture becomes tiles and tokens. Pixels are (W, H), token maps (rows, columns)."""
     size: Pair      # (W, H) of the picture before any processing
     mode: str       # one of MODES
     tile: int       # P
@@ -61,17 +58,13 @@ class ImagePlan:
     newlines: int   # with AnyRes, one behind every row of the map
     tokens: int     # of the base, with AnyRes those of the map, and newlines
 
-    def __getitem__(self, name):
-        return getattr(self, name)
-
     def cells(self, first=0):
         """(tokens, 3) int64: (tile, row, column) of every token in sequence order, -1 for all three
         of a newline. `first` is the number of the picture's base tile in its batch.
 
         LLaVA's order: the base tile without newlines, then the rows of the map, each ended by one.
-        The tiles of the canvas follow the base row by row. "square" has no newline, "pad" one.
-        Where "max9" shrinks the map, a token is a bilinear mixture without a cell of its own. Paper
-        silent: we take the cell under the centre of the shrunken token. The shrink is more than
+        The tiles of the canvas follow the base row by row. Where "max9" shrinks the map, a token is
+        a bilinear mixture. Paper silent: we take the cell under its centre. The shrink is more than
         1.1-fold on both axes, so no two centres fall into one cell.
         """
         p = self.side
@@ -93,20 +86,21 @@ def plan_image(size, mode="a4", side=12, tile=336):
     """Plan a picture of `size` = (W, H) pixels; `side` tokens and `tile` pixels per tile side.
 
     "a4"      AnyRes with five canvases of at most 4 tiles, the paper's phase 2
-    "a4hf"    as Hugging Face's LlavaNext reads LLaVA's list, the height first. Ties fall the other
-              way, as for every picture that fits into one tile
+    "a4hf"    as Hugging Face's LlavaNext reads that list, height first: ties fall the other way
     "max9"    AnyRes over 1x1 .. 6x6 tiles, the map softly held to the tokens of 9 (anyres_max_9)
     "square"  the CLIP processor alone: shorter side to P, centre crop; no newline. Phase 1
     "pad"     mean-coloured square, one tile, one newline. LLaVA-NeXT's way with several pictures
 
     Raises ValueError for another mode or no pixels. Source: LLaVA-NeXT, mm_utils.py, llava_arch.py.
     """
-    size = width, height = tuple(size)
+    width, height = size
     if mode not in MODES:
         raise ValueError(f"image mode {mode!r} is unknown: use one of {', '.join(MODES)}")
     if min(size) < 1:
         raise ValueError(f"a picture of {width}x{height} pixels: both sides must be at least 1")
     grid, canvas, crop = (1, 1), (tile, tile), (0, 0, side, side)
+    rows = columns = side
+    tiles, newlines, tokens = 1, int(mode == "pad"), side * side
     if mode == "square":
         resized = tuple(int(tile * edge / min(size)) for edge in size)
         paste = tuple(-((edge - tile) // 2) for edge in resized)
@@ -120,20 +114,21 @@ def plan_image(size, mode="a4", side=12, tile=336):
         # Rounded up, so that a sliver keeps a pixel; elsewhere truncated. As in the reference.
         resized = tuple(min(math.ceil(edge * scale), room) for edge, room in zip(size, canvas))
         paste = tuple((room - edge) // 2 for edge, room in zip(resized, canvas))
-        crop = _unpad(size, grid, side)
-    rows, columns = crop[2:]
-    if mode == "max9":  # soft: nothing happens up to 1.1 * 1.1 times the budget of 9 tiles
+        # The part of the token map that shows the picture, not its padding. Floor division keeps
+        # one padded row where the padding is odd. A sliver may keep 0 rows or columns.
+        columns, rows = grid[0] * side, grid[1] * side
+        top = max(0, rows - int(height * (columns / width))) // 2
+        left = max(0, columns - int(width * (rows / height))) // 2
+        crop = top, left, rows - 2 * top, columns - 2 * left
+        rows, columns = crop[2:]
         excess = math.sqrt(rows * columns / (9 * side * side))
-        if excess > 1.1:
+        if mode == "max9" and excess > 1.1:  # soft: 1.1 * 1.1 times the tokens of 9 tiles may stay
             rows, columns = int(rows // excess), int(columns // excess)
-    newlines = {"square": 0, "pad": 1}.get(mode, rows)
-    tiles, tokens = 1, side * side + newlines
-    if mode in CANVASES:
-        tiles += grid[0] * grid[1]
+        tiles, newlines = 1 + grid[0] * grid[1], rows
         tokens += rows * columns
     return ImagePlan(size=size, mode=mode, tile=tile, side=side, grid=grid, canvas=canvas,
                      resized=resized, paste=paste, tiles=tiles, crop=crop, map=(rows, columns),
-                     newlines=newlines, tokens=tokens)
+                     newlines=newlines, tokens=tokens + newlines)
 
 
 def _best_grid(size, grids, tile):
@@ -141,7 +136,6 @@ def _best_grid(size, grids, tile):
     the first wins ties. A sliver, 1x3000, keeps no pixel on any canvas and gets the smallest.
     Parity needs float64 in this order, then truncation: int(79 * (336 / 79)) is 335."""
     width, height = size
-
     def kept_then_waste(grid):
         canvas_w, canvas_h = grid[0] * tile, grid[1] * tile
         scale = min(canvas_w / width, canvas_h / height)
@@ -150,29 +144,15 @@ def _best_grid(size, grids, tile):
     return max(grids, key=kept_then_waste)
 
 
-def _unpad(size, grid, side):
-    """(top, left, rows, columns) of the (down*p, across*p) token map that show the picture, not its
-    padding. Floor division keeps one padded row where the padding is odd. A sliver may keep 0 rows
-    or columns: then only newlines are left."""
-    width, height = size
-    columns, rows = grid[0] * side, grid[1] * side
-    if width / height > columns / rows:
-        top = (rows - int(height * (columns / width))) // 2
-        return top, 0, rows - 2 * top, columns
-    left = (columns - int(width * (rows / height))) // 2
-    return 0, left, rows, columns - 2 * left
-
-
 # ------------------------------------------------------------------------------------ pictures
 def load_image(source, cut_short=False):
     """A path, bytes or a PIL image -> an RGB PIL image, by Pillow's convert("RGB") and nothing
-    else, as in LLaVA: EXIF rotation is not applied, alpha is dropped (what lay under it shows),
-    CMYK is inverted without a colour profile, 16-bit grey above 255 is white. transformers 5
-    differs twice: it lays transparent pictures on white, and its load_image(path) turns by EXIF.
+    else, as in LLaVA: no EXIF rotation, alpha is dropped (what lay under it shows), CMYK is
+    inverted without a colour profile, 16-bit grey above 255 is white. transformers 5 differs twice:
+    it lays transparent pictures on white, and its load_image(path) turns by EXIF.
 
     cut_short: read half a JPEG as far as it goes, the rest grey or black, as the reference does in
-    training. Without it, and for all else that cannot be decoded, ValueError names the source;
-    FileNotFoundError, where there is none.
+    training. Raises FileNotFoundError or, for what cannot be decoded, ValueError.
     """
     name, file = f"picture {source}", source
     if isinstance(source, bytes):
@@ -229,6 +209,7 @@ def normalise(tiles):
 # ---------------------------------------------------------------------------------------- text
 ROLES = {"human": "user", "gpt": "assistant"}  # other names pass through
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+FRAME = {"chat": 21, "plain": 1}  # tokens around the text: system block, a round; line break
 
 
 def load_tokenizer(folder):
@@ -237,8 +218,7 @@ def load_tokenizer(folder):
     from tokenizers import Tokenizer
     path = Path(folder) / "tokenizer.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: "
-                                f"copy tokenizer.json of Qwen2-Instruct into {folder}")
+        raise FileNotFoundError(f"{path} does not exist: copy it from Qwen2-Instruct")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -251,16 +231,15 @@ def load_tokenizer(folder):
 
 def text_ids(tokenizer, text):
     """Ids of ordinary text: "<|im_end|>" typed by a user is spelled in letters and ends no turn."""
-    if not tokenizer.encode_special_tokens:  # not set at loading: pickling to a worker loses it
-        tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = True  # not set at loading: pickling to a worker loses it
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def read_turns(turns, has_image, spoken=False):
     """A record's turns -> [(role, text)], with the roles of the template. As in LLaVA, a first turn
-    that is not the user's is dropped; and beside a picture, the only mark of a turn moves to a line
-    of its own in front, unless the turn starts with it. `spoken` answers come from a model and may
-    be empty. Raises ValueError for a turn without role or text, an empty answer, or no turn."""
+    that is not the user's is dropped; and beside a picture, a turn's only mark moves to a line of
+    its own in front, unless it starts the turn. `spoken` answers come from a model and may be
+    empty. Raises ValueError for a turn without role or text, an empty answer, or no turn."""
     pairs = [(ROLES.get(role, role), text) for role, text in roles_and_texts(turns)]
     if pairs and pairs[0][0] != "user":
         del pairs[0]
@@ -285,13 +264,11 @@ def encode_chat(tokenizer, turns, image_tokens, system="You are a helpful assist
     <|im_start|>system\\nYou ...<|im_end|>\\n<|im_start|>user\\nWhat ...<|im_end|>\\n ...
 
     turns         [{"from": "human" | "gpt", "value": text}], or with the keys role / content
-    image_tokens  tokens of each picture; the i-th mark becomes image_tokens[i] times IMAGE. If
-                  empty, marks stay text
+    image_tokens  tokens of each picture, in place of its mark. If empty, marks stay text
     system        None leaves the system block out
     train         "answer": each answer and its <|im_end|>, our default. None: nothing.
-                  "llava": the reference's mask, with all of the assistant's turns, and elsewhere
-                  every <|im_start|>, <|im_end|> and single newline. These are easy, so its loss
-                  is lower and does not compare with ours
+                  "llava": the reference's mask: all of the assistant's turns, elsewhere every
+                  <|im_start|>, <|im_end|> and single newline. Easy ones: its loss is lower
     generate      end with <|im_start|>assistant\\n, ready for an answer
 
     Frame and text are tokenised apart. Only text that starts with a line break, or with blanks
@@ -311,7 +288,8 @@ def encode_chat(tokenizer, turns, image_tokens, system="You are a helpful assist
         messages.insert(0, ("system", system))
     start, end, _ = map(tokenizer.token_to_id, SPECIALS)
     newline = text_ids(tokenizer, "\n")
-    easy = {start, end, *newline} if train == "llava" else ()
+    llava = train == "llava"
+    easy = {start, end, *newline} if llava else ()
     counts = iter(image_tokens)
     ids, labels = [], []
     for role, text in messages:
@@ -320,29 +298,24 @@ def encode_chat(tokenizer, turns, image_tokens, system="You are a helpful assist
         body = text_ids(tokenizer, first)
         for part in others:
             body += [IMAGE] * next(counts) + text_ids(tokenizer, part)
-        turn = frame + body + [end, *newline]
-        learned = [token if token in easy else IGNORE for token in turn]
-        if role == "assistant" and train == "llava":
-            learned = turn
-        elif role == "assistant" and train:
-            learned[len(frame):-len(newline)] = body + [end]
-        ids += turn
-        labels += [IGNORE if label == IMAGE else label for label in learned]
+        for part, learned in ((frame, llava), (body + [end], train), (newline, llava)):
+            ids += part
+            for token in part:
+                learn = token in easy or (role == "assistant" and learned and token != IMAGE)
+                labels.append(token if learn else IGNORE)
     if generate:
-        prompt = [start, *text_ids(tokenizer, "assistant\n")]
-        ids += prompt
-        labels += [IGNORE] * len(prompt)
+        ids += [start, *text_ids(tokenizer, "assistant\n")]
+        labels += [IGNORE] * (len(ids) - len(labels))
     return ids, labels
 
 
 def encode_plain(tokenizer, caption, image_tokens):
-    """Phase 1: vision tokens, caption, newline -> (ids, labels), caption and newline trained. No
-    frame, no end token. image_tokens is a count or a list of counts.
-    Raises ValueError on an empty caption. Source: LLaVA preprocess_plain."""
+    """Phase 1: vision tokens, caption, newline -> (ids, labels), the last two trained. No frame, no
+    end token. Raises ValueError on an empty caption. Source: LLaVA preprocess_plain."""
     if not caption.strip():
         raise ValueError("the caption is empty: remove the record")
-    text, count = text_ids(tokenizer, caption + "\n"), int(np.sum(image_tokens))
-    return [IMAGE] * count + text, [IGNORE] * count + text
+    text = text_ids(tokenizer, caption + "\n")
+    return [IMAGE] * image_tokens + text, [IGNORE] * image_tokens + text
 
 
 # ------------------------------------------------------------------------------------- samples
@@ -357,16 +330,22 @@ class SampleFormat:
     max_length: int = 8192    # tokens, vision tokens among them
 
 
+def read_pictures(sources, form, cut_short=False):
+    """Pictures of a sample -> (plans, tiles (tiles, P, P, 3) uint8). Several are all "pad"."""
+    pictures = [load_image(source, cut_short) for source in sources]
+    mode = "pad" if len(pictures) > 1 else form.mode
+    plans = [plan_image(picture.size, mode, form.side, form.tile) for picture in pictures]
+    none = np.empty((0, form.tile, form.tile, 3), np.uint8)                  # what a text has
+    return plans, np.concatenate([none, *map(cut_tiles, pictures, plans)])
+
+
 def encode_sample(record, tokenizer, form):
     """A record -> {"id", "input_ids" and "labels" lists, "tiles" (tiles, P, P, 3) uint8, "plans"
-    list}, cut on the right to max_length tokens, but never through a picture, whose rows would
-    vanish. Raises ValueError, naming the record, for that, if nothing is left to train, and for
-    whatever is wrong with a part."""
+    list}, cut on the right to max_length tokens. Raises ValueError, naming the record, if that cuts
+    through a picture, whose rows would vanish, or leaves nothing to train, or a part is wrong."""
     turns = record["conversations"]
     try:
-        pictures = [load_image(source, cut_short=True) for source in record["images"]]
-        mode = "pad" if len(pictures) > 1 else form.mode
-        plans = [plan_image(picture.size, mode, form.side, form.tile) for picture in pictures]
+        plans, tiles = read_pictures(record["images"], form, cut_short=True)
         counts = [plan.tokens for plan in plans]
         if form.template == "chat":
             ids, labels = encode_chat(tokenizer, turns, counts, train=form.train)
@@ -374,7 +353,7 @@ def encode_sample(record, tokenizer, form):
             if len(turns) != 2 or len(plans) != 1:
                 raise ValueError(f"{len(turns)} turns and {len(plans)} pictures: "
                                  "the plain template takes 2 and 1")
-            ids, labels = encode_plain(tokenizer, roles_and_texts(turns)[1][1], counts)
+            ids, labels = encode_plain(tokenizer, roles_and_texts(turns)[1][1], counts[0])
         else:
             raise ValueError(f"template {form.template!r} is unknown: use plain or chat")
         if IMAGE in ids[form.max_length:]:
@@ -384,22 +363,17 @@ def encode_sample(record, tokenizer, form):
         if form.train and set(labels) <= {IGNORE}:
             raise ValueError(f"nothing is left to train on within max_length {form.max_length}: "
                              "raise it or drop the record")
-        tiles = [np.empty((0, form.tile, form.tile, 3), np.uint8)]
-        tiles += [cut_tiles(picture, plan) for picture, plan in zip(pictures, plans)]
     except ValueError as error:
         raise ValueError(f"record {record['id']}: {error}") from error
     return {"id": record["id"], "input_ids": ids, "labels": labels,
-            "tiles": np.concatenate(tiles), "plans": plans}
-
-
-FRAME = {"chat": 21, "plain": 1}  # tokens around the text: system block, a round; line break
+            "tiles": tiles, "plans": plans}
 
 
 def planned_tokens(index, form):
     """Rows of an index or estimate (storage/records.py) -> (records,) int64: estimated tokens of
     every sample, to balance work by. Vision tokens are exact, but an unknown size, 0 x 0, counts as
-    a picture two tiles wide in 4:3, what 640x480 is to tiles of 336. Text is a token per four
-    characters and the frame of one round; the question counts, though plain drops it."""
+    640x480 would with tiles of 336. Text is a token per four characters, and FRAME knows one round;
+    the question counts, though plain drops it."""
     @functools.cache  # an epoch has far fewer sizes than records
     def vision_tokens(pictures, width, height):
         size = (width, height) if width else (2 * form.tile, 3 * form.tile // 2)
@@ -414,8 +388,8 @@ def planned_tokens(index, form):
 # ------------------------------------------------------------------------------------- batches
 @dataclass
 class Batch:
-    """What the model takes. T is the longest sample; beyond lengths[b] stands padding, in labels
-    IGNORE. Packed samples lie end to end in one row, so B is 1, but in `lengths`."""
+    """What the model takes. Beyond lengths[b] stands padding, in labels IGNORE. Packed samples lie
+    end to end in one row; `lengths` still has an entry for each."""
     input_ids: torch.Tensor       # (B, T) int64, IMAGE where a vision token goes
     labels: torch.Tensor          # (B, T) int64, unshifted
     lengths: torch.Tensor         # (B,)   int64; masks come from here: a pad id may occur in text
@@ -425,8 +399,8 @@ class Batch:
     packed: list | None = None    # lengths of the samples that share the one row
 
     def _changed(self, change):
-        fields = vars(self).items()
-        tensors = {name: change(value) for name, value in fields if torch.is_tensor(value)}
+        tensors = {name: change(value) for name, value in vars(self).items()
+                   if torch.is_tensor(value)}
         return replace(self, **tensors)
 
     def to(self, device, non_blocking=False):
@@ -449,8 +423,7 @@ def pack(samples):
 
 
 def collate(samples, pad_id):
-    """Samples of `encode_sample` -> Batch, padded on the right with pad_id. For answering, where
-    rows grow apart."""
+    """Samples -> Batch, padded on the right with pad_id. For answering, where rows grow apart."""
     def padded(name, value):
         rows = [torch.tensor(sample[name]) for sample in samples]
         return pad_sequence(rows, batch_first=True, padding_value=value)     # (B, T)
@@ -469,8 +442,8 @@ def _batch(samples, input_ids, labels):
 # ------------------------------------------------------------- which sample when, on which rank
 @dataclass(eq=False)  # without a comparison of its own it can be hashed, as lru_cache wants
 class Order:
-    """The global batches of a run, and each rank's micro-batches in them: a pure function of (seed,
-    step). So a run goes on at any step, on any number of ranks, as if it had never stopped."""
+    """Which records a run trains at which step, on which rank: a pure function of (seed, step). So
+    a run goes on at any step, on any number of ranks, as if it had never stopped."""
     starts: np.ndarray            # first record of each block that is cheap to read together
     lengths: np.ndarray           # (records,) planned tokens
     text_only: np.ndarray         # (records,) bool, without a picture
@@ -489,8 +462,8 @@ class Order:
     @functools.lru_cache(maxsize=1)
     def epoch(self, epoch):
         """(samples,) int64: the records of an epoch in the order they are trained. Blocks (row
-        groups) are shuffled, and records within them. Records without a picture are spread
-        evenly: a batch with many of them would be a short one, and the next a long one."""
+        groups) are shuffled, and records within them. Text-only records are spread evenly: a batch
+        with many of them would be a short one, and the next a long one."""
         random = np.random.default_rng([self.seed, epoch])
         records = np.arange(len(self.lengths))
         within_block = random.random(len(records))
@@ -520,9 +493,9 @@ class Order:
 
 
 def split_by_tokens(records, lengths, parts, most):
-    """Numbers of records -> `parts` lists of at most `most` of them, with nearly the same number of
-    tokens; lengths has those of all records. The longest comes first, each goes into the list that
-    has fewest tokens so far and room. Lists stay empty if there are more of them than records."""
+    """Numbers of records -> `parts` lists of at most `most` of them, perhaps empty, with nearly the
+    same number of tokens; lengths has those of all records. The longest comes first, each goes into
+    the list that has fewest tokens so far and room."""
     lists, tokens = [[] for _ in range(parts)], [0] * parts
     for record in sorted(records, key=lambda record: -lengths[record]):
         with_room = [part for part in range(parts) if len(lists[part]) < most]

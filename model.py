@@ -38,8 +38,7 @@ class MLP(nn.Sequential):
     def __init__(self, width, out, feature_side, side):
         super().__init__(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
         if side != feature_side:
-            raise ValueError(f"the mlp projector keeps all {feature_side}x{feature_side} tokens: "
-                             f"set side={feature_side}")
+            raise ValueError(f"the mlp projector keeps all tokens: set side={feature_side}")
 
 
 class AAP(nn.Sequential):
@@ -142,10 +141,9 @@ class LLaVAVR(nn.Module):
         self.vision_tower = vision or CLIPVision(config.vision, config.layers, config.saliency)
         self.mm_projector = PROJECTORS[config.projector](width, d, g, p)
         self.image_newline = nn.Parameter(torch.randn(d) / d**0.5)
-        self.vision_remember = nn.ModuleDict()
-        for layer in config.remember:
-            remember = VisionRemember(d, width, levels, p, g, config.window)
-            self.vision_remember[str(layer)] = remember
+        self.vision_remember = nn.ModuleDict({
+            str(layer): VisionRemember(d, width, levels, p, g, config.window)
+            for layer in config.remember})
         self.language_model = text or Qwen2(config.text)
         self.parts = {}             # folders that frozen parts were read from, see save_pretrained
 
@@ -221,9 +219,9 @@ class LLaVAVR(nn.Module):
         grid = grid.reshape(-1, down * p, across * p)
         grid = grid[:, top:top + height, left:left + width].float()
         grid = F.interpolate(grid[None], size=plan.map, mode="bilinear")[0].to(crops.dtype)
-        newline = self.image_newline.to(crops.dtype)[:, None, None]      # (d, 1, 1)
-        newline = newline.expand(-1, plan.map[0], 1)                     # (d, rows, 1)
-        return torch.cat([grid, newline], 2).flatten(1).T                # (rows * (columns + 1), d)
+        grid = grid.permute(1, 2, 0)                                     # (rows, columns, d)
+        newline = self.image_newline.to(crops.dtype).expand(len(grid), 1, -1)    # (rows, 1, d)
+        return torch.cat([grid, newline], 1).flatten(0, 1)               # (rows * (columns + 1), d)
 
     @torch.inference_mode()
     def generate(self, images, prompts, max_new_tokens=64, on_token=None):
@@ -249,9 +247,10 @@ class LLaVAVR(nn.Module):
             for row, token in enumerate(tokens.tolist()):
                 if token in ends:
                     done.add(row)
-                if row not in done:
+                elif row not in done:
                     answers[row].append(token)
-                    texts[row] = self.emit_text(row, answers[row], texts[row], on_token)
+                    if on_token:
+                        texts[row] = self.emit_text(row, answers[row], texts[row], on_token)
             if len(done) == len(prompts) or step == max_new_tokens - 1:
                 break
             logits = self.language_model(tokens[:, None], cache=cache)[:, -1]    # (B, V)
@@ -270,19 +269,15 @@ class LLaVAVR(nn.Module):
         x, remember = self.embed(prefix)                                 # (prefixes, T, d)
         cache = KVCache(self.config.text, len(prefixes), room, x.dtype, device)
         self.language_model(inputs_embeds=x, cache=cache, hook=remember, logits=False)
-        cache.lengths = prefix.lengths.clone()                           # without the padding
+        cache.lengths = prefix.lengths                                   # without the padding
         cache.select_rows(torch.tensor(owners, device=device))           # B rows from here on
-        lengths = cache.lengths + rest.lengths                           # (B,)
-        steps = torch.arange(rest.input_ids.shape[1], device=device)     # (T,)
-        last = steps == rest.lengths[:, None] - 1                        # (B, T)
+        last = F.one_hot(rest.lengths - 1, rest.input_ids.shape[1]).bool()       # (B, T)
         logits = self.language_model(rest.input_ids, cache=cache, keep=last)     # (B, V)
-        cache.lengths = lengths
+        cache.lengths += rest.lengths - rest.input_ids.shape[1]          # without the padding
         return logits, cache
 
     def emit_text(self, row, ids, said, on_token):
         """Pass on the newest token's text, unless it ends inside a character -> the text so far."""
-        if on_token is None:
-            return said
         text = self.tokenizer.decode(ids)
         if text.endswith("\ufffd"):
             return said
@@ -292,20 +287,20 @@ class LLaVAVR(nn.Module):
     def encode_prompt(self, images, prompt):
         """A prompt of `generate` -> a sample for data.collate, ending where the answer begins."""
         images = images if isinstance(images, (list, tuple)) else [images]
-        pictures = [data.load_image(image) for image in images if image is not None]
+        images = [image for image in images if image is not None]
         turns = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else prompt
-        turns = [dict(turn) for turn in turns]                           # the caller's own stay
-        if not pictures and stands_for_picture(turns[0]["value"]):
+        first = turns[0]["value"]
+        if not images and stands_for_picture(first):
             raise ValueError(f"the prompt asks about {data.MARK} but comes without a picture: give "
                              "one, or leave the mark out")
-        if pictures and not any(data.MARK in turn["value"] for turn in turns):
-            turns[0]["value"] = " ".join([data.MARK] * len(pictures)) + "\n" + turns[0]["value"]
-        mode = self.config.image_mode if len(pictures) < 2 else "pad"
-        form = (mode, self.config.side, self.config.vision.image_size)
-        plans = [data.plan_image(picture.size, *form) for picture in pictures]
+        if images and not any(data.MARK in turn["value"] for turn in turns):
+            marks = " ".join([data.MARK] * len(images))
+            turns = [{**turns[0], "value": f"{marks}\n{first}"}, *turns[1:]]    # in a copy
+        config = self.config
+        form = data.SampleFormat("chat", config.image_mode, config.side, config.vision.image_size)
+        plans, tiles = data.read_pictures(images, form)
         counts = [plan.tokens for plan in plans]
         ids, labels = data.encode_chat(self.tokenizer, turns, counts, generate=True)
-        tiles = [tile for pair in zip(pictures, plans) for tile in data.cut_tiles(*pair)]
         return {"id": "", "input_ids": ids, "labels": labels, "tiles": tiles, "plans": plans}
 
     @classmethod
@@ -336,11 +331,8 @@ class LLaVAVR(nn.Module):
             raise ValueError(f"{folder}/config.json is not of a LLaVA-VR model: give a folder that "
                              "train.py wrote")
         parts = stored.pop("parts", {})
-        for part in parts.values():
-            if not isinstance(part, dict) or not {"path", "files"} <= part.keys():
-                raise ValueError(f"{folder}/config.json: an entry of parts has no path or no "
-                                 "files; was it edited?")
         try:
+            origins = [(name, part["path"], part["files"]) for name, part in parts.items()]
             vision, text = CLIPConfig(**stored.pop("vision")), Qwen2Config(**stored.pop("text"))
             config = LLaVAVRConfig(vision, text, **stored)
         except (KeyError, TypeError) as error:
@@ -349,11 +341,11 @@ class LLaVAVR(nn.Module):
         with torch.device("meta"):                                       # shapes only
             model = cls(config).to(dtype)
         model.to_empty(device="cpu").language_model.tie()
-        for name, part in parts.items():
+        for name, path, files in origins:
             mend = f"bring it back, or correct parts.{name}.path in {folder}/config.json"
-            check_fingerprint(part["path"], part["files"], f"the {name} of {folder}", mend)
+            check_fingerprint(path, files, f"the {name} of {folder}", mend)
             module = getattr(model, name)
-            load_weights(module, part["path"], module.rename)
+            load_weights(module, path, module.rename)
         load_weights(model, folder, lambda key: key, skip=[f"{name}." for name in parts])
         model.read_tokenizer(folder)
         model.parts = parts
@@ -371,10 +363,8 @@ class LLaVAVR(nn.Module):
         state: what to write instead of state_dict(), where weights lie in shards: gathered ones.
         """
         parts = {} if whole else self.parts
-        tensors = {}
-        for name, tensor in (state or self.state_dict()).items():
-            if name.split(".")[0] not in parts:
-                tensors[name] = tensor
+        tensors = {name: tensor for name, tensor in (state or self.state_dict()).items()
+                   if name.split(".")[0] not in parts}
         if self.config.text.tie_word_embeddings:
             tensors.pop("language_model.lm_head.weight", None)
         config = {"model_type": "llava_vr", **asdict(self.config)}
@@ -395,7 +385,7 @@ def shared_prefixes(samples):
     for sample in samples:
         ids, labels = sample["input_ids"], sample["labels"]
         cut = max((place for place, token in enumerate(ids) if token == data.IMAGE), default=0) + 1
-        key = (tuple(ids[:cut]), b"".join(tile.tobytes() for tile in sample["tiles"]))
+        key = (tuple(ids[:cut]), sample["tiles"].tobytes())
         prefixes.setdefault(key, {**sample, "input_ids": ids[:cut], "labels": labels[:cut]})
         owners.append(list(prefixes).index(key))
         rests.append({"id": "", "input_ids": ids[cut:], "labels": labels[cut:],

@@ -12,7 +12,7 @@ Padding is on the RIGHT, everywhere. Under a causal mask a token sees only what 
 padding on the right reaches no real token, and neither training nor prefill needs a mask.
 """
 import inspect
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from typing import NamedTuple
 
@@ -21,12 +21,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from storage.weights import load_weights, read_config, save_weights
+from storage.weights import load_weights, read_config
 
 try:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
+    from flash_attn import flash_attn_varlen_func
 except ImportError:
-    flash_attn_func = flash_attn_varlen_func = None
+    flash_attn_varlen_func = None
 try:
     from torch.nn.attention.varlen import varlen_attn
     if "enable_gqa" not in inspect.signature(varlen_attn).parameters:    # before torch 2.12
@@ -64,11 +64,11 @@ class Qwen2Config:
     @classmethod
     def from_dict(cls, config):
         """Read a config.json. ValueError for a missing number or a feature that is not built."""
-        built = {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False}
-        config = {"model_type": None, **config}
-        for name, value in built.items():
-            if config.get(name, value) != value:
-                raise ValueError(f"{name} {config[name]!r} is not built: only {value!r}")
+        built = {"model_type": ["qwen2"], "hidden_act": ["silu", None],
+                 "use_sliding_window": [False, None]}                    # None: null or absent
+        for name, values in built.items():
+            if config.get(name) not in values:
+                raise ValueError(f"{name} {config.get(name)!r} is not built: only {values[0]!r}")
         # transformers 5 | 4
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -82,8 +82,7 @@ class Qwen2Config:
                 raise ValueError(f"{field.name} is missing")
         self = cls(**found)
         if config.get("head_dim") not in (None, self.head_dim):
-            raise ValueError(f"head_dim {config['head_dim']}: only hidden_size / "
-                             "num_attention_heads is built")
+            raise ValueError(f"head_dim {config['head_dim']}: only hidden_size / heads is built")
         return self
 
 
@@ -119,20 +118,17 @@ class KVCache:
         """Go on with these rows (B,), some several times: for prompts that begin alike."""
         self.kv, self.lengths = self.kv[:, :, rows], self.lengths[rows]
 
-    def reserve(self, batch, length):
+    def reserve(self, length):
         """Take the next `length` places of a row -> (positions (B, T), mask (B, 1, T, M)).
 
-        Prefill has no mask. Raises ValueError for another batch and when the cache is full.
+        Prefill has no mask. Raises ValueError when the cache is full.
         """
-        if batch != len(self.lengths):
-            raise ValueError(f"the cache holds {len(self.lengths)} rows, the input {batch}")
         prefill = self.used == 0
         steps = torch.arange(length, device=self.lengths.device)         # (T,)
         self.positions = self.lengths[:, None] + steps                   # (B, T)
         self.used = length if prefill else int(self.positions.max()) + 1
         if self.used > self.max_len:
-            raise ValueError(f"the cache has room for {self.max_len} tokens, {self.used} are "
-                             "needed")
+            raise ValueError(f"the cache has room for {self.max_len} tokens, {self.used} needed")
         self.lengths = self.lengths + length
         if prefill:
             return self.positions, None
@@ -171,13 +167,10 @@ def attention(q, k, v, scope=None):
     """q (B, A, T, D), k v (B, G, M, D) -> (B, A, T, D). Query head a reads key head a // (A/G).
 
     scope: None for causal (M = T); a mask (B, 1, T, M) of bool, True = look; or a Packing (B = 1),
-    causal within each sample.
+    causal within each sample. Only that needs flash-attn: PyTorch has the same kernel for the rest.
     """
     if isinstance(scope, Packing):
         return packed_attention(q, k, v, scope)
-    if flash_attn_func and scope is None and fits_flash(q):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                 # (B, T, A or G, D)
-        return flash_attn_func(q, k, v, causal=True).transpose(1, 2)     # (B, A, T, D)
     causal, grouped = scope is None, q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, scope, is_causal=causal, enable_gqa=grouped)
 
@@ -303,7 +296,6 @@ class Qwen2(nn.Module):
         self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.reset_parameters()
         self.tie()
 
     def tie(self):
@@ -334,7 +326,7 @@ class Qwen2(nn.Module):
             scope = Packing.of(packed, length, x.device)
             positions = scope.positions                                  # (T,)
         elif cache is not None:
-            positions, scope = cache.reserve(batch, length)              # (B, T), (B, 1, T, M)
+            positions, scope = cache.reserve(length)              # (B, T), (B, 1, T, M)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         for index, layer in enumerate(self.model.layers):
             if hook is not None:
@@ -349,15 +341,6 @@ class Qwen2(nn.Module):
         if keep is not None:
             x = x[keep]                                                  # (R, d)
         return self.lm_head(x) if logits else x                          # (B, T, V) or (R, V)
-
-    @torch.no_grad()
-    def reset_parameters(self):
-        """Start small and normal, for the tiny decoder that is trained from nothing."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.ndim > 1:
-                parameter.normal_(std=0.02)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32):
@@ -376,13 +359,3 @@ class Qwen2(nn.Module):
     def rename(self, key):
         """A checkpoint's key -> our parameter name. A tied lm_head repeats the embedding: None."""
         return None if key == "lm_head.weight" and self.config.tie_word_embeddings else key
-
-    def save_pretrained(self, folder, extra=None):
-        """Write a folder that from_pretrained and transformers read; copy in extra {name: path}."""
-        tensors = self.state_dict()
-        if self.config.tie_word_embeddings:
-            del tensors["lm_head.weight"]
-        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
-        config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
-                  "hidden_act": "silu", "torch_dtype": dtype, **asdict(self.config)}
-        save_weights(folder, tensors, config, extra)

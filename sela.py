@@ -36,9 +36,8 @@ class VisionRemember(nn.Module):
         super().__init__()
         full, reach = levels * level_width, window * feature_side // side        # E, r
         if side % window or window * feature_side % side:
-            raise ValueError(f"windows of {window}x{window} tokens do not tile {side}x{side} "
-                             f"tokens over {feature_side}x{feature_side} features; choose a "
-                             f"divisor of {side}")
+            raise ValueError(f"windows of {window}x{window} tokens do not tile {side}x{side} over "
+                             f"{feature_side}x{feature_side} features; use a divisor of {side}")
         if full % head_width:
             raise ValueError(f"{levels} levels of width {level_width} do not divide into heads of "
                              f"width {head_width}")
@@ -82,17 +81,18 @@ class Windows(nn.Module):
 
     def __init__(self, side, s, head_width):
         super().__init__()
-        self.s, self.m, self.head_width = s, side // s, head_width               # m windows a side
+        self.sizes = side // s, s, head_width                            # m windows a side, s, D
 
     def forward(self, x):
         """(t, side*side, E), or the places of all tiles end to end -> (w, A, s*s, D)."""
-        s, m, D = self.s, self.m, self.head_width
+        m, s, D = self.sizes
         x = x.view(-1, m, s, m, s, x.shape[-1] // D, D)                  # (t, m, s, m, s, A, D)
         return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
 
     def undo(self, x):
         """(w, A, s*s, D) -> (t*side*side, E)."""
-        x = x.view(-1, self.m, self.m, x.shape[1], self.s, self.s, self.head_width)
+        m, s, D = self.sizes
+        x = x.view(-1, m, m, x.shape[1], s, s, D)                        # (t, m, m, A, s, s, D)
         return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(0, 4).flatten(1)
 
 
@@ -107,7 +107,7 @@ def shape_walk():
     module = VisionRemember(width=896, level_width=1024, levels=3, side=12, feature_side=24)
     cells = torch.cartesian_prod(torch.arange(5), torch.arange(12), torch.arange(12))
     x, saliency = torch.randn(720, 896), torch.rand(5, 576)
-    features = [torch.randn(5, 576, 1024) for _ in range(3)]
+    features = torch.randn(3, 5, 576, 1024).unbind()
 
     def report(name, *tensors):
         print(f"{name:34}{tuple(tensors[-1].shape)}")

@@ -1,5 +1,4 @@
-"""Trains LLaVA-VR: phase 1 aligns projector and Vision Remember with captions, phase 2 adds the LLM
-and instructions.
+"""Trains LLaVA-VR: phase 1 on captions, phase 2 on instructions, the LLM too.
 
     python train.py --preset tiny                        # laptop: both phases on drawn pictures
     python train.py --preset 0.5b --phase 1 --micro 16   # one GPU: the same batch, accumulated
@@ -13,22 +12,15 @@ Ctrl-C or SIGTERM saves and ends the run. Read the recipes first, then `train`, 
 """
 import argparse
 import contextlib
-import dataclasses
 import gc
-import hashlib
-import json
 import math
 import os
-import resource
-import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,12 +37,11 @@ from tqdm import tqdm
 import data
 from model import PRESETS, LLaVAVR
 from storage import checkpoint, records
-from storage.log import Log
+from storage.log import Log, step_line
+from storage.places import HOW_TO_GET, default_data
 from storage.weights import fingerprint
 
 # ---------------------------------------------------------------------------------------- recipes
-
-
 @dataclass(frozen=True)
 class Recipe:
     """The numbers of a phase. Defaults are those that all phases share."""
@@ -66,7 +57,7 @@ class Recipe:
     epochs: int = 1                  # LLaVA-NeXT's scripts
     warmup: float = 0.03             # share of the steps; LLaVA-NeXT's scripts
     clip: float = 1.0                # largest norm of the gradient. Paper silent: we take Hugging
-    betas: tuple = (0.9, 0.999)      # Face's defaults for AdamW, as LLaVA-NeXT does; no weight decay
+    betas: tuple = (0.9, 0.999)      # Face's defaults for AdamW, as LLaVA-NeXT. No weight decay.
     max_length: int = 8192           # tokens. Paper silent: we take LLaVA-NeXT's pretraining script
 
     def peak(self, part):
@@ -79,21 +70,19 @@ ALL = (*ALIGN, "image_newline", "language_model")
 
 RECIPES = {
     "1": Recipe(
-        folder="phase1", start=None,
+        folder="phase1", start=None, micro=32,
         batch=256,                   # paper, Sec. 5.1
         lr=1e-3,                     # paper, Sec. 5.1
         trains=ALIGN,                # paper, Sec. 5.1
         template="plain",            # LLaVA-NeXT: a picture and its caption
-        mode="square",               # LLaVA-NeXT: one tile, cut from the centre
-        micro=32),
+        mode="square"),              # LLaVA-NeXT: one tile, cut from the centre
     "2": Recipe(
-        folder="phase2", start="phase1",
+        folder="phase2", start="phase1", micro=4,
         batch=32,                    # paper, Sec. 5.1
         lr=2e-5,                     # paper, Sec. 5.1
         trains=ALL,                  # paper, Sec. 5.1: all but the ViT
         template="chat",             # LLaVA-NeXT: qwen_1_5
-        mode="a4",                   # LLaVA-NeXT: AnyRes, at most four tiles and the whole picture
-        micro=4),
+        mode="a4"),                  # LLaVA-NeXT: AnyRes, at most four tiles and the whole picture
     # The recipe of Table 3. Paper, Sec. 5.1: as LLaVA-OneVision-SI, whose finetune_si.sh has these.
     "si": Recipe(
         folder="si", start="phase1", batch=256, lr=1e-5, vision_lr=2e-6,
@@ -108,91 +97,44 @@ DRAWN = {"1": {"batch": 16, "micro": 16, "lr": 2e-3},
          "2": {"batch": 16, "micro": 16, "lr": 1e-3},
          "si": {"batch": 16, "micro": 16, "lr": 1e-3, "vision_lr": 2e-4}}
 
-# Where the data of a phase lie by default (of any other phase: those of 2), and how to get them.
-FETCH = "hf download --repo-type dataset"
-SETS = {"1": ("data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
-              f"{FETCH} liuhaotian/LLaVA-Pretrain --local-dir data/LLaVA-Pretrain"),
-        "2": ("data/LLaVA-NeXT-Data/data", f'{FETCH} lmms-lab/LLaVA-NeXT-Data --include "data/*" '
-              "--local-dir data/LLaVA-NeXT-Data"),
-        "si": ("data/onevision-si.mix", f"{FETCH} lmms-lab/LLaVA-OneVision-Data --local-dir "
-               "data/LLaVA-OneVision-Data and list its folders in the .mix file (docs/data.md)")}
-
-
 def recipe_of(preset, phase):
     """The recipe of a phase for a preset."""
     changes = DRAWN.get(phase, {}) if PRESETS[preset].drawn else {}
-    return dataclasses.replace(RECIPES[phase], **changes)
-
-
-def places(preset, phase):
-    """Where things lie by default -> {"clip", "llm", "data": (path, the command that gets it)}."""
-    clip, llm = PRESETS[preset].clip, PRESETS[preset].llm
-    if PRESETS[preset].drawn:
-        drawn = "pretrain/captions.json" if phase == "1" else "finetune"
-        return {"clip": (clip, "git checkout tiny"), "llm": (llm, "git checkout tiny"),
-                "data": (f"data/tiny/{drawn}", "python -m tiny.draw --out data/tiny")}
-    get_clip = "hf download openai/clip-vit-large-patch14-336 --exclude tf_model.h5"
-    return {"clip": (clip, f"{get_clip} --local-dir {clip}"),
-            "llm": (llm, f"hf download Qwen/{Path(llm).name} --local-dir {llm}"),
-            "data": SETS.get(phase, SETS["2"])}
+    return replace(RECIPES[phase], **changes)
 
 
 # --------------------------------------------------------------- what the command line asks for
-
-
 @dataclass(frozen=True)
 class Run:
-    """One phase as the command line asks for it. `arguments` explains the switches."""
+    """One phase, as the command line asks for it."""
+    flags: argparse.Namespace    # its switches; `arguments` explains them
     phase: str
-    preset: str
     recipe: Recipe
-    rank: int              # this process among all that train
-    world: int             # how many there are
+    rank: int                    # this process among all that train
+    world: int                   # how many there are
     device: torch.device
-    out: Path              # folder of the finished model
-    partial: Path          # what there is until then: the log and checkpoints
-    start: Path | None     # the finished phase it goes on from
-    clip: str              # what it reads
-    llm: str
-    data: str
-    images: str | None
-    draws: bool            # its data are drawn first
-    seed: int
-    limit: int | None
-    workers: int
-    precision: str
-    recompute: bool
-    compile: bool
-    shard: bool
-    validate: int
-    validate_every: int
-    save_every: int
-    keep_every: int
-    resume: bool
-    accept_changes: bool
-    wandb: str | None
+    out: Path                    # folder of the finished model
+    partial: Path                # what there is until then: the log and checkpoints
+    start: Path | None           # the finished phase it goes on from
+    paths: dict                  # of "clip", "llm" and "data"
 
 
-def make_run(args, phase, place):
-    """The command line -> the Run of one phase. place: rank, world, device. Raises ValueError for a
-    number of ranks that cannot share a batch."""
-    flags, world = vars(args), place["world"]
+def make_run(flags, phase, rank, world, device):
+    """The command line -> the Run of one phase. Raises ValueError for a number of ranks that cannot
+    share a batch."""
     changes = ("batch", "micro", "lr", "vision_lr", "epochs")
-    recipe = dataclasses.replace(recipe_of(args.preset, phase),
-                                 **{name: flags[name] for name in changes if flags[name]})
+    changed = {name: value for name, value in vars(flags).items() if name in changes and value}
+    recipe = replace(recipe_of(flags.preset, phase), **changed)
     if recipe.batch % world:
-        even = ", ".join(str(n) for n in range(1, recipe.batch + 1) if recipe.batch % n == 0)
-        raise ValueError(f"{world} ranks do not divide a global batch of {recipe.batch}: use one "
-                         f"of {even} ranks, or another --batch")
-    folder = Path(args.out) / args.preset
-    settings = {name: flags[name] for name in Run.__annotations__ if name in flags} | place
-    for name, (path, _) in places(args.preset, phase).items():
-        settings[name] = flags[name] or path
-    settings |= {"phase": phase, "recipe": recipe, "out": folder / recipe.folder,
-                 "partial": folder / f"{recipe.folder}.partial",
-                 "start": folder / recipe.start if recipe.start else None,
-                 "draws": PRESETS[args.preset].drawn and not args.data}
-    return Run(**settings)
+        raise ValueError(f"{world} ranks do not divide a global batch of {recipe.batch}: start a "
+                         "number of ranks that does, or give another --batch")
+    folder = Path(flags.out) / flags.preset
+    start = folder / recipe.start if recipe.start else None
+    preset = PRESETS[flags.preset]
+    paths = {"clip": flags.clip or preset.clip, "llm": flags.llm or preset.llm,
+             "data": flags.data or default_data(phase, preset.drawn)}
+    return Run(flags, phase, recipe, rank, world, device, folder / recipe.folder,
+               folder / f"{recipe.folder}.partial", start, paths)
 
 
 def summed(run, **values):
@@ -220,47 +162,42 @@ def check_agreement(run, **facts):
 def check_places(runs):
     """Before anything is drawn, read or trained: raises FileNotFoundError naming all that the runs
     will miss, and FileExistsError for a stopped run that a new one would bury."""
-    first, missing = runs[0], []
+    first, missing = runs[0], {}
+    flags = first.flags
     for run in runs:
-        if not run.resume and any(run.partial.glob("checkpoints/step-*")):
+        if not flags.resume and any(run.partial.glob("checkpoints/step-*")):
             raise FileExistsError(f"{run.partial} holds a run that was stopped: go on with "
                                   "--resume, or remove it to begin anew")
-        for name, (default, command) in places(run.preset, run.phase).items():
-            path = getattr(run, name)
-            will_come = run.draws if name == "data" else run.start
+        for name, path in run.paths.items():
+            will_come = flags.draws if name == "data" else run.start
             if not will_come and not os.path.exists(path):
-                how = f" Get it with: {command}" if path == default else ""
-                missing.append(f"  --{name}: {path} is not there.{how}")
+                missing[f"  --{name}: {path} is not there."] = HOW_TO_GET.get(path)
     if first.start and not first.start.exists():
-        missing.append(f"  {first.start} is not there. Make it with: python train.py --preset "
-                       f"{first.preset} --phase 1")
+        how = f"python train.py --preset {flags.preset} --phase 1"
+        missing[f"  {first.start} is not there."] = how
     if missing:
-        phases = " and ".join(run.phase for run in runs)
+        lines = [what if how is None else f"{what} Get it with: {how}"
+                 for what, how in missing.items()]
         advice = "To try the whole path without any download: python train.py --preset tiny"
-        if PRESETS[first.preset].drawn:
-            advice = "Run it in the folder that holds train.py."
-        raise FileNotFoundError("\n".join([f"phase {phases} of preset {first.preset} misses:",
-                                           *dict.fromkeys(missing), advice]))
+        raise FileNotFoundError("\n".join(["these are missing:", *lines, advice]))
 
 
 # ---------------------------------------------------------------------------- model and optimizer
-
-
 def build_model(run):
     """The model of the phase before, or pre-trained parts under a fresh projector and Vision
     Remember; frozen but for what trains."""
-    torch.manual_seed(run.seed)                                     # for what is fresh
+    flags, trains = run.flags, run.recipe.trains
+    torch.manual_seed(flags.seed)                                   # for what is fresh
     if run.start:
         model = LLaVAVR.from_pretrained(run.start)
     else:
-        model = LLaVAVR.from_parts(run.clip, run.llm, run.preset)
+        model = LLaVAVR.from_parts(run.paths["clip"], run.paths["llm"], flags.preset)
     if run.recipe.template == "chat":
-        model.config.image_mode = run.recipe.mode                   # it will be asked as it was taught
-    freeze(model, run.recipe.trains)
-    model.language_model.recompute = run.recompute
-    model.vision_tower.recompute = run.recompute and "vision_tower" in run.recipe.trains
-    model.train()
-    return model.to(run.device)
+        model.config.image_mode = run.recipe.mode                   # to be asked as it was taught
+    freeze(model, trains)
+    model.language_model.recompute = flags.recompute
+    model.vision_tower.recompute = flags.recompute and "vision_tower" in trains
+    return model.train().to(run.device)
 
 
 def part_of(name):
@@ -275,11 +212,11 @@ def freeze(model, trains):
 
 
 def cast_frozen_to_bf16(model, run):
-    """Under bf16, frozen weights take half the memory, and no cast in every step. -> {name: tensor},
-    on the CPU, of those that rank 0 will write, as they were."""
+    """Under bf16, frozen weights take half the memory, and no cast in every step. -> {name: tensor}
+    of those that rank 0 will write, as they were, on the CPU."""
     originals, whole = {}, "language_model" in run.recipe.trains    # phase 1 writes what it made
     for name, parameter in model.named_parameters():
-        if run.precision == "bf16" and not parameter.requires_grad:
+        if run.flags.precision == "bf16" and not parameter.requires_grad:
             if run.rank == 0 and (whole or name == "image_newline"):
                 originals[name] = parameter.data.cpu()
             parameter.data = parameter.data.bfloat16()
@@ -288,7 +225,6 @@ def cast_frozen_to_bf16(model, run):
 
 def touch_every_parameter(model):
     """Give each trained parameter a gradient from every batch, if only of zero.
-
     DDP waits on every rank for the gradient of each parameter, and FSDP for the backward pass of
     each layer, also where only another rank has a picture. So zero times the sum of what a batch
     does not use is added to the embeddings: from there it passes all layers, frozen ones too.
@@ -296,23 +232,24 @@ def touch_every_parameter(model):
     def add_zero(decoder, args, kwargs):
         unused = [model.image_newline]
         if kwargs.get("hook") is None:                              # a batch without pictures
-            unused = [p for name, p in model.named_parameters() if part_of(name) != "language_model"]
-        zero = sum(p.sum() for p in unused if p.requires_grad) * 0
+            unused = [parameter for name, parameter in model.named_parameters()
+                      if part_of(name) != "language_model"]
+        zero = 0 * sum(parameter.sum() for parameter in unused if parameter.requires_grad)
         return args, {**kwargs, "inputs_embeds": kwargs["inputs_embeds"] + zero}    # (B, T, d)
 
     model.language_model.register_forward_pre_hook(add_zero, with_kwargs=True)
 
 
 def distribute(model, run):
-    """-> the module to call. DDP averages gradients over the ranks. FSDP2 (--shard) also divides the
-    weights among them, and gathers them one decoder layer at a time."""
+    """-> the module to call. DDP averages gradients over the ranks. FSDP2 (--shard) also divides
+    the weights among them, and gathers them one decoder layer at a time."""
     layers = model.language_model.model.layers
-    if run.compile:
+    if run.flags.compile:
         for block in [*layers, *model.vision_tower.encoder.layers]:
             block.compile()
-    if run.shard:
+    if run.flags.shard:
         policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if run.precision == "bf16" else None,
+            param_dtype=torch.bfloat16 if run.flags.precision == "bf16" else None,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False)                              # rotary angles stay in float32
         for module in [*layers, model]:
@@ -341,24 +278,22 @@ def lr_at(step, steps, warmup):
 
 
 # ------------------------------------------------------------------------------------------- data
-
-
 def open_data(run, model):
-    """-> (the Samples, data.Order: which is trained when, a pure function of the seed and the step)"""
-    recipe, config = run.recipe, model.config
-    source = records.open_records(run.data, run.images)
-    if run.validate >= len(source):
-        raise ValueError(f"--validate {run.validate}: the set has {len(source)} records, and some "
-                         "must be left to train on")
+    """-> (Samples, data.Order: which of them when, a pure function of the seed and the step)."""
+    recipe, config, flags = run.recipe, model.config, run.flags
+    source = records.open_records(run.paths["data"], flags.images)
+    if flags.validate >= len(source):
+        raise ValueError(f"--validate {flags.validate}: the set has {len(source)} records, and "
+                         "some must be left to train on")
     form = data.SampleFormat(recipe.template, recipe.mode, config.side, config.vision.image_size,
                              max_length=recipe.max_length)
     index = records.load_index(source)
     index = records.estimate(source) if index is None else index
     lengths = data.planned_tokens(index, form).clip(max=recipe.max_length)
-    held_out = np.random.default_rng(run.seed).permutation(len(source))[:run.validate]
+    held_out = np.random.default_rng(flags.seed).permutation(len(source))[:flags.validate]
     order = data.Order(starts=getattr(source, "starts", [0]), lengths=lengths,
-                       text_only=index["pictures"] == 0, batch=recipe.batch, seed=run.seed,
-                       epochs=recipe.epochs, limit=run.limit, held_out=held_out)
+                       text_only=index["pictures"] == 0, batch=recipe.batch, seed=flags.seed,
+                       epochs=recipe.epochs, limit=flags.limit, held_out=held_out)
     return Samples(source, model.tokenizer, form), order
 
 
@@ -392,33 +327,33 @@ def batches_of(run, samples, order, first, stop):
 
     steps = range(first, order.steps)
     loader = iter(DataLoader(samples, sampler=(part for step in steps for part in share(step)),
-                             batch_size=None, num_workers=run.workers,
+                             batch_size=None, num_workers=run.flags.workers,
                              worker_init_fn=ignore_signals_in_worker,
                              pin_memory=run.device.type == "cuda"))
-    for step in steps:
-        begun = time.perf_counter()
-        loaded = [next(loader) for _ in share(step)]
-        waited = time.perf_counter() - begun
-        batches = [batch for batch, _ in loaded]
-        problems = [problem for _, found in loaded for problem in found]
-        for problem in problems:
-            tqdm.write(problem, file=sys.stderr)
-        counts = summed(run, targets=sum(targets_of(batch) for batch in batches),
-                        tokens=sum(batch.input_ids.numel() for batch in batches),
-                        samples=sum(len(batch.packed) for batch in batches),
-                        skipped=len(problems), asked=stop.is_set())
-        counts.waited = waited                                      # seconds, of this rank
-        yield step, batches, counts
+    try:
+        for step in steps:
+            begun = time.perf_counter()
+            loaded = [next(loader) for _ in share(step)]
+            waited = time.perf_counter() - begun
+            batches, skipped = zip(*loaded)
+            problems = sum(skipped, [])
+            for problem in problems:
+                tqdm.write(problem, file=sys.stderr)
+            counts = summed(run, targets=sum(targets_of(batch) for batch in batches),
+                            tokens=sum(batch.input_ids.numel() for batch in batches),
+                            samples=sum(len(batch.packed) for batch in batches),
+                            skipped=len(problems), asked=stop.is_set())
+            counts.waited = waited                                  # seconds, of this rank
+            yield step, batches, counts
+    finally:
+        if run.flags.workers:
+            loader._shutdown_workers()                              # they would ignore SIGTERM
 
 
 def ignore_signals_in_worker(worker):
-    """A worker outlives the signal that torchrun, systemd and Slurm send to all processes: the step
-    in hand still needs its data. It heeds the next one, by which a DataLoader ends its workers."""
-    def heed_the_next(number, frame):
-        signal.signal(number, signal.SIG_DFL)
-
+    """torchrun, systemd and Slurm signal all processes, but the step in hand needs its data."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, heed_the_next)
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -440,8 +375,6 @@ def stop_on_signal():
 
 
 # --------------------------------------------------------------------------------------- one step
-
-
 def targets_of(batch):
     """How many tokens a packed batch trains. The first of a sample is predicted by nothing."""
     return (batch.labels[:, 1:] != data.IGNORE).sum().item()
@@ -449,7 +382,7 @@ def targets_of(batch):
 
 def autocast(run):
     """Matrix products in bf16, where that is asked for."""
-    enabled = run.precision == "bf16"
+    enabled = run.flags.precision == "bf16"
     return torch.autocast(run.device.type, torch.bfloat16, enabled=enabled)
 
 
@@ -463,11 +396,9 @@ def no_sync_unless_last(module, last):
 
 def train_step(run, module, optimizer, batches, targets, step):
     """Forward and backward over this rank's micro-batches, then one step of the optimizer.
-
     targets: tokens that the whole global batch trains; 0 if all its records were skipped.
     -> (loss over all ranks, norm of the gradient). Raises ValueError where either is not finite,
-    naming this rank's samples.
-    """
+    naming this rank's samples."""
     losses = []
     for batch in batches:
         with no_sync_unless_last(module, batch is batches[-1]), autocast(run):
@@ -483,7 +414,7 @@ def train_step(run, module, optimizer, batches, targets, step):
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), run.recipe.clip)
     norm = gather(norm, True).item()
     loss = summed(run, loss=sum(losses)).loss
-    check_finite(norm, "gradient", [name for batch in batches for name in batch.record_ids], step)
+    check_finite(norm, "gradient", sum((batch.record_ids for batch in batches), []), step)
     if targets > 0:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -509,10 +440,11 @@ def check_finite(value, what, samples, step):
 @torch.no_grad()
 def validate(run, module, samples, held_out):
     """Mean loss per trained token over the held-out records, each rank its part."""
-    mine, micro = held_out[run.rank::run.world].tolist(), run.recipe.micro
     loss, tokens = 0.0, 0
-    for begin in range(0, len(held_out[::run.world]), micro):       # as many forwards on every rank
-        batch, _ = samples[mine[begin:begin + micro]]
+    stride = run.world * run.recipe.micro
+    for begin in range(0, len(held_out), stride):                   # as many forwards on every rank
+        mine = held_out[begin + run.rank:begin + stride:run.world]
+        batch, _ = samples[mine.tolist()]
         with autocast(run):
             loss += module(batch.to(run.device), 1).item()
         tokens += targets_of(batch)
@@ -520,81 +452,21 @@ def validate(run, module, samples, held_out):
     return total.loss / max(total.tokens, 1)
 
 
-# ------------------------------------------------------------------------------- what it tells
-
-
-def short(number, unit=""):
-    """12_340_000, "B" -> "12.3 MB"."""
-    for prefix in ("", "K", "M", "G", "T", "P", "E"):
-        if abs(number) < 999.5:
-            break
-        number /= 1000
-    digits = 1 if number < 99.95 and prefix else 0
-    return f"{number:.{digits}f} {prefix}{unit}".rstrip()
-
-
+# --------------------------------------------------------------------------------------- the loop
 def start_log(run, model, order, first):
     """Print what is about to be trained, on what, and how -> the Log to write to."""
-    recipe, sizes = run.recipe, Counter()
-    log = Log(run.partial, first, run.wandb, {"phase": run.phase, **dataclasses.asdict(recipe)})
-    for name, parameter in model.named_parameters():
-        sizes[part_of(name)] += parameter.numel()
-    trained = ", ".join(f"{part} {short(sizes[part])}" for part in recipe.trains if sizes[part])
-    warm = math.ceil(recipe.warmup * order.steps)
-    tokens = order.samples * recipe.epochs * int(order.lengths.mean())
-    print(f"phase {run.phase} of preset {run.preset} on {run.world} x {run.device.type}, "
-          f"{run.precision}")
-    print(textwrap.indent(textwrap.fill(str(recipe), 96), "  "))
-    print(f"  steps       {order.steps:,} of {recipe.batch} samples, {warm:,} of them warm-up: "
-          f"{order.samples:,} records, about {short(tokens)} tokens")
-    print(f"  parameters  {short(sizes.total())}, training {trained}", flush=True)
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)              # loading does not count
-    return log
-
-
-def estimate_mfu(model, tokens_per_second):
-    """Share of an A100's bf16 peak, 312 TFLOP/s, that one device reaches (model FLOPs utilisation),
-    in nanoGPT's manner: a trained parameter costs 6 FLOPs a token, a frozen one 2. Attention is left
-    out, and the ViT is taken to run once a token. tools/cost.py has the exact formulas."""
-    flops = sum((6 if p.requires_grad else 2) * p.numel() for p in model.parameters())
-    return flops * tokens_per_second / 312e12
-
-
-def peak_memory(device):
-    """GB in use at the most: of the GPU, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def log_line(run, model, step, losses, optimizer, norm, counts):
-    """A step -> its line in log.jsonl. counts: of `batches_of`, and the step's seconds."""
-    seconds, speed = counts.seconds, counts.tokens / counts.seconds
-    line = {"step": step, **{name: round(loss, 5) for name, loss in losses.items()}}
-    for i, group in enumerate(optimizer.param_groups):
-        line[f"lr_{i}" if i else "lr"] = group["lr"]
-    line |= {"grad_norm": round(norm, 4), "tokens": int(counts.tokens),
-             "trained_tokens": int(counts.targets), "skipped": int(counts.skipped),
-             "seconds": round(seconds, 3), "tokens_per_second": round(speed),
-             "samples_per_second": round(counts.samples / seconds, 2)}
-    if run.device.type == "cuda":
-        line["mfu"] = round(estimate_mfu(model, speed / run.world), 4)
-    line["data_wait"] = round(counts.waited / seconds, 3)
-    line["memory_gb"] = round(peak_memory(run.device), 2)
-    return line
-
-
-# --------------------------------------------------------------------------------------- the loop
+    recipe, trained = run.recipe, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"phase {run.phase} of preset {run.flags.preset} on {run.world} x {run.device.type}, "
+          f"{run.flags.precision}\n  {recipe}\n  {order.steps:,} steps over {order.samples:,} "
+          f"records, training {trained / 1e6:,.1f} M parameters", flush=True)
+    return Log(run.partial, first, run.flags.wandb, asdict(recipe))
 
 
 def train(run, stop):
-    """One phase, from its start or from where it stopped, to its saved model.
-
-    -> False if it was asked to stop. Raises ValueError and OSError in one line.
-    """
-    if run.resume and (run.out / "config.json").exists() and not run.partial.exists():
+    """One phase, from its start or from where it stopped, to its saved model. -> False if it was
+    asked to stop. Raises ValueError and OSError in one line."""
+    flags = run.flags
+    if flags.resume and (run.out / "config.json").exists() and not run.partial.exists():
         print(f"phase {run.phase}: {run.out} holds the finished model", flush=True)
         return True
     model = build_model(run)
@@ -604,97 +476,76 @@ def train(run, stop):
     optimizer = build_optimizer(model, run.recipe)
     samples, order = open_data(run, model)
     identity = identity_of(run, samples, order, model)
-    first = resume(run, model, optimizer, identity)
-    check_agreement(run, checkpoint=first, recipe_or_data=digest(identity),
-                    index_of_the_data=digest(order.lengths))
+    first = 0
+    if flags.resume:
+        first = checkpoint.resume(run.partial / "checkpoints", model, optimizer, identity,
+                                  flags.accept_changes)
+    check_agreement(run, checkpoint=first, recipe_or_data=checkpoint.digest(identity),
+                    index_of_the_data=checkpoint.digest(order.lengths))
     log = start_log(run, model, order, first) if run.rank == 0 else None
     clock, asked = time.perf_counter(), False
 
-    bar = tqdm(batches_of(run, samples, order, first, stop), total=order.steps, initial=first,
-               mininterval=1, disable=log is None)
-    for step, batches, counts in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_at(step, order.steps, run.recipe.warmup)
-        loss, norm = train_step(run, module, optimizer, batches, counts.targets, step)
+    with contextlib.closing(batches_of(run, samples, order, first, stop)) as steps:
+        bar = tqdm(steps, total=order.steps, initial=first, mininterval=1, disable=log is None)
+        for step, batches, counts in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * lr_at(step, order.steps, run.recipe.warmup)
+            loss, norm = train_step(run, module, optimizer, batches, counts.targets, step)
 
-        losses = {"loss": loss} if counts.targets else {}
-        last, asked = step + 1 == order.steps, counts.asked > 0
-        if run.validate and (last or (step + 1) % run.validate_every == 0):
-            losses["validation"] = validate(run, module, samples, order.held_out)
+            losses = {"loss": loss} if counts.targets else {}
+            last, asked = step + 1 == order.steps, counts.asked > 0
+            if flags.validate and (last or (step + 1) % flags.validate_every == 0):
+                losses["validation"] = validate(run, module, samples, order.held_out)
 
-        counts.seconds = time.perf_counter() - clock
-        clock += counts.seconds
-        if log:
-            counts.skipped += log.last.get("skipped", 0)            # since the start
-            line = log_line(run, model, step, losses, optimizer, norm, counts)
-            log.write(line)
-            bar.set_postfix_str(f"loss {loss:.3f} lr {line['lr']:.1e} "
-                                f"{line['tokens_per_second']:,} tok/s", refresh=False)
-
-        if last or asked or "validation" in losses or (step + 1) % run.save_every == 0:
-            save(run, step + 1, model, optimizer, identity, losses, must=asked and not last)
-        if asked and not last:
-            bar.close()
+            counts.seconds = time.perf_counter() - clock
+            clock += counts.seconds
             if log:
-                log.close()
-            print(f"phase {run.phase}: stopped after step {step + 1} of {order.steps}, saved; "
-                  "go on with --resume", flush=True)
-            return False
+                counts.skipped += log.last.get("skipped", 0)            # since the start
+                line = step_line(step, losses, optimizer, norm, counts)
+                log.write(line)
+                bar.set_postfix_str(f"loss {loss:.3f} lr {line['lr']:.1e} "
+                                    f"{line['tokens_per_second']:,} tok/s", refresh=False)
+
+            if last or asked or "validation" in losses or (step + 1) % flags.save_every == 0:
+                save(run, step + 1, model, optimizer, identity, losses, must=asked and not last)
+            if asked and not last:
+                bar.close()
+                if log:
+                    log.close()
+                print(f"phase {run.phase}: stopped after step {step + 1} of {order.steps}, saved; "
+                      "go on with --resume", flush=True)
+                return False
 
     finish(run, model, originals, order, log)
     return not asked
-
-
-def digest(*values):
-    """Twelve hex digits of arrays of numbers or of what JSON can hold."""
-    found = hashlib.sha256()
-    for value in values:
-        is_array = isinstance(value, np.ndarray)
-        found.update(value.tobytes() if is_array else json.dumps(value, sort_keys=True).encode())
-    return found.hexdigest()[:12]
 
 
 def identity_of(run, samples, order, model):
     """What must be the same for a checkpoint to be gone on from. Ranks and micro need not."""
     files = [part["files"] for part in model.parts.values()]
     before = fingerprint(run.start) if run.start else None
-    identity = {**dataclasses.asdict(run.recipe), "preset": run.preset, "seed": run.seed,
-                "data": samples.source.fingerprint(), "model": digest(files, before),
-                "samples": order.samples, "without pictures": digest(order.text_only),
-                "steps": order.steps, "validate": run.validate, "precision": run.precision,
+    flags = run.flags
+    identity = {**asdict(run.recipe), "preset": flags.preset, "seed": flags.seed,
+                "data": samples.source.fingerprint(), "model": checkpoint.digest(files, before),
+                "samples": order.samples, "without pictures": checkpoint.digest(order.text_only),
+                "steps": order.steps, "validate": flags.validate, "precision": flags.precision,
                 "parameters": sum(p.numel() for p in model.parameters())}
     del identity["micro"]
     return identity
 
 
-def resume(run, model, optimizer, identity):
-    """Restore the newest whole checkpoint, if that is asked for. -> the step to go on with"""
-    if not run.resume:
-        return 0
-    path, damaged = checkpoint.newest(run.partial / "checkpoints")
-    for line in damaged:
-        print(f"phase {run.phase}: {line}", flush=True)
-    if path is None:
-        return 0
-    return checkpoint.restore(path, model, optimizer, identity, run.accept_changes)["step"]
-
-
 def save(run, step, model, optimizer, identity, losses, must):
-    """Save a checkpoint. A full disk is no reason to lose what stands in memory: unless it `must`
-    be saved, one line says that it was not."""
+    """Save a checkpoint and remove older ones. A full disk is no reason to lose what stands in
+    memory: unless it `must` be saved, one line says that it was not."""
     folder = run.partial / "checkpoints"
     try:
         checkpoint.save(folder, step, model, optimizer, identity, losses)
+        if not must:
+            checkpoint.prune(folder, run.flags.keep_every)
     except OSError as error:
         if must:
             raise
-        tqdm.write(f"train.py: step {step} could not be saved, training goes on ({error})",
-                   file=sys.stderr)
-        return
-    try:
-        checkpoint.prune(folder, run.keep_every)
-    except OSError as error:
-        tqdm.write(f"train.py: older checkpoints stay ({error})", file=sys.stderr)
+        tqdm.write(f"train.py: {error}; training goes on", file=sys.stderr)
 
 
 def finish(run, model, originals, order, log):
@@ -703,7 +554,7 @@ def finish(run, model, originals, order, log):
     skipped = log.last.get("skipped", 0) if log else 0
     if skipped == order.samples * run.recipe.epochs:
         raise ValueError(f"none of the {skipped} records could be used (the reasons stand above); "
-                         f"is {run.data} the data of phase {run.phase}?")
+                         f"is {run.paths['data']} the data of phase {run.phase}?")
     state = {name: gather(tensor, log) for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         if tensor is not None and not tensor.isfinite().all():
@@ -713,13 +564,9 @@ def finish(run, model, originals, order, log):
         log.close()
         model.save_pretrained(run.out, {"log.jsonl": log.path}, state={**state, **originals},
                               whole="language_model" in run.recipe.trains)
-        if run.validate or run.keep_every:
+        if run.flags.validate or run.flags.keep_every:
             os.rename(run.partial / "checkpoints", run.out / "checkpoints")
-        # renamed first: a kill while it is removed would leave half of it under its name
-        rest = run.partial.with_name(f".{run.partial.name}.old-")
-        shutil.rmtree(rest, ignore_errors=True)
-        os.rename(run.partial, rest)
-        shutil.rmtree(rest)
+        checkpoint.remove(run.partial)
         more = f"; {skipped} records skipped" if skipped else ""
         print(f"phase {run.phase}: done, {run.out} holds the model{more}\n"
               f"  its curve: python -m tools.plot {run.out}/log.jsonl", flush=True)
@@ -728,8 +575,6 @@ def finish(run, model, originals, order, log):
 
 
 # -------------------------------------------------------------------------------- the command line
-
-
 def arguments(argv=None):
     """The command line, with defaults that fit the device."""
     cuda = torch.cuda.is_available()
@@ -758,16 +603,14 @@ def arguments(argv=None):
         help="processes that read data; default: 4 on CUDA, 1 elsewhere")
     add("--precision", choices=("bf16", "fp32"), default="bf16" if cuda else "fp32",
         help="default: bf16 autocast on CUDA, fp32 elsewhere")
-    add("--recompute", action="store_true",
-        help="activation checkpointing: less memory, a third more work")
+    add("--recompute", action="store_true", help="keep less for backward, a third more work")
     add("--compile", action="store_true", help="torch.compile for blocks of ViT and decoder")
-    add("--shard", action="store_true",
-        help="FSDP2: weights, gradients and moments divided among the ranks")
-    add("--save-every", type=int, default=500, metavar="STEPS",
-        help="checkpoints; the last and the best stay")
+    add("--shard", action="store_true", help="FSDP2: weights, gradients, moments divided")
+    add("--save-every", type=int, default=500, metavar="STEPS", help="last and best stay")
     add("--keep-every", type=int, default=0, metavar="STEPS", help="and those of every so many")
     add("--wandb", metavar="PROJECT", help="log there too, if wandb is installed")
     args = parser.parse_args(argv)
+    args.draws = PRESETS[args.preset].drawn and not args.data       # the data, on the way
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if name in ("validate", "keep_every", "workers", "seed"):
@@ -792,7 +635,7 @@ def join_ranks():
         dist.init_process_group(backend, timeout=timedelta(hours=1))    # to write 94 GB of a 7B
     if rank > 0:
         sys.stdout = open(os.devnull, "w")                          # rank 0 prints for all
-    return {"rank": rank, "world": world, "device": device}
+    return rank, world, device
 
 
 def main(argv=None):
@@ -801,15 +644,15 @@ def main(argv=None):
     if args.shard and "WORLD_SIZE" not in os.environ:
         raise ValueError("--shard divides among ranks: start it with torchrun --nproc_per_node=N "
                          "train.py ...")
-    place = join_ranks()
+    rank, world, device = join_ranks()
     try:
         phases = [args.phase] if args.phase else ["1", "2"]
-        runs = [make_run(args, phase, place) for phase in phases]
+        runs = [make_run(args, phase, rank, world, device) for phase in phases]
         check_places(runs)
-        if runs[0].draws and place["rank"] == 0:
+        if args.draws and rank == 0:
             draw = Path(__file__).with_name("tiny") / "draw.py"
             subprocess.run([sys.executable, draw, "--out", "data/tiny"], check=True)
-        if place["world"] > 1:
+        if world > 1:
             dist.barrier()                                          # none reads before it is drawn
         with stop_on_signal() as stop:
             for run in runs:

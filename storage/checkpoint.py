@@ -5,27 +5,26 @@ not there.
     checkpoints/last, best        links to the newest and to the one of the lowest validation loss
 
 The tensors: model.<name> of every trained parameter; exp_avg.<name>, exp_avg_sq.<name> and
-step.<name> of the optimizer; the random number generators rng.torch.<rank> and rng.cuda.<rank>.
-config.json: step, position (empty), losses, run, versions, the generators of Python and numpy, and
-marks: a crc32 of every tensor and of config.json itself, so that a changed byte shows. Learning
-rates are the caller's: they follow from the step.
+step.<name> of the optimizer; the random number generators rng.torch.<rank> and rng.cuda.<rank>
+(training draws from no other). config.json: step, losses, run, versions, and marks: a crc32 of
+every tensor and of config.json itself, so that a changed byte shows. Learning rates are the
+caller's: they follow from the step.
 
-With several processes all call `save` and `restore`, with the bare module, not the
+With several processes all call `save` and `resume`, with the bare module, not the
 DistributedDataParallel around it. The first one writes. The files are the same whether the module
 is sharded (FSDP2's fully_shard) or not.
 """
+import hashlib
 import json
 import math
 import os
 import platform
-import random
-import re
 import shutil
 import zlib
 from contextlib import suppress
 from pathlib import Path
 
-import numpy
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -42,15 +41,13 @@ def save(folder, step, model, optimizer, run, losses=None):
     """
     path = Path(folder) / f"step-{step:08}"
     tensors = _gather(model, optimizer)
-    generators = _from_all(_generators())
+    states = {kind: module.get_rng_state() for kind, module in _generators().items()}
+    for rank, theirs in enumerate(_from_all(states)):
+        tensors |= {f"rng.{kind}.{rank}": state for kind, state in theirs.items()}
     problem = None
     if _rank() == 0:
-        for rank, (states, _) in enumerate(generators):
-            for kind, state in states.items():
-                tensors[f"rng.{kind}.{rank}"] = state
-        facts = {"step": step, "position": {}, "losses": losses or {}, "run": run,
-                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                 "rng": [text for _, text in generators]}
+        facts = {"step": step, "losses": losses or {}, "run": run,
+                 "versions": {"python": platform.python_version(), "torch": torch.__version__}}
         marks = {"config.json": _mark_json(facts)}
         marks |= {key: _mark(tensor) for key, tensor in tensors.items()}
         try:
@@ -63,30 +60,18 @@ def save(folder, step, model, optimizer, run, losses=None):
     return path
 
 
-def newest(folder):
-    """-> (path of the newest checkpoint that is whole to the last byte, or None; a line for each
-    that was skipped)"""
-    skipped = []
-    for path in reversed(_steps(folder)):
-        try:
-            _read(path)
-            return path, skipped
-        except ValueError as error:
-            skipped.append(f"skipped: {error}")
-    return None, skipped
-
-
 @torch.no_grad()
-def restore(path, model, optimizer, run, accept_changes=False):
-    """Bring back weights, optimizer and random numbers bit for bit. -> the facts of config.json.
+def resume(folder, model, optimizer, run, accept_changes=False):
+    """Bring back weights, optimizer and random numbers, bit for bit, from the newest checkpoint
+    that is whole. -> the step to go on with; 0 if there is none.
 
-    Raises ValueError in one line if the checkpoint is damaged, does not fit the model, or is of
-    another run than `run` (accept_changes: then only if it does not fit).
+    Raises ValueError in one line if it does not fit the model, or is of another run than `run`
+    (accept_changes: then only if it does not fit).
     """
-    try:
-        facts, tensors = _read(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; resume from another checkpoint") from None
+    found = newest(folder)
+    if found is None:
+        return 0
+    path, facts, tensors = found
     changes = _changes(facts["run"], json.loads(json.dumps(run)))   # tuples come back as lists
     if changes and not accept_changes:
         raise ValueError(f"{path} is of another run ({'; '.join(changes)}); undo the changes, "
@@ -103,10 +88,22 @@ def restore(path, model, optimizer, run, accept_changes=False):
         elif kind != "rng":
             entry = state.setdefault(places[trained[name]], {})
             entry[kind] = _placed(tensor, trained[name])
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    _set_generators(tensors, facts.pop("rng"))
-    return facts
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    for kind, module in _generators().items():
+        own = tensors.get(f"rng.{kind}.{_rank()}")
+        if own is not None:                         # a rank that was not there keeps what it has
+            module.set_rng_state(own.clone())
+    return facts["step"]
+
+
+def newest(folder):
+    """-> (path, facts, tensors) of the newest checkpoint that is whole to the last byte, or None.
+    Prints a line for each that is skipped."""
+    for path in reversed(_steps(folder)):
+        try:
+            return path, *_read(path)
+        except ValueError as error:
+            print(f"skipped: {error}", flush=True)
 
 
 def prune(folder, keep_every=0):
@@ -118,43 +115,57 @@ def prune(folder, keep_every=0):
     """
     if _rank() > 0:
         return
-    whole, scores, links = [], {}, {}
-    for path in _steps(folder):
-        with suppress(ValueError):
-            score = _read(path, every_byte=False)[0]["losses"].get("validation")
-            whole.append(path)
-            if score is not None and math.isfinite(score):
-                scores[path] = score
-    if whole:
-        links["last"] = whole[-1]
-    if scores:
-        links["best"] = min(scores, key=scores.get)
-    for name, path in links.items():
-        _link(path.with_name(name), path.name)
     for path in Path(folder).glob(".step-*.*-*"):                   # .new- and .old-
         shutil.rmtree(path)
-    older = [path for path in _steps(folder) if whole and path < whole[-1]]
-    for path in older:
+    last, best, lowest = None, None, math.inf
+    for path in _steps(folder):
+        with suppress(ValueError):
+            facts, _ = _read(path, every_byte=False)
+            last = path
+            loss = facts["losses"].get("validation", math.inf)
+            if loss < lowest:                                       # a nan never is
+                best, lowest = path, loss
+    if last is None:                                                # nothing is whole: all stays
+        return
+    _link(folder, "last", last)
+    if best:
+        _link(folder, "best", best)
+    for path in _steps(folder):
+        if path == last:
+            break
         asked_for = keep_every and int(path.name[5:]) % keep_every == 0
-        if path != links.get("best") and not asked_for:
-            old = path.with_name(f".{path.name}.old-")              # a kill leaves no half of it
-            os.rename(path, old)
-            shutil.rmtree(old)
+        if path != best and not asked_for:
+            remove(path)
+
+
+def remove(folder):
+    """Remove a folder. It is renamed first, or a kill would leave half of it under its name."""
+    old = folder.with_name(f".{folder.name}.old-")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(folder, old)
+    shutil.rmtree(old)
+
+
+def digest(*values):
+    """Twelve hex digits of arrays of numbers or of what JSON can hold."""
+    found = hashlib.sha256()
+    for value in values:
+        is_array = isinstance(value, np.ndarray)
+        found.update(value.tobytes() if is_array else json.dumps(value, sort_keys=True).encode())
+    return found.hexdigest()[:12]
 
 
 def _steps(folder):
     """The folders of checkpoints, oldest first."""
-    return sorted(path for path in Path(folder).glob("step-*")
-                  if re.fullmatch(r"step-\d{8}", path.name))
+    return sorted(Path(folder).glob("step-" + 8 * "[0-9]"))
 
 
-def _link(path, target):
-    """Point path at target, at once; a file system without links goes without."""
-    new = path.with_name(f".{path.name}.new")
+def _link(folder, name, target):
+    """Point folder/name at target. A file system without links goes without."""
+    link = Path(folder, name)
     with suppress(OSError):
-        new.unlink(missing_ok=True)
-        new.symlink_to(target)
-        os.replace(new, path)
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
 
 
 # ---------------------------------------------------------------------- is it whole, does it belong
@@ -167,16 +178,17 @@ def _read(path, every_byte=True):
         facts = read_config(path)
         tensors = {key: tensor for _, key, tensor in read_tensors(path)}
     except (OSError, ValueError) as error:
-        what, *advice = str(error).split("; ")                      # to download it again
-        raise ValueError(what) from None
+        # what stands before the advice to download it again
+        raise ValueError(str(error).split("; ")[0]) from None
     marks = facts.pop("marks", {})
-    if not isinstance(marks, dict) or marks.pop("config.json", None) != _mark_json(facts):
+    if marks.pop("config.json", None) != _mark_json(facts):
         raise ValueError(f"{Path(path) / 'config.json'}: is not of a checkpoint, or was changed "
                          "since it was written")
-    for key in sorted(tensors.keys() ^ marks.keys()):
-        raise ValueError(f"{path}: {key} is in config.json or the weights, not in both")
-    for key in marks if every_byte else ():
-        if _mark(tensors[key]) != marks[key]:
+    strays = tensors.keys() ^ marks.keys()
+    if strays:
+        raise ValueError(f"{path}: {min(strays)} is in config.json or the weights, not in both")
+    for key, tensor in tensors.items():
+        if every_byte and _mark(tensor) != marks[key]:
             raise ValueError(f"{path}: {key} was changed since it was written")
     return facts, tensors
 
@@ -189,12 +201,11 @@ def _mark(tensor):
 
 
 def _mark_json(facts):
-    facts = json.loads(json.dumps(facts))                           # as they come back
     return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
 
 
 def _changes(then, now):
-    """What differs between two descriptions of a run -> a phrase for each."""
+    """What differs between two dicts -> a phrase for each key."""
     phrases = []
     for key in {**then, **now}:
         before, after = then.get(key, "absent"), now.get(key, "absent")
@@ -208,15 +219,13 @@ def _check_fit(path, tensors, trained):
     or dtype."""
     stored = {key.removeprefix("model."): tensor for key, tensor in tensors.items()
               if key.startswith("model.")}
-    for name in {**stored, **trained}:
-        then, now = _kind(stored.get(name)), _kind(trained.get(name))
-        if then != now:
-            raise ValueError(f"{path}: trained parameter {name} was {then} then and is {now} now; "
-                             "resume with the same model")
+    changes = _changes(_kinds(stored), _kinds(trained))
+    if changes:
+        raise ValueError(f"{path}: trained parameter {changes[0]}; resume with the same model")
 
 
-def _kind(tensor):
-    return "none" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+def _kinds(tensors):
+    return {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}
 
 
 # ------------------------------------------------------------------------------ from and to the run
@@ -255,28 +264,11 @@ def _placed(tensor, parameter):
 
 
 def _generators():
-    """-> ({kind: state}, text) of this process: torch's random number generators as tensors, the
-    others as JSON."""
-    states = {"torch": torch.get_rng_state()}
+    """-> {kind: module whose get_rng_state and set_rng_state reach a generator of this process}"""
+    modules = {"torch": torch}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    name, keys, *rest = numpy.random.get_state()
-    others = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
-    return states, json.dumps(others)
-
-
-def _set_generators(tensors, texts):
-    """Each rank takes up its own; one that was not there keeps those it has."""
-    rank = _rank()
-    if rank >= len(texts):
-        return
-    torch.set_rng_state(tensors[f"rng.torch.{rank}"].clone())
-    if f"rng.cuda.{rank}" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors[f"rng.cuda.{rank}"].clone())
-    others = json.loads(texts[rank])
-    version, internal, gauss = others["python"]
-    random.setstate((version, tuple(internal), gauss))
-    numpy.random.set_state(tuple(others["numpy"]))
+        modules["cuda"] = torch.cuda
+    return modules
 
 
 def _rank():

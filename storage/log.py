@@ -5,8 +5,11 @@ that found no room come with a later one that does.
 """
 import json
 import os
+import resource
 import sys
 from pathlib import Path
+
+import torch
 
 
 class Log:
@@ -21,7 +24,7 @@ class Log:
         self.path = Path(folder) / "log.jsonl"
         self.project = _project(wandb, str(folder), config) if wandb else None
         self.lines = []
-        if first and self.path.exists():
+        if self.path.exists():
             self.lines = [line for line in read(self.path) if line["step"] < first]
         self.last = self.lines[-1] if self.lines else {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +75,28 @@ def read(path):
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
+
+
+def step_line(step, losses, optimizer, norm, counts):
+    """A step -> its line. counts: of train.batches_of, with its seconds."""
+    seconds = counts.seconds
+    line = {"step": step, **{name: round(loss, 5) for name, loss in losses.items()}}
+    for number, group in enumerate(optimizer.param_groups):
+        line[f"lr_{number}" if number else "lr"] = group["lr"]
+    return {**line, "grad_norm": round(norm, 4), "tokens": int(counts.tokens),
+            "trained_tokens": int(counts.targets), "skipped": int(counts.skipped),
+            "seconds": round(seconds, 3), "tokens_per_second": round(counts.tokens / seconds),
+            "samples_per_second": round(counts.samples / seconds, 2),
+            "data_wait": round(counts.waited / seconds, 3),
+            "memory_gb": round(peak_memory(), 2)}
+
+
+def peak_memory():
+    """GB in use at the most: of the GPU, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _project(name, run, config):

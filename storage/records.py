@@ -26,17 +26,18 @@ import os
 import re
 import shlex
 import zipfile
-import zlib
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
+
+from storage.weights import sampled_hash
 
 MARK = "<image>"                # in text: "here stands one picture"
 ANSWERING = "gpt", "assistant"  # roles whose text may not be empty
 KEPT = 4                        # row groups of Parquet in memory: a sampler reads several at a time
 SEED = 20250606                 # of `random` in a mixture
-MIB = 2**20
 
 # Kinds of problem that a record can have.
 MALFORMED, MISMATCH, EMPTY = "malformed records", "mark/picture mismatches", "empty answers"
@@ -55,7 +56,7 @@ def roles_and_texts(turns):
 def record_problem(record, pictures):
     """What is wrong with a LLaVA record that comes with this list of pictures -> (one of the kinds
     above, words that go on after "record ID"), or None."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
+    turns = record.get("conversations")
     if not turns or not isinstance(turns, list):
         return MALFORMED, "has no list of conversations"
     pairs = roles_and_texts(turns)
@@ -116,13 +117,12 @@ class LlavaJSON(PerProcess):
     def __init__(self, path, images=None, problems=None):
         self.path = Path(path)
         table, refused, shown = [], [], []
-        for line, start, end, record in self._scan():
-            fields = record if isinstance(record, dict) else {}
-            names = as_list(fields.get("image"))
+        for number, (line, start, end, record) in enumerate(self._scan()):
+            names = as_list(record.get("image"))
             problem = record_problem(record, names)
             if problem:
                 kind, words = problem
-                name = fields.get("id", len(table) + len(refused))
+                name = record.get("id", number)
                 refused.append((kind, f"{self.path}:{line}: record {name} {words}"))
                 continue
             characters = sum(len(text) for _, text in roles_and_texts(record["conversations"]))
@@ -138,16 +138,17 @@ class LlavaJSON(PerProcess):
         self.images = self._find_images(images, shown)
 
     def _scan(self):
-        """Yields (line, first byte, end byte, record) of every record of the file. ValueError, with
-        file and line, for what is no JSON and for a file that ends too early."""
+        """Yields (line, first byte, end byte, record) of every record of the file; {} for one that
+        is no object. ValueError, with file and line, for what is no JSON and for a file that ends
+        too early."""
         text = self.path.read_bytes().decode("latin-1")  # a character a byte: its places are bytes
         gap, decoder = re.compile("[ \t\r\n,]*"), json.JSONDecoder()
         head = re.match("(?:\xef\xbb\xbf)?[ \t\r\n,]*(\\[?)", text)  # byte order mark, opened list
-        at, line, counted, found = head.end(), 1, 0, 0
+        at, end, line = 0, head.end(), 1
         while True:
-            at = gap.match(text, at).end()
-            line += text.count("\n", counted, at)
-            counted = at
+            start = gap.match(text, end).end()
+            line += text.count("\n", at, start)
+            at = start
             if at == len(text) or text[at] == "]":
                 break
             try:
@@ -155,12 +156,12 @@ class LlavaJSON(PerProcess):
                 if not text[at:end].isascii():  # decode its letters, not its bytes
                     record = json.loads(text[at:end].encode("latin-1"))
             except ValueError as error:
-                reason = getattr(error, "msg", error)
-                raise ValueError(f"{self.path}:{line}: not valid JSON from here ({reason})"
+                raise ValueError(f"{self.path}:{line}: not valid JSON from here ({error})"
                                  ) from error
+            if not isinstance(record, dict):
+                record = {}
             yield line, at, end, record
-            at, found = end, found + 1
-        if not found:
+        if end == head.end():
             raise ValueError(f"{self.path}:{line}: the file ends without a record")
         if head[1] and at == len(text):
             raise ValueError(f"{self.path}:{line}: the file ends inside the list")
@@ -195,8 +196,7 @@ class LlavaJSON(PerProcess):
             for member in (name, f"images/{name}"):
                 if member in archive.NameToInfo:
                     return archive.read(member)
-        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-            # RuntimeError: the archive is locked, or packed by a method that Python does not know
+        except Exception as error:  # damaged, locked, or packed by a method that Python lacks
             raise ValueError(f"{place} cannot be read at {name} ({error}): "
                              "fetch it again") from error
         return None
@@ -231,14 +231,8 @@ class LlavaJSON(PerProcess):
         return self.sizes
 
     def fingerprint(self):
-        """Of the file's size and 16 evenly spaced MiB of it; where the pictures lie does not
-        enter."""
-        size, digest = self.path.stat().st_size, hashlib.sha256()
-        with open(self.path, "rb") as file:
-            for start in np.linspace(0, max(0, size - MIB), 16, dtype=np.int64):
-                file.seek(start)
-                digest.update(file.read(MIB))
-        return f"json {size} {digest.hexdigest()[:16]}"
+        """Of the file's size and samples of it; where the pictures lie does not enter."""
+        return f"json {self.path.stat().st_size} {sampled_hash(self.path)[:16]}"
 
 
 class ParquetShards(PerProcess):
@@ -251,7 +245,6 @@ class ParquetShards(PerProcess):
     """
 
     def __init__(self, path):
-        import pyarrow.parquet as parquet
         self.path = Path(path)
         self.files = [self.path] if self.path.is_file() else sorted(self.path.rglob("*.parquet"))
         if not self.files:
@@ -265,10 +258,10 @@ class ParquetShards(PerProcess):
                 raise ValueError(f"{file} is no complete parquet file ({error}): "
                                  "download it again") from error
             columns = {field.name: str(field.type) for field in meta.schema.to_arrow_schema()}
-            if not leaves_of(meta.schema, "conversations", "value", "content"):
+            turns, image = columns.get("conversations", ""), columns.get("image", "null")
+            if "value: " not in turns and "content: " not in turns:
                 raise ValueError(f"{file} has no column conversations with from and value, "
                                  f"only {', '.join(columns)}")
-            image = columns.get("image", "null")
             if "binary" not in image and "null" not in image:
                 raise ValueError(f"{file} has no pictures in its column image, which is {image}: "
                                  "store their bytes")
@@ -291,7 +284,6 @@ class ParquetShards(PerProcess):
         return cached(which)
 
     def _read_group(self, which):
-        import pyarrow.parquet as parquet
         number, group = self.groups[which]
         file = self.handle(number, lambda: parquet.ParquetFile(self.files[number]))
         return file.read_row_group(group, columns=["id", "conversations", "image"])  # if there
@@ -321,57 +313,27 @@ class ParquetShards(PerProcess):
         return record
 
     def counts(self):
-        """(records, 2) int64: characters of all turns, pictures. Of all columns only the text is
-        read, and of a picture its path, which tells a picture from a null. Where pictures have no
-        path, the marks in the text count."""
-        import pyarrow.parquet as parquet
-        found = [np.empty((0, 2), np.int64)]
+        """(records, 2) int64: characters of all turns, pictures. Only the text is read: a usable
+        record has as many marks as pictures. A rare text that has no picture and merely talks about
+        "<image>" counts as one with a picture."""
+        import pyarrow.compute as compute
+        found = []
         for path in self.files:
             with parquet.ParquetFile(path) as file:
-                columns = ["conversations", *leaves_of(file.schema, "image", "path")]
-                found += map(count_batch, file.iter_batches(columns=columns))
-        return np.concatenate(found)
+                for batch in file.iter_batches(columns=["conversations"]):
+                    turns = batch.column(0)
+                    row = compute.list_parent_indices(turns)                 # of each turn
+                    key = "value" if "value: " in str(turns.type) else "content"
+                    text = compute.struct_field(turns.flatten(), key).fill_null("")
+                    of_turn = compute.utf8_length(text), compute.count_substring(text, MARK)
+                    found += zip(*(np.bincount(row, each, len(turns)) for each in of_turn))
+        return np.array(found, np.int64).reshape(-1, 2)
 
     def fingerprint(self):
         """Of the names, sizes and row counts of the files."""
         base = self.path.parent if self.path.is_file() else self.path
         files = [(file.relative_to(base).as_posix(), file.stat().st_size) for file in self.files]
         return f"parquet {self.rows} {digest_of(files, self.groups, self.starts)}"
-
-
-def leaves_of(schema, column, *names):
-    """Paths such as image.path or image.list.element.path: what a Parquet schema holds below a
-    column by one of these names."""
-    paths = [schema.column(place).path for place in range(len(schema))]
-    return [path for path in paths
-            if path.startswith(column + ".") and path.rpartition(".")[2] in names]
-
-
-def count_batch(batch):
-    """Rows of a Parquet file, columns conversations and perhaps image -> (rows, 2) int64:
-    characters, pictures."""
-    import pyarrow.compute as pc
-    turns = batch.column("conversations")
-    row = pc.list_parent_indices(turns).to_numpy()                           # of each turn
-    key = "value" if turns.type.value_type.get_field_index("value") >= 0 else "content"
-    text = pc.struct_field(pc.list_flatten(turns), key)
-
-    def per_row(number):
-        """A number for each turn -> (rows,) their sums."""
-        number = pc.fill_null(number, 0).to_numpy()
-        return np.bincount(row, number, len(batch)).astype(np.int64)
-
-    pictures = per_row(pc.count_substring(text, MARK))
-    if "image" in batch.schema.names:
-        image = batch.column("image")
-        if str(image.type).startswith(("list", "large_list")):
-            pictures = pc.fill_null(pc.list_value_length(image), 0).to_numpy()
-        else:
-            pictures = pictures > 0
-            if image.type.num_fields:  # a struct whose fields are null is no picture either
-                pictures |= image.field("path").is_valid().to_numpy(False)
-            pictures &= image.is_valid().to_numpy(False)
-    return np.stack([per_row(pc.utf8_length(text)), pictures], 1)
 
 
 def digest_of(*values):
@@ -390,14 +352,13 @@ class Mixture:
     TAKE is all (also if left out); first, last or random, each with N or P%; or every N: rows 0, N,
     2N and so on. The rest follows LLaVA-OneVision's sampling_strategy: P% rounds up, the order of a
     set is kept. Unlike there, random is seeded, so that all ranks and all runs draw the same, and
-    to ask for more than there is is an error. Paths are relative to the .mix file. A source may be
-    another .mix.
+    to ask for more than there is is an error. Paths are relative to the .mix file.
 
     What rows are taken is kept as two int arrays, `part` and `row`. Raises ValueError, naming the
     line.
     """
 
-    def __init__(self, path, problems=None, outer=()):
+    def __init__(self, path, problems=None):
         self.path = Path(path)
         self.parts, self.lines, taken, starts, total = [], [], [], [], 0
         for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
@@ -405,8 +366,7 @@ class Mixture:
                 words = shlex.split(line, comments=True)
                 if not words:
                     continue
-                part, take = self._source(words, problems, (*outer, self.path.resolve()))
-                rows = take_rows(take, len(part), number)
+                part, rows = self._source(words, number, problems)
             except (ValueError, OSError) as error:
                 raise ValueError(f"{self.path}:{number}: {error}") from error
             # Where a block of the part begins among the rows taken; without blocks, every row.
@@ -419,23 +379,19 @@ class Mixture:
         if not taken:
             raise ValueError(f"{self.path} lists no source: "
                              "write one a line, PATH TAKE [images=PATH]")
-        self.part = np.repeat(np.arange(len(taken), dtype=np.int32), [len(rows) for rows in taken])
+        self.part = np.repeat(range(len(taken)), [len(rows) for rows in taken])
         self.row, self.starts = np.concatenate(taken), np.concatenate(starts)
 
-    def _source(self, words, problems, outer):
-        """The words of a line -> (reader, TAKE). outer: the .mix files that this one is part of."""
+    def _source(self, words, number, problems):
+        """The words of a line and its number -> (reader, rows of it that are taken)."""
         name, *take = words
         folder, images = self.path.parent, None
         if take and take[-1].startswith("images="):
             images = folder / take.pop().removeprefix("images=")
-        path = folder / name
-        if path.resolve() in outer:
-            raise ValueError(f"{path} contains itself: take this line out")
-        if path.suffix == ".mix" and path.exists():
-            part = Mixture(path, problems, outer)
-        else:
-            part = open_records(path, images, problems)
-        return part, " ".join(take)
+        if name.endswith(".mix"):
+            raise ValueError(f"{name} is a mixture too: list its sources here instead")
+        part = open_records(folder / name, images, problems)
+        return part, take_rows(" ".join(take), len(part), number)
 
     def __len__(self):
         return len(self.row)
@@ -480,16 +436,15 @@ def take_rows(take, count, number):
     how, amount, step = match.groups()
     if step:
         return rows[::int(step)]
-    wanted = Fraction(amount.removesuffix("%"))
-    if amount.endswith("%"):
-        wanted *= Fraction(count, 100)
-    wanted = math.ceil(wanted)
+    share = Fraction(count, 100) if amount.endswith("%") else 1
+    wanted = math.ceil(Fraction(amount.removesuffix("%")) * share)
     if not 1 <= wanted <= count:
         raise ValueError(f"{take} asks for {wanted} records of {count}: ask for 1 to {count}")
+    if how == "last":
+        return rows[-wanted:]
     if how == "random":
-        random = np.random.Generator(np.random.PCG64([SEED, number]))
-        return np.sort(random.permutation(count)[:wanted])
-    return rows[:wanted] if how == "first" else rows[-wanted:]
+        rows = np.random.default_rng([SEED, number]).permutation(count)
+    return np.sort(rows[:wanted])
 
 
 def open_records(path, images=None, problems=None):
@@ -537,7 +492,7 @@ def load_index(source):
     try:
         with np.load(index_path(source)) as saved:
             rows, fingerprint = saved["rows"], str(saved["fingerprint"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # a damaged archive raises half a dozen unrelated types
         return None
     if fingerprint != source.fingerprint() or rows.shape != (len(source),) or rows.dtype != ROW:
         return None

@@ -34,6 +34,7 @@ def read_config(folder):
     return _read_object(path)
 
 
+@torch.no_grad()
 def load_weights(module, folder, rename, skip=()):
     """Copy a folder's tensors into the parameters of `module`, each cast to its parameter's dtype.
 
@@ -53,28 +54,25 @@ def load_weights(module, folder, rename, skip=()):
         if name in came_from:
             raise ValueError(f"{path}: key {key} fills {name}, which {came_from[name]} has filled "
                              "already")
-        _copy(parameters[name], tensor, name, f"{path}: key {key}")
         came_from[name] = f"{path.name}:{key}"
+        parameter = parameters[name]
+        if parameter.shape != tensor.shape:
+            raise ValueError(f"{path}: key {key} has shape {tuple(tensor.shape)}, but {name} has "
+                             f"shape {tuple(parameter.shape)}; does config.json belong to these "
+                             "weights?")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: key {key} holds {tensor.dtype}, not floating point; take "
+                             "weights that are not quantised")
+        if parameter.is_meta:                          # copy_ would do nothing and say nothing
+            raise ValueError(f"{path}: key {key} goes to {name}, which is on the meta device; call "
+                             "to_empty() before loading")
+        parameter.copy_(tensor)
     missing = [name for name in parameters
                if name not in came_from and not name.startswith(tuple(skip))]
     if missing:
         shape = tuple(parameters[missing[0]].shape)
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{folder}: missing key {missing[0]} of shape {shape}{more}; is the "
-                         "download complete?")
-
-
-@torch.no_grad()
-def _copy(parameter, tensor, name, key):
-    if parameter.shape != tensor.shape:
-        raise ValueError(f"{key} has shape {tuple(tensor.shape)}, but {name} has shape "
-                         f"{tuple(parameter.shape)}; does config.json belong to these weights?")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{key} holds {tensor.dtype}, not floating point; take weights that are "
-                         "not quantised")
-    if parameter.is_meta:                              # copy_ would do nothing and say nothing
-        raise ValueError(f"{name} is on the meta device; call to_empty() before loading {key}")
-    parameter.copy_(tensor)
+        raise ValueError(f"{folder}: missing key {missing[0]} of shape {shape}, {len(missing)} in "
+                         "all; is the download complete?")
 
 
 def read_tensors(folder):
@@ -87,17 +85,13 @@ def read_tensors(folder):
 
 def _weight_files(folder):
     """The files that hold the weights. As the hub, prefer safetensors, its shards, then pickle."""
-    whole = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
-    pickled = folder / "pytorch_model.bin"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        return _shards(index)
-    if pickled.is_file():
-        return [pickled]
-    raise FileNotFoundError(f"{folder}: no {whole.name}, {index.name} or {pickled.name}; download "
-                            "the weights there, or correct the path")
+    names = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            return _shards(path) if path.suffix == ".json" else [path]
+    raise FileNotFoundError(f"{folder}: no {', '.join(names)}; download the weights there, or "
+                            "correct the path")
 
 
 def _shards(index):
@@ -105,7 +99,7 @@ def _shards(index):
     table = _read_object(index).get("weight_map")
     if not isinstance(table, dict):
         raise ValueError(f"{index}: no weight_map in it; download it again")
-    shards = [index.with_name(Path(str(name)).name) for name in sorted(set(table.values()))]
+    shards = [index.with_name(Path(name).name) for name in sorted(set(table.values()))]
     for shard in shards:
         if not shard.is_file():
             raise FileNotFoundError(f"{shard}: missing, though {index.name} lists it; complete the "
@@ -146,8 +140,7 @@ def _pickled(path):
                              "safetensors file instead") from None
         why = str(error).split("\n")[0]
         raise ValueError(f"{path}: truncated or corrupt ({why}); download it again") from None
-    tensors = state.values() if isinstance(state, dict) else [None]
-    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path}: not a plain {{key: tensor}} file; save the model's state_dict() "
                          "in it")
     return state.items()
@@ -157,21 +150,23 @@ def _pickled(path):
 
 
 def fingerprint(folder):
-    """{file name: mark} of config.json and the weight files: are they still the same?
+    """{file name: mark} of config.json and the weight files: are they still the same?"""
+    folder = Path(folder)
+    paths = [folder / "config.json", *_weight_files(folder)]
+    return {path.name: f"{path.stat().st_size} bytes, {sampled_hash(path)[:32]}" for path in paths}
 
-    A mark is the file's size and a sha256 over 16 evenly spaced MiB, the first and the last among
-    them. Another model, size, dtype or version shows, and a file cut short. A byte changed between
-    the samples does not: this guards against mistakes, not forgery, and reads 16 MiB, not 15 GB.
-    """
-    folder, marks = Path(folder), {}
-    for path in [folder / "config.json", *_weight_files(folder)]:
-        size, digest = path.stat().st_size, hashlib.sha256()
-        with open(path, "rb") as file:
-            for sample in range(16):
-                file.seek(max(size - 2**20, 0) * sample // 15)
-                digest.update(file.read(2**20))
-        marks[path.name] = f"{size} bytes, {digest.hexdigest()[:32]}"
-    return marks
+
+def sampled_hash(path):
+    """A sha256, in hexadecimal, over 16 evenly spaced MiB of a file, the first and the last among
+    them. With the file's size it shows another version, and a file cut short. A byte changed
+    between the samples it does not: it guards against mistakes, not forgery, and reads 16 MiB
+    where a whole hash reads 15 GB."""
+    size, digest = Path(path).stat().st_size, hashlib.sha256()
+    with open(path, "rb") as file:
+        for sample in range(16):
+            file.seek(max(size - 2**20, 0) * sample // 15)
+            digest.update(file.read(2**20))
+    return digest.hexdigest()
 
 
 def check_fingerprint(folder, marks, what, mend):
@@ -179,10 +174,10 @@ def check_fingerprint(folder, marks, what, mend):
     are put into the message."""
     if not Path(folder, "config.json").exists():
         raise FileNotFoundError(f"{what} was in {folder} and is not there: {mend}")
-    found = fingerprint(folder)
-    for file in sorted({*marks, *found}):
-        if marks.get(file) != found.get(file):
-            raise ValueError(f"{what} was read from {folder}, where {file} is another now: {mend}")
+    changed = marks.items() ^ fingerprint(folder).items()
+    if changed:
+        file, _ = min(changed)
+        raise ValueError(f"{what} was read from {folder}, where {file} is another now: {mend}")
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -194,50 +189,57 @@ def save_weights(folder, tensors, config, extra=None, shard_bytes=5 * 10**9):
     extra: {file name: path}, files to copy in beside the weights (a tokenizer, say).
     shard_bytes: above it the weights are cut into files of at most so many bytes each (or one
         tensor), with the hub's index beside them. Memory beyond the model stays at about one shard.
-    All is written and flushed to disk in a folder beside it first, which then takes the name.
+    All is written and flushed to disk in a temporary folder beside it first.
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-    try:
-        staging.chmod(0o755)                           # mkdtemp's 0700 hides it from colleagues
-        _write_shards(staging, tensors, _cut(tensors, shard_bytes))
-        _write_json(staging / "config.json", config)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.new-", dir=folder.parent,
+                                     ignore_cleanup_errors=True) as staging:
+        new, old = Path(staging, "new"), Path(staging, "old")
+        new.mkdir()
+        _write_shards(new, tensors, shard_bytes)
+        _write_json(new / "config.json", config)
         for name, source in (extra or {}).items():
-            shutil.copyfile(source, staging / name)
-        for path in staging.iterdir():
+            shutil.copyfile(source, new / name)
+        for path in new.iterdir():
             path.chmod(0o644)                          # safetensors writes 0600
             _fsync(path)
-        _fsync(staging)
-        _swap_in(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        new.chmod(0o755)                               # colleagues may read it, whatever the umask
+        _fsync(new)
+        # os.rename cannot replace a folder that is not empty: the old one steps aside first
+        try:
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(new, folder)
+        finally:
+            if old.exists() and not folder.exists():   # or it would go with the temporary folder
+                os.rename(old, folder)
+        _fsync(folder.parent)
 
 
 def _cut(tensors, shard_bytes):
-    """-> lists of names, in order, of tensors that together fit into shard_bytes."""
-    shards, room = [[]], shard_bytes
+    """{name: tensor} -> a list of such, in order, that each fit into shard_bytes."""
+    shards, room = [{}], shard_bytes
     for name, tensor in tensors.items():
         if tensor.nbytes > room and shards[-1]:
-            shards.append([])
+            shards.append({})
             room = shard_bytes
-        shards[-1].append(name)
+        shards[-1][name] = tensor
         room -= tensor.nbytes
     return shards
 
 
-def _write_shards(folder, tensors, shards):
+def _write_shards(folder, tensors, shard_bytes):
     """One file, or several and the index that says which file holds which tensor."""
-    table = {}
-    for number, keys in enumerate(shards, 1):
+    shards, table = _cut(tensors, shard_bytes), {}
+    for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         path = folder / (name if len(shards) > 1 else "model.safetensors")
-        table |= dict.fromkeys(keys, path.name)
+        table |= dict.fromkeys(shard, path.name)
         # safetensors refuses gaps (made contiguous here) and shared storage (name a tied one once)
-        shard = {key: tensors[key].detach().cpu().contiguous() for key in keys}
+        whole = {key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}
         try:
-            save_file(shard, path, metadata={"format": "pt"})
+            save_file(whole, path, metadata={"format": "pt"})
         except SafetensorError as error:               # a full disk comes as this
             raise OSError(f"{path}: cannot be written ({error}); make room on the disk") from None
     if len(shards) > 1:
@@ -247,24 +249,7 @@ def _write_shards(folder, tensors, shards):
 
 
 def _write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _swap_in(staging, folder):
-    """Give `staging` the name `folder`. os.rename cannot replace a folder that is not empty, so the
-    old one steps aside first."""
-    old = staging.with_name(staging.name.replace(".new-", ".old-"))
-    existed = folder.exists()
-    if existed:
-        os.rename(folder, old)
-    try:
-        os.rename(staging, folder)
-    except OSError:
-        if existed:
-            os.rename(old, folder)
-        raise
-    _fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _fsync(path):

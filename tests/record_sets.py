@@ -63,7 +63,7 @@ def four_kinds(folder):
         {"id": "gone", "image": "gone.png", "conversations": ask("<image>")},
         {"id": "broken", "image": "broken.png", "conversations": ask("<image>")}])
     rows = [{"id": "one", "conversations": ask("<image>ß"), "image": {"bytes": png(9, 7), "path": None}},
-            {"id": "text", "conversations": ask("<image>"), "image": None},
+            {"id": "text", "conversations": ask("Was nun"), "image": None},
             {"id": "broken", "conversations": ask("<image>"), "image": {"bytes": b"404", "path": "p"}}]
     write_parquet(folder / "shards/p.parquet", rows)
     (folder / "both.mix").write_text("shards all\nset.json last 3")

@@ -18,6 +18,7 @@ from helpers import TOKENIZER, randomise
 from model import PRESETS, PROJECTORS, LLaVAVR, Preset
 from qwen2 import Qwen2, Qwen2Config
 from tiny import draw
+from tiny.parts import save_clip, save_qwen2
 
 
 class EverySecond(nn.Linear):
@@ -46,9 +47,9 @@ def folder(tmp_path):
     """Small parts, four captions, and a benchmark of three rows."""
     vision = CLIPConfig(hidden_size=64, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
                         image_size=56, patch_size=7)
-    randomise(CLIPVision(vision, (1, 2, 3)), 0.1).save_pretrained(tmp_path / "clip")
+    save_clip(randomise(CLIPVision(vision, (1, 2, 3)), 0.1), tmp_path / "clip")
     text = Qwen2Config(load_tokenizer(TOKENIZER).get_vocab_size(), 16, 16, 5, 2, 1, tie_word_embeddings=True)
-    randomise(Qwen2(text), 0.1).save_pretrained(tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
+    save_qwen2(randomise(Qwen2(text), 0.1), tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
     draw.write_llava_json(tmp_path / "data", 4)
     pictures = [path.read_bytes() for path in sorted((tmp_path / "data/images").iterdir())[:3]]
     rows = [{"question": "What is it?", "answer": "chart", "image": {"bytes": picture, "path": None}} for picture in pictures]

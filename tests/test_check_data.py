@@ -137,7 +137,7 @@ def test_check_names_every_kind_of_defect(tmp_path, capsys):
         assert line in out, line
     kept = open_records(path, problems=[])
     assert records.load_index(kept)["width"].tolist() == [64, 64, 64, 0, 0]
-    assert data.load_image(tmp_path / "images/cut.jpg", cut_short=True).size == (64, 48), "training goes on reading them as far as they go"
+    assert data.load_image(tmp_path / "images/cut.jpg", cut_short=True).size == (64, 48), "training reads them as far as they go"
 
 
 def test_check_names_twenty_and_counts_the_rest(tmp_path, capsys):
@@ -172,8 +172,7 @@ def test_the_command_line_ends_with_a_status_and_one_line(tmp_path):
             check_data.main(arguments)
     done = subprocess.run([sys.executable, "-m", "tools.check_data", *arguments], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == f"tools.check_data: {tmp_path}/tokenizer.json does not exist: copy tokenizer.json of Qwen2-Instruct " \
-                          f"into {tmp_path}\n"
+    assert done.stderr == f"tools.check_data: {tmp_path}/tokenizer.json does not exist: copy it from Qwen2-Instruct\n"
 
 
 def test_show_marks_what_is_trained(tmp_path, capsys):

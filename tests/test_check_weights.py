@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import TOKENIZER, tiny_model, wake
 from model import LLaVAVR
+from tiny.parts import save_clip, save_qwen2
 
 
 def check(folder):
@@ -16,8 +17,8 @@ def check(folder):
 def test_check_says_what_a_folder_holds(tmp_path):
     """CLIP, Qwen2 and LLaVA-VR, whole and small: the kind, parameters by part, what the files hold."""
     whole = tiny_model()
-    whole.vision_tower.save_pretrained(tmp_path / "clip")
-    whole.language_model.save_pretrained(tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
+    save_clip(whole.vision_tower, tmp_path / "clip")
+    save_qwen2(whole.language_model, tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
     model = wake(LLaVAVR.from_parts(tmp_path / "clip", tmp_path / "llm", "tiny", layers=(1, 2), remember=(1, 2)))
     model.save_pretrained(tmp_path / "small", whole=False)
     model.half().save_pretrained(tmp_path / "half")
@@ -34,7 +35,7 @@ def test_check_says_what_a_folder_holds(tmp_path):
 
 def test_check_names_what_is_not_a_number(tmp_path):
     """Key and file, one line, exit code 1; the strictness of loading stays: here a missing key."""
-    tiny_model().language_model.save_pretrained(tmp_path / "llm")
+    save_qwen2(tiny_model().language_model, tmp_path / "llm")
     file = tmp_path / "llm/model.safetensors"
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")

@@ -1,12 +1,11 @@
-"""What storage/checkpoint.py promises: a run that was stopped goes on as if it had not been, or says in one line why it cannot."""
+"""What storage/checkpoint.py promises: a run that was stopped goes on as if it had not been, or says in one
+line why it cannot."""
 import json
 import os
-import random
 import resource
 import subprocess
 import sys
 
-import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,17 +31,17 @@ class Toy(torch.nn.Module):
 
 
 def begin(seed=0, **options):
-    torch.manual_seed(seed), random.seed(seed), numpy.random.seed(seed)
+    torch.manual_seed(seed)
     model = Toy(**options)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
 def train(model, optimizer, steps):
-    """-> losses of `steps` steps, in which every random number generator has a say"""
+    """-> losses of `steps` steps, in which random numbers have a say, beside dropout"""
     losses = []
     for _ in range(steps):
         ids = torch.randint(0, 11, (4,))
-        loss = torch.nn.functional.cross_entropy(model(ids), ids) * (1 + random.random() + numpy.random.rand() + random.gauss())
+        loss = torch.nn.functional.cross_entropy(model(ids), ids) * (1 + torch.rand(()))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -59,6 +58,12 @@ def everything(model, optimizer):
 
 def same(ours, theirs):
     return len(ours) == len(theirs) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def found(folder, capsys):
+    """-> (name of the checkpoint that a run would go on from, or None; the lines printed about others)"""
+    newest = checkpoint.newest(folder)
+    return newest and newest[0].name, capsys.readouterr().out.splitlines()
 
 
 def names(folder):
@@ -79,15 +84,15 @@ def two(tmp_path):
 # ---- going on
 
 def test_a_restored_run_goes_on_bit_for_bit_as_if_it_had_not_stopped(tmp_path):
-    """Weights, both moments and the step of AdamW, and the random numbers of torch, Python and numpy."""
+    """Weights, both moments and the step of AdamW, and torch's random numbers."""
     model, optimizer = begin()
     train(model, optimizer, 3)
-    path = checkpoint.save(tmp_path, 3, model, optimizer, RUN, {"loss": 1.5, "validation": 1.25})
+    checkpoint.save(tmp_path, 3, model, optimizer, RUN, {"loss": 1.5, "validation": 1.25})
     straight = train(model, optimizer, 4)
     other = begin(seed=9)
     other[0].frozen.load_state_dict(model.frozen.state_dict())                 # from where the run had it, not from here
-    facts = checkpoint.restore(path, *other, RUN)
-    assert (facts["step"], facts["losses"]["validation"]) == (3, 1.25)
+    _, facts, _ = checkpoint.newest(tmp_path)
+    assert checkpoint.resume(tmp_path, *other, RUN) == facts["step"] == 3 and facts["losses"]["validation"] == 1.25
     assert facts["versions"]["torch"] == torch.__version__ and facts["run"]["batch"] == 256
     assert train(*other, 4) == straight and same(everything(*other), everything(model, optimizer))
 
@@ -95,13 +100,13 @@ def test_a_restored_run_goes_on_bit_for_bit_as_if_it_had_not_stopped(tmp_path):
 def test_saving_changes_nothing_even_before_the_first_step(tmp_path):
     """torch's own get_state_dict takes a step here to fill the optimizer, which then counts it."""
     pair, other = begin(), begin()
-    before = torch.get_rng_state(), random.getstate()
-    path = checkpoint.save(tmp_path, 0, *pair, RUN)
+    before = torch.get_rng_state()
+    checkpoint.save(tmp_path, 0, *pair, RUN)
     assert same(everything(*pair), everything(*other)) and not pair[1].state
-    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
-    checkpoint.restore(path, *other, RUN)
+    assert torch.equal(torch.get_rng_state(), before)
+    checkpoint.resume(tmp_path, *other, RUN)
     mine = train(*other, 2)
-    checkpoint.restore(path, *pair, RUN)
+    checkpoint.resume(tmp_path, *pair, RUN)
     assert train(*pair, 2) == mine
 
 
@@ -124,7 +129,8 @@ def test_a_parameter_that_never_had_a_gradient_has_no_state_and_gets_none(tmp_pa
     pair[0](torch.tensor([1])).sum().backward()
     pair[0].coarse.bias.grad = None
     pair[1].step()
-    checkpoint.restore(checkpoint.save(tmp_path, 1, *pair, RUN), *other, RUN)
+    checkpoint.save(tmp_path, 1, *pair, RUN)
+    assert checkpoint.resume(tmp_path, *other, RUN) == 1
     assert other[0].coarse.bias not in other[1].state and other[0].coarse.weight in other[1].state
 
 
@@ -132,7 +138,7 @@ def test_the_restored_run_does_not_hang_on_the_file(two):
     """Tensors are mapped from it for reading; what is pruned or replaced must not reach into the run."""
     folder, pair = two
     other = begin(1)
-    checkpoint.restore(folder / "step-00000005", *other, RUN)
+    assert checkpoint.resume(folder, *other, RUN) == 5
     before = [tensor.clone() for tensor in everything(*other)]
     content = (folder / "step-00000005/model.safetensors").read_bytes()
     with open(folder / "step-00000005/model.safetensors", "r+b") as file:
@@ -142,45 +148,46 @@ def test_the_restored_run_does_not_hang_on_the_file(two):
 
 # ---- what is damaged is skipped and said
 
-def test_the_newest_whole_checkpoint_is_found(two, tmp_path):
-    assert checkpoint.newest(two[0]) == (two[0] / "step-00000005", [])
-    assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
+def test_the_newest_whole_checkpoint_is_found(two, tmp_path, capsys):
+    """Without one a run begins at step 0."""
+    assert found(two[0], capsys) == ("step-00000005", [])
+    assert found(tmp_path / "nowhere", capsys) == (None, [])
+    assert checkpoint.resume(tmp_path / "nowhere", *begin(), RUN) == 0
 
 
 @pytest.mark.parametrize("share", (0.0, 0.4, 0.999))
-def test_a_truncated_file_is_skipped_and_said(two, share):
+def test_a_truncated_file_is_skipped_and_said(two, share, capsys):
     path = two[0] / "step-00000005/model.safetensors"
     path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
-    found, skipped = checkpoint.newest(two[0])
-    assert found == two[0] / "step-00000003" and len(skipped) == 1 and "\n" not in skipped[0]
+    assert checkpoint.resume(two[0], *begin(), RUN) == 3
+    skipped = capsys.readouterr().out.splitlines()
+    assert len(skipped) == 1
     assert skipped[0].startswith(f"skipped: {path}: truncated or corrupt") and "download" not in skipped[0]
-    with pytest.raises(ValueError, match="truncated or corrupt .*; resume from another checkpoint"):
-        checkpoint.restore(path.parent, *begin(), RUN)
 
 
-def test_a_flipped_bit_anywhere_is_noticed(two):
+def test_a_flipped_bit_anywhere_is_noticed(two, capsys):
     """In numbers, names, shapes and in config.json: a wrong step or batch size would be as bad as a wrong weight."""
     for name, start, stride in (("model.safetensors", 60, 101), ("config.json", 0, 193)):
         path = two[0] / "step-00000005" / name
         content = path.read_bytes()
         for place in range(start, len(content), stride):
             path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
-            found, skipped = checkpoint.newest(two[0])
-            assert found == two[0] / "step-00000003" and len(skipped) == 1, f"{name} at {place}: {content[place - 9:place + 9]}"
+            newest, skipped = found(two[0], capsys)
+            assert newest == "step-00000003" and len(skipped) == 1, f"{name} at {place}: {content[place - 9:place + 9]}"
         path.write_bytes(content)
-    assert checkpoint.newest(two[0]) == (two[0] / "step-00000005", [])
+    assert found(two[0], capsys) == ("step-00000005", [])
     content = bytearray((two[0] / "step-00000005/model.safetensors").read_bytes())
     content[-1] ^= 128                                                         # the last byte of the last tensor
     (two[0] / "step-00000005/model.safetensors").write_bytes(content)
-    assert checkpoint.newest(two[0])[1][0].endswith(" was changed since it was written")
+    assert found(two[0], capsys)[1][0].endswith(" was changed since it was written")
 
 
-def test_a_missing_file_or_another_folder_of_weights_is_skipped(two):
+def test_a_missing_file_or_another_folder_of_weights_is_skipped(two, capsys):
     """Also a finished model that someone has put there, which says nothing about an optimizer."""
     (two[0] / "step-00000005/config.json").unlink()
     (two[0] / "step-00000003/config.json").write_text('{"model_type": "llava_vr"}')
-    found, skipped = checkpoint.newest(two[0])
-    assert found is None and "config.json: missing" in skipped[0] and "is not of a checkpoint" in skipped[1]
+    none, skipped = found(two[0], capsys)
+    assert none is None and "config.json: missing" in skipped[0] and "is not of a checkpoint" in skipped[1]
 
 
 # ---- what does not belong is refused
@@ -192,22 +199,22 @@ def test_a_changed_recipe_is_refused_with_all_differences_unless_accepted(two):
     changed = {**RUN, "batch": 128, "seed": 4}
     del changed["data"]
     with pytest.raises(ValueError) as error:
-        checkpoint.restore(two[0] / "step-00000005", *other, changed)
+        checkpoint.resume(two[0], *other, changed)
     assert str(error.value) == (f"{two[0]}/step-00000005 is of another run (batch: 256 then, 128 now; data: 12 records then, "
                                 "absent now; seed: absent then, 4 now); undo the changes, accept them or begin a new run")
     assert same(everything(*other), before)
-    assert checkpoint.restore(two[0] / "step-00000005", *other, changed, accept_changes=True)["step"] == 5
+    assert checkpoint.resume(two[0], *other, changed, accept_changes=True) == 5
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_the_parameter_named(two):
     """Even if changes are accepted; copying would broadcast a shape, round a dtype, or leave a part as it began."""
     model, optimizer = begin(dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"coarse.bias was \(6,\) torch.bfloat16 then and is \(6,\) torch.float32 now"):
-        checkpoint.restore(two[0] / "step-00000005", model, optimizer, {}, accept_changes=True)
+    with pytest.raises(ValueError, match=r"coarse.bias: \(6,\) torch.bfloat16 then, \(6,\) torch.float32 now"):
+        checkpoint.resume(two[0], model, optimizer, {}, accept_changes=True)
     model, optimizer = begin()
     model.frozen.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"frozen.weight was none then and is \(6, 6\) .* now; resume with the same model"):
-        checkpoint.restore(two[0] / "step-00000005", model, optimizer, RUN)
+    with pytest.raises(ValueError, match=r"frozen.weight: absent then, \(6, 6\) .* now; resume with the same model"):
+        checkpoint.resume(two[0], model, optimizer, RUN)
 
 
 # ---- saving whole, keeping few
@@ -241,7 +248,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_is_said_in_one_line(two, ki
     assert names(folder) == ["step-00000003", "step-00000005"]
 
 
-def test_prune_keeps_the_last_the_best_and_the_asked_for(tmp_path):
+def test_prune_keeps_the_last_the_best_and_the_asked_for(tmp_path, capsys):
     """And says by links which are which; a loss that is no number is not the best."""
     pair = begin()
     validation = {1: float("nan"), 2: 1.0, 3: 3.0, 4: 2.0, 5: None, 6: 1.5}
@@ -256,7 +263,7 @@ def test_prune_keeps_the_last_the_best_and_the_asked_for(tmp_path):
     checkpoint.save(tmp_path, 7, *pair, RUN, {"validation": 0.5})
     checkpoint.prune(tmp_path)
     assert names(tmp_path) == ["best", "last", "step-00000007"] and os.readlink(tmp_path / "best") == "step-00000007"
-    assert checkpoint.newest(tmp_path) == (tmp_path / "step-00000007", [])
+    assert found(tmp_path, capsys) == ("step-00000007", [])
 
 
 def test_prune_removes_nothing_until_a_newer_one_is_whole(two):
@@ -270,11 +277,11 @@ def test_prune_removes_nothing_until_a_newer_one_is_whole(two):
     assert {"step-00000003", "step-00000005"} <= set(names(two[0]))
 
 
-def test_what_a_kill_leaves_is_ignored_and_removed_by_prune(two):
+def test_what_a_kill_leaves_is_ignored_and_removed_by_prune(two, capsys):
     (two[0] / "step-00000005").rename(two[0] / ".step-00000005.old-ab12")
     (two[0] / ".step-00000007.new-cd34").mkdir()
     (two[0] / ".step-00000007.new-cd34/model.safetensors").write_bytes(b"half")
-    assert checkpoint.newest(two[0]) == (two[0] / "step-00000003", [])
+    assert found(two[0], capsys) == ("step-00000003", [])
     checkpoint.prune(two[0])
     assert names(two[0]) == ["last", "step-00000003"]
 
@@ -290,7 +297,7 @@ def test_a_file_system_without_links_goes_without(two, monkeypatch):
 # ---- many processes
 
 KILLED = """
-import os, pathlib, random, signal, sys
+import contextlib, io, os, pathlib, random, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from storage import checkpoint
@@ -317,11 +324,11 @@ for kill in range(20):
         save_for_ever(done, moment)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGPROF
     left += any(folder.glob(".step-*"))
-    path, skipped = checkpoint.newest(folder)
-    assert not skipped, skipped
-    facts = checkpoint.restore(path, model, optimizer, {})
-    assert facts["step"] == model.bias[0] > done, (facts["step"], done)
-    done = facts["step"]
+    with contextlib.redirect_stdout(io.StringIO()) as skipped:
+        step = checkpoint.resume(folder, model, optimizer, {})
+    assert not skipped.getvalue(), skipped.getvalue()
+    assert step == model.bias[0] > done, (step, done)
+    done = step
 print(f"{done} saves, {left} of 20 kills in the middle of one")
 assert left
 """
@@ -355,16 +362,16 @@ def begin():
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 pair = begin()
-assert checkpoint.restore(folder / "one/step-00000003", *pair, {})["step"] == 3
+assert checkpoint.resume(folder / "one", *pair, {}) == 3
 checkpoint.save(folder / "two", 3, *pair, {})
 train(*pair, 2)
 with torch.no_grad():
     pair[0](torch.tensor([1]))             # leaves the root unsharded, as a validation does
 checkpoint.save(folder / "two", 5, *pair, {})
 straight = train(*pair, 2)
-checkpoint.save(folder / "two", 7, *pair, {})
+checkpoint.save(folder / "straight", 7, *pair, {})
 pair = begin()
-checkpoint.restore(folder / "two/step-00000005", *pair, {})
+assert checkpoint.resume(folder / "two", *pair, {}) == 5
 assert train(*pair, 2) == straight
 checkpoint.save(folder / "again", 7, *pair, {})
 if rank == 0:
@@ -389,13 +396,13 @@ def test_sharded_over_two_processes_and_whole_in_one_are_the_same_checkpoint(tmp
     ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
     assert [(rank.communicate()[1], rank.returncode)[1] for rank in ranks] == [0, 0], ranks
     read = {name: load_file(tmp_path / name / "model.safetensors") for name in
-            ("one/step-00000003", "two/step-00000003", "two/step-00000007", "again/step-00000007")}
+            ("one/step-00000003", "two/step-00000003", "straight/step-00000007", "again/step-00000007")}
     one, two, straight, again = read.values()
     assert all(torch.equal(two[key], tensor) for key, tensor in one.items()) and two.keys() - one.keys() == {"rng.torch.1"}
     assert straight.keys() == again.keys() and all(torch.equal(straight[key], tensor) for key, tensor in again.items())
     assert not torch.equal(straight["rng.torch.0"], straight["rng.torch.1"])
     back = begin(3, dtype=torch.float32)
-    checkpoint.restore(tmp_path / "two/step-00000007", *back, {})
+    checkpoint.resume(tmp_path / "straight", *back, {})
     assert torch.equal(back[0].embed.weight, straight["model.embed.weight"]) and names(tmp_path / "two") == \
-        ["step-00000003", "step-00000005", "step-00000007"]
+        ["step-00000003", "step-00000005"]
     assert torch.equal(back[1].state[back[0].coarse.bias]["exp_avg_sq"], straight["exp_avg_sq.coarse.bias"])

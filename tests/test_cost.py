@@ -1,6 +1,7 @@
 """The formulas of tools/cost.py against what PyTorch counts, keeps and allocates."""
 import contextlib
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tools import cost
 import data
 from clip import CLIPConfig
-from tools.cost import PARTS, PHASES, flops, memory, parameters
+from tools.cost import PARTS, PHASES, Setup, flops, memory, parameters
 from helpers import TOKENIZER, batch_of, picture, sample
 from model import PRESETS, LLaVAVR, LLaVAVRConfig
 from qwen2 import Qwen2Config
-from train import PAPER
+from train import RECIPES
 
 # sizes that share few factors, so that swapped ones show; features stay twice as fine as tokens
 ODD = LLaVAVRConfig(CLIPConfig(64, 72, num_hidden_layers=4, num_attention_heads=4, image_size=60, patch_size=10),
@@ -39,7 +40,8 @@ def counted(batch):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("trains", [PAPER["1"].trains, PAPER["2"].trains, PARTS, ("vision_remember",), ("language_model",), ()],
+@pytest.mark.parametrize("trains", [RECIPES["1"].trains, RECIPES["2"].trains, PARTS, ("vision_remember",),
+                                    ("language_model",), ()],
                          ids=["phase 1", "phase 2", "all", "remembering", "decoder", "none"])
 def test_flops_are_those_that_pytorch_counts(name, trains):
     """Forward and backward, each product with the gradients that are needed and no others; the counter takes no half of T^2."""
@@ -62,23 +64,24 @@ def test_flops_are_those_that_pytorch_counts(name, trains):
 
 def test_flops_grow_with_what_is_computed():
     """Samples packed together cost what they cost alone; attention is quadratic in a sample, not in the batch."""
-    config, trains = PRESETS["0.5b"].config, PAPER["2"].trains
+    config, trains = PRESETS["0.5b"].config, RECIPES["2"].trains
     one, two = flops(config, [700], 5, 150, trains), flops(config, [900], 3, 50, trains)
     assert flops(config, [700, 900], 8, 200, trains) == one + two
     assert flops(config, [1600], 8, 200, trains) > one + two
-    more_and_more = (), ("vision_remember",), PAPER["1"].trains, PAPER["2"].trains, PARTS
+    more_and_more = (), ("vision_remember",), RECIPES["1"].trains, RECIPES["2"].trains, PARTS
     by_trains = [flops(config, [700], 5, 150, trains) for trains in more_and_more]
     assert by_trains == sorted(set(by_trains))
     forward = flops(config, [20], 0, 20, ())
-    assert flops(config, [20], 0, 20, PAPER["1"].trains) == forward              # text alone trains no projector
-    assert flops(config, [20], 0, 20, PAPER["2"].trains) == 3 * forward
+    assert flops(config, [20], 0, 20, RECIPES["1"].trains) == forward              # text alone trains no projector
+    assert flops(config, [20], 0, 20, RECIPES["2"].trains) == 3 * forward
 
 
 def test_a_forward_costs_two_operations_per_parameter_and_token():
     """The rule of thumb that everyone knows, on the decoder alone: 2 N forward, 6 N when it trains."""
     text = PRESETS["7b"].config.text
     matrices = 28 * cost.layer_matrices(text) + text.vocab_size * text.hidden_size
-    assert matrices == pytest.approx(parameters(PRESETS["7b"].config)["language_model"] - text.vocab_size * text.hidden_size, rel=1e-3)
+    decoder = parameters(PRESETS["7b"].config)["language_model"]
+    assert matrices == pytest.approx(decoder - text.vocab_size * text.hidden_size, rel=1e-3)
     assert flops(PRESETS["7b"].config, [1] * 100, 0, 100, ("language_model",)) == pytest.approx(6 * matrices * 100, rel=1e-3)
 
 
@@ -87,14 +90,14 @@ def test_a_part_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="projector is no part of the model: use vision_tower, mm_projector"):
         flops(ODD, [5], 1, 1, ("projector",))
     with pytest.raises(ValueError, match="llm is no part"):
-        memory(ODD, ("llm",))
+        memory(ODD, ("llm",), Setup())
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_what_stays_between_steps_is_counted_exactly(phase, precision):
     """Weights, gradients and AdamW's moments of a real step, in bytes."""
-    trains = PAPER[phase].trains
+    trains = RECIPES[phase].trains
     model = built(ODD, trains)
     trained = [p for p in model.parameters() if p.requires_grad]
     model(data.pack([sample(model, [picture(50, 50)])])).backward()
@@ -103,10 +106,10 @@ def test_what_stays_between_steps_is_counted_exactly(phase, precision):
     frozen = [p.to(torch.bfloat16 if precision == "bf16" else torch.float32) for p in model.parameters() if not p.requires_grad]
     moments = [m for state in optimizer.state.values() for name, m in state.items() if name != "step"]
     found = [sum(t.nbytes for t in tensors) for tensors in ([*trained, *frozen], [p.grad for p in trained], moments)]
-    claimed = memory(ODD, trains, precision=precision)
+    claimed = memory(ODD, trains, Setup(precision=precision))
     assert [claimed[name] for name in ("weights", "gradients", "moments")] == found
     assert claimed["gathered"] == 0
-    shared = memory(ODD, trains, world=4, shard=True, precision=precision)
+    shared = memory(ODD, trains, Setup(world=4, shard=True, precision=precision))
     assert [shared[name] for name in ("weights", "gradients", "moments")] == [size // 4 for size in found]
 
 
@@ -121,7 +124,7 @@ def kept(model, batch, autocast):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("trains", [PAPER["1"].trains, PAPER["2"].trains, PARTS], ids=["phase 1", "phase 2", "all"])
+@pytest.mark.parametrize("trains", [RECIPES["1"].trains, RECIPES["2"].trains, PARTS], ids=["phase 1", "phase 2", "all"])
 def test_activations_are_about_what_autograd_keeps(trains, precision):
     """By the difference of one picture and three, in which autocast's copies of the weights and the masks cancel."""
     config = dataclasses.replace(PRESETS["tiny"].config, image_mode="pad")
@@ -135,21 +138,21 @@ def test_activations_are_about_what_autograd_keeps(trains, precision):
         batch = batch_of(model, sample(model, [picture(90, 90, n) for n in range(count)]))
         lengths, tiles, trained, _ = counted(batch)
         found.append(kept(model, batch, precision == "bf16"))
-        claimed.append(cost.activations(config, trains, sum(lengths), tiles, precision))
+        claimed.append(cost.activations(config, trains, Setup(tokens=sum(lengths), tiles=tiles, precision=precision)))
     print(f"{claimed[1] - claimed[0]:,} claimed, {found[1] - found[0]:,} kept")
     assert claimed[1] - claimed[0] == pytest.approx(found[1] - found[0], rel=0.15)
 
 
 def test_memory_falls_with_devices_and_recomputation():
     """Sharding is there so that 7B trains on devices of 80 GB: without it the moments alone are 62 GB."""
-    config, trains = PRESETS["7b"].config, PAPER["2"].trains
-    alone, ranks, spread, again = (memory(config, trains, **how) for how in (
+    config, trains = PRESETS["7b"].config, RECIPES["2"].trains
+    alone, ranks, spread, again = (memory(config, trains, Setup(**how)) for how in (
         {}, {"world": 8}, {"world": 8, "shard": True}, {"world": 8, "shard": True, "recompute": True}))
     assert alone == ranks and alone["gathered"] == spread["bf16 copies"] == 0 < spread["gathered"]
     assert sum(ranks.values()) > 80e9 > sum(again.values())
     assert sum(ranks.values()) > sum(spread.values()) > sum(again.values())
-    assert memory(config, PAPER["1"].trains)["moments"] < alone["moments"] / 40
-    frozen = memory(config, ())
+    assert memory(config, RECIPES["1"].trains, Setup())["moments"] < alone["moments"] / 40
+    frozen = memory(config, (), Setup())
     assert frozen["weights"] == 2 * sum(parameters(config).values()) and frozen["gradients"] == frozen["moments"] == 0
 
 
@@ -183,10 +186,52 @@ def test_a_wrong_number_is_one_line(capsys):
     assert "--world 0: must be above 0" in capsys.readouterr().err
 
 
+def written(folder, steps=3):
+    """The log of a run of 16 samples of 100 tokens a step, of which 7 are trained, in half a second."""
+    folder.mkdir(parents=True)
+    line = {"loss": 1.0, "tokens": 1600, "trained_tokens": 112, "seconds": 0.5, "samples_per_second": 32.0, "data_wait": 0.1,
+            "memory_gb": 1.5}
+    text = "".join(json.dumps({"step": step, **line}) + "\n" for step in range(steps))
+    (folder / "log.jsonl").write_text(text + '{"step": 3, "lo')
+    return folder / "log.jsonl"
+
+
+def test_the_log_of_a_run_gives_its_mfu_by_the_exact_formula(tmp_path, capsys):
+    """Phase 2 of tiny, 48 samples in 1.5 seconds: half of 100 tokens are taken for text, so 3 tiles of 16 tokens. A line that
+    a kill cut short does not count; a run may be going on."""
+    for folder in ("tiny/phase2", "tiny/phase2.partial"):
+        cost.main(["--log", str(written(tmp_path / folder))])
+        printed = capsys.readouterr().out
+        sample = flops(PRESETS["tiny"].config, [100], 3, 7, RECIPES["2"].trains)
+        for part in ("tiny, phase 2, 1 x 312 TFLOP/s: 3 steps", "100 tokens (7 trained), 3 tiles", " 48  samples",
+                     "4.8 K  tokens", "3.2 K  tokens a second", "10.0% of them without data", "1.5 GiB",
+                     f"{48 * sample / 1.5 / cost.A100:.1%}  of", f"{cost.short(sample, 'FLOP')}  a sample"):
+            assert part in printed, (part, printed)
+
+
+def test_the_log_of_phase_1_has_a_tile_a_sample(tmp_path, capsys):
+    """And its devices share the work: a peak is theirs together."""
+    log = str(written(tmp_path / "tiny/phase1"))
+    assert cost.report(log, world=2, peak=1e9)[1].endswith(" 1 tiles")
+    rate = [float(line.split("%")[0]) for world in (1, 2) for line in cost.report(log, world=world, peak=1e9) if "(MFU)" in line]
+    assert rate[0] == pytest.approx(2 * rate[1], abs=0.1)
+
+
+def test_a_log_of_nothing_known_is_refused(tmp_path):
+    """Another folder says neither preset nor phase; flags do."""
+    log = written(tmp_path / "else/where")
+    with pytest.raises(ValueError, match="where/log.jsonl does not lie in runs/<preset>/<phase>: give --preset and --phase"):
+        cost.report(log)
+    assert cost.report(log, "tiny", "2")
+    log.write_text("")
+    with pytest.raises(ValueError, match="no line with a step and its seconds"):
+        cost.report(log, "tiny", "2")
+
+
 @pytest.mark.gpu
 def test_memory_is_about_what_cuda_allocates():
     """Phase 2 of the 0.5B on one device: the second of two steps, when gradients' places and moments are there."""
-    config, trains = PRESETS["0.5b"].config, PAPER["2"].trains
+    config, trains = PRESETS["0.5b"].config, RECIPES["2"].trains
     model = built(config, trains)
     batch = data.pack([sample(model, [picture(900, 900)], answer="12 " * 100)] * 2).to("cuda")
     model.vision_tower.to(torch.bfloat16)
@@ -198,6 +243,6 @@ def test_memory_is_about_what_cuda_allocates():
             model(batch).backward()
         optimizer.step()                                                         # gradients stay, as between micro-batches
     lengths, tiles, trained, _ = counted(batch)
-    claimed = memory(config, trains, micro_tokens=sum(lengths), tiles=tiles, rows=trained)
+    claimed = memory(config, trains, Setup(tokens=sum(lengths), tiles=tiles, rows=trained))
     print(f"{sum(claimed.values()) / 1e9:.2f} GB claimed, {torch.cuda.max_memory_allocated() / 1e9:.2f} GB allocated")
     assert sum(claimed.values()) == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.25)

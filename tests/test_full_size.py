@@ -19,6 +19,7 @@ from clip import CLIPVision
 from helpers import ROOT, TOKENIZER, picture
 from model import CLIP_L, PRESETS, LLaVAVR
 from qwen2 import QWEN2, Qwen2
+from tiny.parts import save_qwen2
 
 PAPER = {"0.5b": 0.9, "1.5b": 2.0}                      # Table 3: billions of parameters
 FILES = {"0.5b": ["model.safetensors"], "1.5b": ["model.safetensors"],
@@ -48,7 +49,7 @@ def write_qwen2(folder, preset):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1) if "norm" in name else parameter.normal_(std=0.02)
-    model.save_pretrained(folder, {"tokenizer.json": TOKENIZER / "tokenizer.json"})
+    save_qwen2(model, folder, {"tokenizer.json": TOKENIZER / "tokenizer.json"})
     assert sorted(path.name for path in folder.glob("*.safetensors")) == FILES[preset]
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from helpers import TOKENIZER, batch_of, picture, sample, tiny_model, wake
 from model import PRESETS, LLaVAVR, LLaVAVRConfig, summed_loss
 from qwen2 import Qwen2, Qwen2Config
+from tiny.parts import save_clip, save_qwen2
 
 WIDE, TALL, SMALL = (70, 31), (20, 64), (32, 30)                    # AnyRes grids 2x1 (un-padded), 1x2 (un-padded), 1x2
 
@@ -395,8 +396,8 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
 def test_parts_keep_the_weights_they_came_with(tmp_path):
     """from_parts reads sizes from the folders; a fresh Vision Remember is added at zero."""
     whole = tiny_model()
-    whole.vision_tower.save_pretrained(tmp_path / "clip")
-    whole.language_model.save_pretrained(tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
+    save_clip(whole.vision_tower, tmp_path / "clip")
+    save_qwen2(whole.language_model, tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
     joined = LLaVAVR.from_parts(tmp_path / "clip", tmp_path / "llm", "tiny", layers=(1, 2), remember=(1, 2))
     assert joined.config.text == whole.config.text and joined.config.side == PRESETS["tiny"].config.side
     ours, theirs = whole.state_dict(), joined.state_dict()
@@ -495,8 +496,8 @@ def test_every_loader_takes_a_dtype(tmp_path):
 def split(folder, **changes):
     """Write a random model's two parts to folder/clip and folder/llm -> the model."""
     whole = tiny_model(**changes)
-    whole.vision_tower.save_pretrained(folder / "clip")
-    whole.language_model.save_pretrained(folder / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
+    save_clip(whole.vision_tower, folder / "clip")
+    save_qwen2(whole.language_model, folder / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
     return whole
 
 
@@ -541,7 +542,7 @@ def test_a_damaged_entry_of_parts_is_named(tmp_path):
     """A KeyError says nothing to whoever edited the file by hand."""
     small(tmp_path)
     edit(tmp_path / "m", lambda c: c["parts"]["language_model"].pop("path"))
-    with pytest.raises(ValueError, match="config.json: an entry of parts has no path or no files; was it edited"):
+    with pytest.raises(ValueError, match="config.json does not describe a LLaVA-VR model .*was it edited"):
         LLaVAVR.from_pretrained(tmp_path / "m")
 
 
@@ -551,12 +552,12 @@ def test_a_part_that_changed_or_has_another_size_is_refused(tmp_path):
     other = tiny_model()
     with torch.no_grad():
         other.language_model.model.norm.weight[0] += 1
-    other.language_model.save_pretrained(tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
+    save_qwen2(other.language_model, tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
     with pytest.raises(ValueError, match="language_model of .* was read from .*llm, where model.safetensors is another now"):
         LLaVAVR.from_pretrained(tmp_path / "m")
     small(tmp_path)
     narrow = Qwen2(Qwen2Config(**{**asdict(other.config.text), "hidden_size": 16}))
-    narrow.save_pretrained(tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
+    save_qwen2(narrow, tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
     with pytest.raises(ValueError, match="language_model of .* where config.json is another now: bring it back") as caught:
         LLaVAVR.from_pretrained(tmp_path / "m")
     assert "\n" not in str(caught.value)

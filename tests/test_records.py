@@ -39,7 +39,7 @@ def test_pictures_are_found_beside_the_json(tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr("images/a.png", b"zip")
     assert open_records(path)[0]["images"] == [b"zip"]
-    write_set(tmp_path, [{"id": n, "image": name, "conversations": ask("<image>")} for n, name in enumerate(("gone.png", "a.png"))])
+    write_set(tmp_path, [{"id": name, "image": name, "conversations": ask("<image>")} for name in ("gone.png", "a.png")])
     assert open_records(path)[1]["images"] == [b"zip"], "the first picture may be missing as any other"
     (tmp_path / "a.png").write_bytes(b"own")
     assert open_records(path)[1]["images"] == [b"own"]
@@ -226,15 +226,14 @@ def test_random_draws_the_same_everywhere(tmp_path):
 
 
 def test_a_mixture_is_one_sequence_of_any_kinds(tmp_path):
-    """Parquet, JSON with its pictures elsewhere and another mixture, by paths relative to the .mix; ids as in their sets;
-    the same in a worker."""
+    """Parquet, and JSON with its pictures elsewhere, by paths relative to the .mix; ids as in their sets; the same in a
+    worker."""
     (tmp_path / "deep/er").mkdir(parents=True)
     (tmp_path / "my pictures").mkdir()
     (tmp_path / "my pictures/a.png").write_bytes(png(4, 3))
     write_set(tmp_path / "deep", [{"id": "j", "image": "a.png", "conversations": ask("<image>")}], "j.jsonl", lines=True)
     write_parquet(tmp_path / "deep/er/p.parquet", [{"id": f"p{n}", "conversations": ask(f"text {n}")} for n in range(5)])
-    (tmp_path / "deep/inner.mix").write_text("er last 2\nj.jsonl images='../my pictures'")
-    source = mixed(tmp_path, "deep/er/p.parquet every 2", f"{tmp_path}/deep/inner.mix all")
+    source = mixed(tmp_path, "deep/er/p.parquet every 2", f"{tmp_path}/deep/er last 2", "deep/j.jsonl images='my pictures'")
     assert [record["id"] for record in source] == ["p0", "p2", "p4", "p3", "p4", "j"] and source[-1]["id"] == "j"
     assert source[5]["images"] == [png(4, 3)] and source.read(1)["conversations"] == ask("text 2")
     loader = torch.utils.data.DataLoader(pickle.loads(pickle.dumps(source)), batch_size=None, num_workers=2)
@@ -258,7 +257,7 @@ def test_starts_of_a_mixture_are_those_of_the_groups_taken_from(tmp_path):
     ("a.json first 2.5", "is not understood"), ("a.json every 0", "is not understood"), ("a.json every 10%", "is not understood"),
     ("a.json first 1 images=. all", "is not understood"), ("a.json first 11", "first 11 asks for 11 records of 10"),
     ("a.json random 0", "asks for 0"), ("a.json last 101%", "asks for 11"),
-    ("x.mix all", "x.mix contains itself"), ("'a.json all", "No closing quotation"),
+    ("x.mix all", "x.mix is a mixture too: list its sources here"), ("'a.json all", "No closing quotation"),
     ("bad.json all", "bad.json:2: record 0 has no list")])
 def test_a_bad_line_of_a_mixture_is_named(tmp_path, line, why):
     """File and line first, then what is wrong there."""
@@ -285,25 +284,26 @@ def test_a_mixture_hands_on_what_was_left_out(tmp_path):
 # ------------------------------------------------------------------------------------------ estimate
 
 def test_an_estimate_reads_no_picture_of_parquet(tmp_path, monkeypatch):
-    """92 GB of pictures stay where they are: the path beside the bytes tells a picture from a null, a list its length."""
+    """92 GB of pictures stay where they are, in whatever column: a usable record has as many marks as pictures, and only a
+    text without a picture that talks about the mark is counted as one with a picture."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
     real, asked = parquet.ParquetFile.iter_batches, []
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches",
                         lambda file, columns: asked.append(columns) or real(file, columns=columns))
     image = {"bytes": b"x", "path": None}
-    for name, images in (("list", [[image, image], [], None]), ("plain", [b"x", b"y", None])):
-        rows = [{"conversations": ask("<image> <image>" if n == 0 else "<image>" if n == 1 else "A?"), "image": each}
-                for n, each in enumerate(images)]
+    kinds = {"list": [[image, image], [image], [], None], "plain": [None, b"x", None, None],
+             "struct": [None, image, {"bytes": None, "path": None}, None]}
+    for name, images in kinds.items():
+        first = ask("<image> <image>") if name == "list" else ask("A?")
+        rows = [{"conversations": turns, "image": each} for turns, each in
+                zip((first, ask("ß <image>"), ask("A?"), ask("What is <image>?")), images)]
         parquet.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
-        pictures = records.estimate(open_records(tmp_path / f"{name}.parquet"))["pictures"].tolist()
-        assert pictures == ([2, 0, 0] if name == "list" else [2, 1, 0]), "plain bytes have no path: their marks count"
-    assert asked == [["conversations", "image.list.element.path"], ["conversations"]]
-    shapes = [{"bytes": b"x", "path": "a.png"}, {"bytes": b"x", "path": None}, {"bytes": None, "path": None}, None]
-    rows = [{"conversations": ask("<image>" if n < 2 else "A?"), "image": each} for n, each in enumerate(shapes)]
-    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "struct.parquet")
-    source = open_records(tmp_path / "struct.parquet")
-    assert records.estimate(source)["pictures"].tolist() == [len(source.read(n)["images"]) for n in range(4)] == [1, 1, 0, 0]
+        source = open_records(tmp_path / f"{name}.parquet")
+        guess = records.estimate(source)
+        assert guess["pictures"].tolist()[:3] == [len(source[n]["images"]) for n in range(3)]
+        assert guess["pictures"][3] == 1 and source[3]["images"] == [] and guess["chars"].tolist()[1:3] == [12, 5]
+    assert asked == [["conversations"]] * 3
 
 
 @pytest.mark.slow

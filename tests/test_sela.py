@@ -127,7 +127,7 @@ def test_tokens_that_were_unpadded_away_change_nothing_for_the_others():
 
 @pytest.mark.parametrize("sizes, complaint", [
     (dict(window=3), "windows of 3x3 tokens do not tile 4x4"),
-    (dict(window=1, feature_side=6), "do not tile 4x4 tokens over 6x6"),
+    (dict(window=1, feature_side=6), "do not tile 4x4 over 6x6"),
     (dict(head_width=5), "heads of width 5")])
 def test_windows_and_heads_that_do_not_fit_are_refused(sizes, complaint):
     """With the numbers, in one line; a view error from inside the forward would name neither."""

@@ -108,7 +108,7 @@ def test_no_imports_go_in_a_ring(module):
 def test_the_decoder_knows_no_pictures_and_data_no_model():
     """Vision Remember enters Qwen2 through a hook; the planner is told how many tokens a tile makes."""
     assert reachable("qwen2") == {"qwen2", "storage.weights"}
-    assert reachable("data") == {"data", "storage.records"}
+    assert reachable("data") == {"data", "storage.records", "storage.weights"}
 
 
 def test_what_train_py_reaches_stays_an_afternoon():

@@ -191,6 +191,21 @@ def test_a_save_that_fails_leaves_the_old_folder_as_it_was(folder, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
 
 
+@pytest.mark.parametrize("error", (OSError, KeyboardInterrupt))
+def test_an_interrupted_replacement_gives_the_old_folder_back(folder, tmp_path, monkeypatch, error):
+    """Between the two renames there is none under its name."""
+    before, rename = (folder / "model.safetensors").read_bytes(), os.rename
+
+    def stop_at_the_new(source, target):
+        if Path(source).name == "new":
+            raise error
+        rename(source, target)
+    monkeypatch.setattr(os, "rename", stop_at_the_new)
+    with pytest.raises(error):
+        save_weights(folder, {"weight": torch.zeros(1)}, {})
+    assert (folder / "model.safetensors").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
 def test_a_full_disk_is_an_error_of_writing_in_one_line(folder, tmp_path):
     """safetensors has an error of its own for it, which no caller expects. A limit on the size of files stands in."""
     before = (folder / "model.safetensors").read_bytes()

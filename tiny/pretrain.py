@@ -47,6 +47,7 @@ from qwen2 import Qwen2
 from tiny import draw
 from tiny.lessons import (COLOURS, GLYPHS, SIDE, TINY, WORDS, Endless, joint_batch, language_batch,
                           tile_batch)
+from tiny.parts import save_clip, save_qwen2, start_small
 
 OUT, RUNS = "tiny", "runs/pretrain"
 STEPS = {"vision": 7000, "language": 3600, "align": 1500, "joint": 5200, "heights": 3000,
@@ -176,7 +177,9 @@ def widen(module):
 def learn_tiles(args, name, peak, make_batch, start=None):
     """Train the ViT with its readouts, from noise or from the end of the stage `start`."""
     torch.manual_seed(args.seed)
-    vision = widen(CLIPVision(TINY.vision, TINY.layers))
+    vision = start_small(CLIPVision(TINY.vision, TINY.layers))
+    nn.init.normal_(vision.embeddings.class_embedding, std=0.02)
+    widen(vision)
     last, early = Readouts(TINY.vision.hidden_size), Readouts(TINY.vision.hidden_size)
     everything = nn.ModuleList([vision, last, early])
     if start:
@@ -194,7 +197,7 @@ def learn_tiles(args, name, peak, make_batch, start=None):
         return sum(losses.values()), notes
 
     fit(args, name, everything, peak, make_batch, loss_of)
-    vision.save_pretrained(clip_folder(args))
+    save_clip(vision, clip_folder(args))
 
 
 def pretrain_vision(args):
@@ -213,7 +216,7 @@ def pretrain_heights(args):
 def pretrain_language(args):
     """The decoder from noise, without pictures."""
     torch.manual_seed(args.seed)
-    llm = Qwen2(TINY.text)
+    llm = start_small(Qwen2(TINY.text))
     widen(llm.model)
 
     def loss_of(batch):
@@ -329,7 +332,7 @@ def pretrain_talk(args):
                          single=0, drills=0.2)
     fit(args, "talk", model, 6e-4, make_batch, partial(answer_loss, model))
     model.to(torch.bfloat16)                             # half the size, as Qwen2 is published
-    model.vision_tower.save_pretrained(clip_folder(args))
+    save_clip(model.vision_tower, clip_folder(args))
     save_llm(args, model.language_model)
 
 
@@ -359,7 +362,7 @@ def weights_after(args, stage):
 def save_llm(args, llm):
     """Write the decoder; its tokenizer stays beside it."""
     folder = llm_folder(args)
-    llm.save_pretrained(folder, {"tokenizer.json": f"{folder}/tokenizer.json"})
+    save_qwen2(llm, folder, {"tokenizer.json": f"{folder}/tokenizer.json"})
 
 
 def lr_at(step, steps, peak):

@@ -22,7 +22,7 @@ import torch
 
 from model import PRESETS, LLaVAVR
 from storage.log import read
-from train import RECIPES, recipe_of, short
+from train import RECIPES, recipe_of
 
 PARTS = ("vision_tower", "mm_projector", "image_newline", "vision_remember", "language_model")
 A100 = 312e12       # FLOP/s in bf16 with fp32 sums, dense, by NVIDIA's data sheet
@@ -70,6 +70,16 @@ class Setup:
 
 
 # ----------------------------------------------------------------------------------------- FLOPs
+
+
+def short(number, unit=""):
+    """12_340_000, "B" -> "12.3 MB"."""
+    for prefix in ("", "K", "M", "G", "T", "P", "E"):
+        if abs(number) < 999.5:
+            break
+        number /= 1000
+    digits = 1 if number < 99.95 and prefix else 0
+    return f"{number:.{digits}f} {prefix}{unit}".rstrip()
 
 
 def product(macs, *gradients):
