@@ -37,26 +37,24 @@ A4 = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 CANVASES = {"a4": A4, "a4hf": tuple((down, across) for across, down in A4),
             "max9": tuple(itertools.product(range(1, 7), repeat=2))}
 MODES = (*CANVASES, "square", "pad")
-Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class ImagePlan:
     """How one picture becomes tiles and tokens. Pixels are (W, H), token maps (rows, columns)."""
-    size: Pair      # (W, H) of the picture before any processing
-    mode: str       # one of MODES
-    tile: int       # P
-    side: int       # p
-    grid: Pair      # (across, down)
-    canvas: Pair    # (W, H) of the canvas: (across * P, down * P)
-    resized: Pair   # (W, H) of what is laid on the canvas; for "pad", of the padded square
-    paste: Pair     # (x, y) at which it is laid there, negative where "square" crops; for "pad", at
-    #                 which the picture, not resized yet, is laid on a square of side max(W, H)
-    tiles: int      # the base, and with AnyRes those of the canvas
-    crop: tuple     # (top, left, rows, columns) kept of the canvas's (down * p, across * p) map
-    map: Pair       # (rows, columns) after crop and shrink, without newlines
-    newlines: int   # with AnyRes, one behind every row of the map
-    tokens: int     # of the base, with AnyRes those of the map, and newlines
+    size: tuple      # (W, H) of the picture before any processing
+    mode: str        # one of MODES
+    tile: int        # P
+    side: int        # p
+    grid: tuple      # (across, down)
+    canvas: tuple    # (W, H) of the canvas: (across * P, down * P)
+    resized: tuple   # (W, H) of what is laid on the canvas; for "pad", of the padded square
+    paste: tuple     # (x, y) where it is laid there; for "pad", on the square, before resizing
+    tiles: int       # the base, and with AnyRes those of the canvas
+    crop: tuple      # (top, left, rows, columns) kept of the canvas's (down * p, across * p) map
+    map: tuple       # (rows, columns) after crop and shrink, without newlines
+    newlines: int    # with AnyRes one behind every row of the map, with "pad" one at the end
+    tokens: int      # of the base, with AnyRes those of the map, and newlines
 
     def cells(self, first=0):
         """(tokens, 3) int64: (tile, row, column) of every token in sequence order, -1 for all three
@@ -145,6 +143,7 @@ def _best_grid(size, grids, tile):
 
 
 # ------------------------------------------------------------------------------------ pictures
+
 def load_image(source, cut_short=False):
     """A path, bytes or a PIL image -> an RGB PIL image, by Pillow's convert("RGB") and nothing
     else, as in LLaVA: no EXIF rotation, alpha is dropped (what lay under it shows), CMYK is
@@ -319,6 +318,7 @@ def encode_plain(tokenizer, caption, image_tokens):
 
 
 # ------------------------------------------------------------------------------------- samples
+
 @dataclass(frozen=True)
 class SampleFormat:
     """How a record becomes a sample: what the recipe and the model decide."""
@@ -385,7 +385,6 @@ def planned_tokens(index, form):
     return vision + index["chars"] // 4 + FRAME[form.template]
 
 
-# ------------------------------------------------------------------------------------- batches
 @dataclass
 class Batch:
     """What the model takes. Beyond lengths[b] stands padding, in labels IGNORE. Packed samples lie
@@ -440,6 +439,7 @@ def _batch(samples, input_ids, labels):
 
 
 # ------------------------------------------------------------- which sample when, on which rank
+
 @dataclass(eq=False)  # without a comparison of its own it can be hashed, as lru_cache wants
 class Order:
     """Which records a run trains at which step, on which rank: a pure function of (seed, step). So

@@ -50,7 +50,7 @@ GREY = (128, 128, 128)
 
 @dataclass
 class Run:
-    """One run of this program. argparse fills in the first half, arguments the second."""
+    """One run of this program. The command line, then what follows from it."""
     task: tuple = ("chartqa",)      # words of the command line; `tasks` is what they mean
     preset: str = "0.5b"
     model: Path | None = None

@@ -72,7 +72,7 @@ class LLaVAVRConfig:
     remember: tuple = (1, 4)        # 0-based decoder layers to remember before; () is off
     window: int = 2                 # tokens along a side of a window; paper silent (see sela.py)
     saliency: str = "sigmoid"       # Eq. 3; see clip.saliency_from
-    image_mode: str = "a4"          # AnyRes of phase 2 and of generation; see data.plan_image
+    image_mode: str = "a4"          # of prompts; training on chats sets it to its recipe's mode
 
     def __post_init__(self):
         self.layers, self.remember = tuple(self.layers), tuple(self.remember)   # JSON has lists
@@ -111,7 +111,7 @@ QWEN2_TINY = Qwen2Config(vocab_size=1024, hidden_size=128, intermediate_size=384
 @dataclass(frozen=True)
 class Preset:
     """What `--preset NAME` stands for."""
-    config: LLaVAVRConfig       # how the parts are joined; sizes are read from their config.json
+    config: LLaVAVRConfig       # how parts are joined; their own config.json has their sizes
     llm: str                    # folder of the decoder's weights and the tokenizer
     clip: str = "weights/clip-vit-large-patch14-336"        # folder of the ViT's weights
     drawn: bool = False         # trained and asked on what tiny/draw.py draws, in small batches
@@ -358,7 +358,7 @@ class LLaVAVR(nn.Module):
     def save_pretrained(self, folder, extra=None, whole=True, state=None):
         """Write config.json, weights, tokenizer.json and copies of extra {name: path}, or nothing.
 
-        whole: False leaves out the ViT and the decoder that `from_parts` read, if frozen since.
+        whole: False leaves out the ViT and the decoder that `from_parts` read: both stayed frozen.
             config.json then says where they lie and how to recognise them (weights.fingerprint).
         state: what to write instead of state_dict(), where weights lie in shards: gathered ones.
         """

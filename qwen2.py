@@ -167,7 +167,7 @@ def attention(q, k, v, scope=None):
     """q (B, A, T, D), k v (B, G, M, D) -> (B, A, T, D). Query head a reads key head a // (A/G).
 
     scope: None for causal (M = T); a mask (B, 1, T, M) of bool, True = look; or a Packing (B = 1),
-    causal within each sample. Only that needs flash-attn: PyTorch has the same kernel for the rest.
+    causal within each sample. For a Packing there are kernels of its own, see below.
     """
     if isinstance(scope, Packing):
         return packed_attention(q, k, v, scope)

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -42,9 +41,10 @@ from storage.places import HOW_TO_GET, default_data
 from storage.weights import fingerprint
 
 # ---------------------------------------------------------------------------------------- recipes
+
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a phase. Defaults are those that all phases share."""
+    """The numbers of a phase. A default holds where a recipe below says nothing."""
     folder: str                      # of its runs, under runs/<preset>
     start: str | None                # folder of the phase it goes on from; None: pre-trained parts
     batch: int                       # samples per optimizer step, over ranks and micro-batches
@@ -56,9 +56,14 @@ class Recipe:
     vision_lr: float | None = None   # peak of the ViT, where it trains
     epochs: int = 1                  # LLaVA-NeXT's scripts
     warmup: float = 0.03             # share of the steps; LLaVA-NeXT's scripts
-    clip: float = 1.0                # largest norm of the gradient. Paper silent: we take Hugging
-    betas: tuple = (0.9, 0.999)      # Face's defaults for AdamW, as LLaVA-NeXT. No weight decay.
+    clip: float = 1.0                # largest norm of the gradient. Paper silent: as LLaVA-NeXT
+    betas: tuple = (0.9, 0.999)      # of AdamW, without weight decay. Paper silent: as LLaVA-NeXT
     max_length: int = 8192           # tokens. Paper silent: we take LLaVA-NeXT's pretraining script
+
+    @property
+    def trains_parts(self):
+        """Whether ViT or decoder change, so that a finished folder must hold them."""
+        return not {"vision_tower", "language_model"}.isdisjoint(self.trains)
 
     def peak(self, part):
         """The peak learning rate of a part of the model."""
@@ -104,6 +109,7 @@ def recipe_of(preset, phase):
 
 
 # --------------------------------------------------------------- what the command line asks for
+
 @dataclass(frozen=True)
 class Run:
     """One phase, as the command line asks for it."""
@@ -183,6 +189,7 @@ def check_places(runs):
 
 
 # ---------------------------------------------------------------------------- model and optimizer
+
 def build_model(run):
     """The model of the phase before, or pre-trained parts under a fresh projector and Vision
     Remember; frozen but for what trains."""
@@ -193,7 +200,7 @@ def build_model(run):
     else:
         model = LLaVAVR.from_parts(run.paths["clip"], run.paths["llm"], flags.preset)
     if run.recipe.template == "chat":
-        model.config.image_mode = run.recipe.mode                   # to be asked as it was taught
+        model.config.image_mode = run.recipe.mode                   # prompts see the same tiling
     freeze(model, trains)
     model.language_model.recompute = flags.recompute
     model.vision_tower.recompute = flags.recompute and "vision_tower" in trains
@@ -214,10 +221,10 @@ def freeze(model, trains):
 def cast_frozen_to_bf16(model, run):
     """Under bf16, frozen weights take half the memory, and no cast in every step. -> {name: tensor}
     of those that rank 0 will write, as they were, on the CPU."""
-    originals, whole = {}, "language_model" in run.recipe.trains    # phase 1 writes what it made
+    originals = {}
     for name, parameter in model.named_parameters():
         if run.flags.precision == "bf16" and not parameter.requires_grad:
-            if run.rank == 0 and (whole or name == "image_newline"):
+            if run.rank == 0 and (run.recipe.trains_parts or name == "image_newline"):
                 originals[name] = parameter.data.cpu()
             parameter.data = parameter.data.bfloat16()
     return originals
@@ -277,7 +284,6 @@ def lr_at(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-# ------------------------------------------------------------------------------------------- data
 def open_data(run, model):
     """-> (Samples, data.Order: which of them when, a pure function of the seed and the step)."""
     recipe, config, flags = run.recipe, model.config, run.flags
@@ -375,6 +381,7 @@ def stop_on_signal():
 
 
 # --------------------------------------------------------------------------------------- one step
+
 def targets_of(batch):
     """How many tokens a packed batch trains. The first of a sample is predicted by nothing."""
     return (batch.labels[:, 1:] != data.IGNORE).sum().item()
@@ -395,10 +402,9 @@ def no_sync_unless_last(module, last):
 
 
 def train_step(run, module, optimizer, batches, targets, step):
-    """Forward and backward over this rank's micro-batches, then one step of the optimizer.
-    targets: tokens that the whole global batch trains; 0 if all its records were skipped.
-    -> (loss over all ranks, norm of the gradient). Raises ValueError where either is not finite,
-    naming this rank's samples."""
+    """Forward and backward over this rank's micro-batches, then one step of the optimizer. targets:
+    tokens that the whole global batch trains. -> (loss over all ranks, norm of the gradient).
+    Raises ValueError, naming this rank's samples, where either is not finite."""
     losses = []
     for batch in batches:
         with no_sync_unless_last(module, batch is batches[-1]), autocast(run):
@@ -412,22 +418,13 @@ def train_step(run, module, optimizer, batches, targets, step):
     for loss, batch in zip(losses, batches):
         check_finite(loss, "loss", batch.record_ids, step)
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), run.recipe.clip)
-    norm = gather(norm, True).item()
+    norm = checkpoint.gather(norm).item()
     loss = summed(run, loss=sum(losses)).loss
     check_finite(norm, "gradient", sum((batch.record_ids for batch in batches), []), step)
     if targets > 0:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
-
-
-def gather(tensor, keep):
-    """A tensor that lies in shards -> the whole of it on the CPU where `keep`, else None. All ranks
-    take part. Any other tensor is returned as it is."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    whole = tensor.full_tensor()
-    return whole.cpu() if keep else None
 
 
 def check_finite(value, what, samples, step):
@@ -453,6 +450,7 @@ def validate(run, module, samples, held_out):
 
 
 # --------------------------------------------------------------------------------------- the loop
+
 def start_log(run, model, order, first):
     """Print what is about to be trained, on what, and how -> the Log to write to."""
     recipe, trained = run.recipe, sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -521,7 +519,7 @@ def train(run, stop):
 
 
 def identity_of(run, samples, order, model):
-    """What must be the same for a checkpoint to be gone on from. Ranks and micro need not."""
+    """What must be the same to resume from a checkpoint. Ranks and micro need not."""
     files = [part["files"] for part in model.parts.values()]
     before = fingerprint(run.start) if run.start else None
     flags = run.flags
@@ -555,7 +553,8 @@ def finish(run, model, originals, order, log):
     if skipped == order.samples * run.recipe.epochs:
         raise ValueError(f"none of the {skipped} records could be used (the reasons stand above); "
                          f"is {run.paths['data']} the data of phase {run.phase}?")
-    state = {name: gather(tensor, log) for name, tensor in model.state_dict().items()}
+    state = {name: checkpoint.gather(tensor, run.rank == 0)
+             for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         if tensor is not None and not tensor.isfinite().all():
             raise ValueError(f"{name} holds a value that is no number after the last step: lower "
@@ -563,7 +562,7 @@ def finish(run, model, originals, order, log):
     if log:
         log.close()
         model.save_pretrained(run.out, {"log.jsonl": log.path}, state={**state, **originals},
-                              whole="language_model" in run.recipe.trains)
+                              whole=run.recipe.trains_parts)
         if run.flags.validate or run.flags.keep_every:
             os.rename(run.partial / "checkpoints", run.out / "checkpoints")
         checkpoint.remove(run.partial)
@@ -575,6 +574,7 @@ def finish(run, model, originals, order, log):
 
 
 # -------------------------------------------------------------------------------- the command line
+
 def arguments(argv=None):
     """The command line, with defaults that fit the device."""
     cuda = torch.cuda.is_available()
@@ -610,7 +610,7 @@ def arguments(argv=None):
     add("--keep-every", type=int, default=0, metavar="STEPS", help="and those of every so many")
     add("--wandb", metavar="PROJECT", help="log there too, if wandb is installed")
     args = parser.parse_args(argv)
-    args.draws = PRESETS[args.preset].drawn and not args.data       # the data, on the way
+    args.draws = PRESETS[args.preset].drawn and not args.data       # by main
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if name in ("validate", "keep_every", "workers", "seed"):

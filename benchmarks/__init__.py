@@ -4,7 +4,7 @@
     parsed("mmmu", "I do not know", row)          -> None    what the rule read; None: no answer
     aggregate("gqa", [row | {"score": 1.0}])      -> {"overall": {"n", "score", "stderr"}}
 
-A benchmark more is one entry in the TASKS of one of the files below; see benchmarks/task.py.
+One more benchmark is one entry in the TASKS of one of the files below; see benchmarks/task.py.
 """
 import difflib
 import re

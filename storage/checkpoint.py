@@ -146,6 +146,15 @@ def remove(folder):
     shutil.rmtree(old)
 
 
+def gather(tensor, keep=True):
+    """A tensor that lies in shards -> the whole of it on the CPU where `keep`, else None. All ranks
+    take part. Any other tensor is returned as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole = tensor.full_tensor()
+    return whole.cpu() if keep else None
+
+
 def digest(*values):
     """Twelve hex digits of arrays of numbers or of what JSON can hold."""
     found = hashlib.sha256()
@@ -248,7 +257,7 @@ def _gather(model, optimizer):
     tensors = {}
     for name, parameter in _trained(model).items():
         for kind, value in {"model": parameter, **optimizer.state.get(parameter, {})}.items():
-            whole = value.full_tensor().cpu() if isinstance(value, DTensor) else value
+            whole = gather(value, _rank() == 0)
             if _rank() == 0:
                 tensors[f"{kind}.{name}"] = whole
     return tensors

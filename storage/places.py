@@ -33,6 +33,6 @@ HOW_TO_GET = {
 
 
 def default_data(phase, drawn):
-    """Where the data of a phase lie; of one that is not named here, where those of phase 2 do."""
+    """Where the data of a phase lie by default: those of phase 2 for a phase not listed."""
     places = DRAWN_DATA if drawn else DATA
     return places.get(phase, places["2"])

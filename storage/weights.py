@@ -2,8 +2,8 @@
 model.safetensors or its shards.
 
 Neither way holds the weights twice: files are mapped and copied tensor by tensor, and written one
-shard at a time. Every complaint is a FileNotFoundError or ValueError in one line: what is wrong,
-where, and how to mend it.
+shard at a time. Every complaint is one line: what is wrong, where, and how to mend it.
+A FileNotFoundError or ValueError in reading, an OSError in writing.
 """
 import hashlib
 import json
