@@ -238,9 +238,9 @@ class LLaVAVR(nn.Module):
                              "entry (or None) for each")
         if not prompts:
             return []
-        samples = [self.encode_prompt(*pair) for pair in zip(images, prompts)]
+        samples = list(map(self.encode_prompt, images, prompts))
         ends = [self.tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
-        logits, cache = self.prefill(samples, ends[1], max_new_tokens)   # (B, V)
+        logits, decode = self.prefill(samples, ends[1], max_new_tokens)  # (B, V)
         answers, texts, done = [[] for _ in prompts], [""] * len(prompts), set()
         for step in range(max_new_tokens):
             tokens = logits.argmax(-1)                                   # (B,)
@@ -253,11 +253,11 @@ class LLaVAVR(nn.Module):
                         texts[row] = self.emit_text(row, answers[row], texts[row], on_token)
             if len(done) == len(prompts) or step == max_new_tokens - 1:
                 break
-            logits = self.language_model(tokens[:, None], cache=cache)[:, -1]    # (B, V)
+            logits = decode(tokens[:, None])[:, -1]                      # (B, V)
         return [self.tokenizer.decode(ids).strip() for ids in answers]
 
     def prefill(self, samples, pad_id, max_new_tokens):
-        """Read prompts -> (logits of their first new token (B, V), the KVCache to go on with).
+        """Read prompts -> (logits (B, V), decode: new tokens (B, 1) -> logits (B, 1, V)).
 
         What ends with a picture is read first, once for all prompts that share it; then the rest.
         """
@@ -274,7 +274,7 @@ class LLaVAVR(nn.Module):
         last = F.one_hot(rest.lengths - 1, rest.input_ids.shape[1]).bool()       # (B, T)
         logits = self.language_model(rest.input_ids, cache=cache, keep=last)     # (B, V)
         cache.lengths += rest.lengths - rest.input_ids.shape[1]          # without the padding
-        return logits, cache
+        return logits, partial(self.language_model, cache=cache)
 
     def emit_text(self, row, ids, said, on_token):
         """Pass on the newest token's text, unless it ends inside a character -> the text so far."""
