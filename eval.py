@@ -4,6 +4,7 @@
     the table:  python eval.py --task all --preset tiny --limit 8     # thirteen stand-ins are drawn
     one GPU:    python eval.py --task chartqa,docvqa --preset 0.5b --batch 16 --blind --report
     eight GPUs: torchrun --standalone --nproc-per-node 8 eval.py --task all --preset 7b
+    pruned:     python eval.py --task all --model runs/1.5b-mlp/phase2 --prune fastv:K=2,R=0.5
     no model:   python eval.py --rescore runs/0.5b/phase2/eval/chartqa.jsonl
 
 --task takes names, a group of the paper (General, Knowledge, OCR&Chart, Vision-Centric) or all.
@@ -12,6 +13,9 @@ Prints a table (score and standard error in points of 100; MME-P 0..2000) and wr
 chartqa_blind.jsonl, the same with every picture replaced by a grey one of its size, a score that a
 model that uses its eyes must beat clearly; results.json, in lmms-eval's key names; with --report,
 report.html. Answers go to <out>/answers as they come: a run that was stopped goes on where it was.
+
+--prune drops vision tokens on the way through the decoder, see compared/pruning.py for its rules.
+It needs a model without Vision Remember; --out is then by default <model>/eval-fastv-K2-R0.5.
 
 Decoding is greedy, prompts and limits are those of lmms-eval v0.3.4. In float32 (CPU) answers do
 not depend on --batch or the number of ranks; in bfloat16 (GPU) sums round differently in another
@@ -41,6 +45,7 @@ from benchmarks.answers import (
 from benchmarks.report import (
     beside, entry_of, gallery, page, print_entry, read_results, summary, table, write_results)
 from benchmarks.rows import count_rows, find_all, open_row, picture_files, rows_of
+from compared.pruning import PrunedLLaVAVR, read_rule
 from model import PRESETS, LLaVAVR
 from storage.weights import fingerprint
 from tiny import standins
@@ -60,6 +65,7 @@ class Run:
     sample: int | None = None
     seed: int = 0
     batch: int = 8
+    prune: str | None = None        # a rule as it was typed; main writes all its numbers out
     out: Path | None = None
     fresh: bool = False
     report: bool = False
@@ -87,6 +93,7 @@ def arguments(argv):
     add("--sample", type=int, help="only N rows, drawn by --seed")
     add("--seed", type=int, help="of --sample")
     add("--batch", type=int, help="samples per call of the model")
+    add("--prune", metavar="RULE", help="fastv:K=2,R=0.5, pdrop ...: see compared/pruning.py")
     add("--out", type=Path, help="default <model>/eval")
     add("--fresh", action="store_true", help="forget the answers of earlier runs")
     add("--report", action="store_true", help="also write report.html: table and pictures")
@@ -106,23 +113,37 @@ def arguments(argv):
     run.draws = drawn and run.data is None
     run.model = run.model or Path("runs") / run.preset / "phase2"
     run.data = run.data or Path("data/tiny/eval" if drawn else "data/eval")
-    run.out = run.out or run.model / "eval"
+    run.out = run.out or run.model / folder_name(run.prune)
     run.blind = drawn if run.blind is None else run.blind
     return run
 
 
-def load_model(folder):
+def folder_name(rule):
+    """Where answers by a pruning rule go: fastv:K=2,R=0.5 -> eval-fastv-K2-R0.5; None -> eval."""
+    if rule is None:
+        return "eval"
+    words = rule.replace("=", "").replace("/", "_").replace(":", "-").replace(",", "-")
+    return f"eval-{words}"
+
+
+def load_model(folder, rule=None):
     """The trained model, on this rank's GPU in bfloat16, or on the CPU in float32."""
-    model = LLaVAVR.from_pretrained(folder)
+    if rule:
+        model = PrunedLLaVAVR.from_pretrained(folder, rule)
+    else:
+        model = LLaVAVR.from_pretrained(folder)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         model = model.to("cuda", torch.bfloat16)
     return model.eval()
 
 
-def model_mark(folder):
-    """Twelve hex digits that tell one trained model from another, from its files' fingerprint."""
-    text = json.dumps(fingerprint(folder), sort_keys=True)
+def model_mark(folder, rule=None):
+    """Twelve hex digits that tell one trained model from another, from its files' fingerprint.
+
+    Pruned by a rule it is another model.
+    """
+    text = json.dumps(fingerprint(folder), sort_keys=True) + (rule or "")
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -207,10 +228,13 @@ def evaluate(run, task, files, load):
         return None, None
 
     samples, blind = scored(task, merged[""]), scored(task, merged.get("_blind", {}))
-    entry = entry_of(task, samples, blind, {
+    about = {
         "model": str(run.model), "model_mark": run.mark, "data": str(files[0].parent),
         "rows": len(wanted), "of": total, "batch": run.batch, "processes": run.world,
-        "seconds": round(time.time() - start, 1), "kept": len(wanted) - asked})
+        "seconds": round(time.time() - start, 1), "kept": len(wanted) - asked}
+    if run.prune:
+        about |= {"model": f"{run.model}, pruned by {run.prune}", "prune": run.prune}
+    entry = entry_of(task, samples, blind, about)
     write_samples(run.out, task, {"": samples, "_blind": blind})
     print_entry(task, entry, run.out / f"{task}.jsonl")
     return entry, samples
@@ -261,7 +285,9 @@ def main(argv=None):
         lacking = "config.json in" if run.model.is_dir() else "model folder"
         raise FileNotFoundError(f"no {lacking} {run.model}; train one with: python train.py "
                                 f"--preset {run.preset} (tiny needs no download)")
-    run.mark = model_mark(run.model)
+    if run.prune is not None:
+        run.prune = str(read_rule(run.prune, run.model))
+    run.mark = model_mark(run.model, run.prune)
     results = run.out / "results.json"
     earlier = read_results(results, run.mark, run.fresh)
     found = prepare(run) if run.rank == 0 else None
@@ -269,7 +295,7 @@ def main(argv=None):
         dist.init_process_group("gloo", timeout=timedelta(days=1))
         dist.barrier()                      # now all files are there
 
-    load = functools.cache(functools.partial(load_model, run.model))
+    load = functools.cache(functools.partial(load_model, run.model, run.prune))
     entries, cards = {}, {}
     found = found or find_all(run.tasks, run.data, run.named)
     for task, files in found.items():

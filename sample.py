@@ -3,6 +3,7 @@
     laptop:   python sample.py --preset tiny --image chart.png "What is the highest value?"
     one GPU:  python sample.py --model runs/7b/phase2 --image a.png --image b.png "What changed?"
     a talk:   python sample.py --preset tiny --image chart.png     # an empty line ends it
+    pruned:   python sample.py --model runs/1.5b-mlp/phase2 --prune pdrop --image a.png "Who?"
     (eight GPUs answer no single question sooner: torchrun eval.py asks many at once)
 """
 import argparse
@@ -11,13 +12,17 @@ from pathlib import Path
 
 import torch
 
+from compared.pruning import PrunedLLaVAVR
 from data import load_image
 from model import PRESETS, LLaVAVR
 
 
-def load_model(folder):
+def load_model(folder, rule=None):
     """The trained model, on the GPU in bfloat16 if there is one, else on the CPU in float32."""
-    model = LLaVAVR.from_pretrained(folder)
+    if rule is not None:
+        model = PrunedLLaVAVR.from_pretrained(folder, rule)
+    else:
+        model = LLaVAVR.from_pretrained(folder)
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)
     return model.eval()
@@ -70,6 +75,7 @@ def main(argv=None):
     add("--preset", default="0.5b", choices=PRESETS, help="the model is runs/<preset>/phase2")
     add("--model", type=Path, help="folder of another trained model")
     add("--max-new-tokens", type=int, default=128)
+    add("--prune", metavar="RULE", help="fastv:K=2,R=0.5, pdrop ...: see compared/pruning.py")
     args = parser.parse_args(argv)
     folder = args.model or Path("runs") / args.preset / "phase2"
     if args.max_new_tokens < 1:
@@ -81,7 +87,7 @@ def main(argv=None):
                                 f"python train.py --preset {args.preset}")
 
     pictures = [load_image(path) for path in args.image]
-    model = load_model(folder)
+    model = load_model(folder, args.prune)
     if args.question is None:
         return talk(model, pictures, args.max_new_tokens)
     return reply(model, pictures, args.question, args.max_new_tokens)

@@ -23,10 +23,11 @@ ARROWS = {
     "data": {"storage.records"},
     "model": {"clip", "compared", "data", "qwen2", "sela", "storage"},
     "train": {"data", "model", "storage"},
-    "eval": {"benchmarks", "data", "model", "storage", "tiny"},
-    "sample": {"data", "model"},
+    "eval": {"benchmarks", "compared.pruning", "data", "model", "storage", "tiny"},
+    "sample": {"compared.pruning", "data", "model"},
     "storage": {"storage"},
     "compared": {"clip", "compared", "qwen2", "sela"},
+    "compared.pruning": {"data", "model", "qwen2", "storage.weights"},       # wraps the whole model
     "benchmarks": {"benchmarks", "data"},
     "tiny": {"clip", "data", "model", "qwen2", "storage", "tiny"},
     "tools": {*TOP, *ROOMS},
