@@ -29,7 +29,7 @@ IGNORE = -100     # in labels: not trained
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MEAN_COLOUR = (122, 116, 104)   # int(255 * mean) for each of CLIP_MEAN
-Image.MAX_IMAGE_PIXELS = 2**29  # scans of DocVQA exceed Pillow's default; it refuses twice as many
+Image.MAX_IMAGE_PIXELS = 2**29  # DocVQA's scans exceed the default; Pillow refuses twice this
 
 # -------------------------------------------------------------------------------------- AnyRes
 # Canvases in tiles (across, down). Their order decides ties, so it is part of the format.
@@ -267,7 +267,7 @@ def encode_chat(tokenizer, turns, image_tokens, system="You are a helpful assist
     system        None leaves the system block out
     train         "answer": each answer and its <|im_end|>, our default. None: nothing.
                   "llava": the reference's mask: all of the assistant's turns, elsewhere every
-                  <|im_start|>, <|im_end|> and single newline. Easy ones: its loss is lower
+                  <|im_start|>, <|im_end|> and single newline. They are easy, so its loss is lower
     generate      end with <|im_start|>assistant\\n, ready for an answer
 
     Frame and text are tokenised apart. Only text that starts with a line break, or with blanks
@@ -372,7 +372,7 @@ def encode_sample(record, tokenizer, form):
 def planned_tokens(index, form):
     """Rows of an index or estimate (storage/records.py) -> (records,) int64: estimated tokens of
     every sample, to balance work by. Vision tokens are exact, but an unknown size, 0 x 0, counts as
-    640x480 would with tiles of 336. Text is a token per four characters, and FRAME knows one round;
+    640x480 would with tiles of 336. Text is a token per four characters, and FRAME is one question and answer;
     the question counts, though plain drops it."""
     @functools.cache  # an epoch has far fewer sizes than records
     def vision_tokens(pictures, width, height):

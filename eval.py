@@ -1,17 +1,17 @@
 """Evaluate a trained model on the paper's benchmarks, so that every answer can be read afterwards.
 
     laptop:     python eval.py --task chartqa --preset tiny    # after python train.py --preset tiny
-    the table:  python eval.py --task all --preset tiny --limit 8     # thirteen stand-ins are drawn
+    the table:  python eval.py --task all --preset tiny --limit 8     # stand-ins are drawn
     one GPU:    python eval.py --task chartqa,docvqa --preset 0.5b --batch 16 --blind --report
-    eight GPUs: torchrun --standalone --nproc-per-node 8 eval.py --task all --preset 7b
+    eight GPUs: torchrun --nproc_per_node=8 eval.py --task all --preset 7b
     pruned:     python eval.py --task all --model runs/1.5b-mlp/phase2 --prune fastv:K=2,R=0.5
     no model:   python eval.py --rescore runs/0.5b/phase2/eval/chartqa.jsonl
 
 --task takes names, a group of the paper (General, Knowledge, OCR&Chart, Vision-Centric) or all.
 Prints a table (score and standard error in points of 100; MME-P 0..2000) and writes, into --out
 (default <model>/eval): chartqa.jsonl, a line per sample in the order of the dataset;
-chartqa_blind.jsonl, the same with every picture replaced by a grey one of its size, a score that a
-model that uses its eyes must beat clearly; results.json, in lmms-eval's key names; with --report,
+chartqa_blind.jsonl, the same with every picture replaced by a grey one of its size (a model that
+uses its eyes scores clearly more); results.json, in lmms-eval's key names; with --report,
 report.html. Answers go to <out>/answers as they come: a run that was stopped goes on where it was.
 
 --prune drops vision tokens on the way through the decoder, see compared/pruning.py for its rules.
@@ -88,7 +88,7 @@ def arguments(argv):
     add("--preset", choices=PRESETS, help="sets the three defaults below")
     add("--model", type=Path, help="trained model (default runs/<preset>/phase2)")
     add("--data", type=Path, help="default data/tiny/eval for preset tiny, else data/eval")
-    add("--blind", action=argparse.BooleanOptionalAction, help="ask blind, too (default: tiny)")
+    add("--blind", action=argparse.BooleanOptionalAction, help="ask blind, too (default: on for tiny)")
     add("--limit", type=int, help="only the first N rows")
     add("--sample", type=int, help="only N rows, drawn by --seed")
     add("--seed", type=int, help="of --sample")
