@@ -372,7 +372,7 @@ def encode_sample(record, tokenizer, form):
 def planned_tokens(index, form):
     """Rows of an index or estimate (storage/records.py) -> (records,) int64: estimated tokens of
     every sample, to balance work by. Vision tokens are exact, but an unknown size, 0 x 0, counts as
-    640x480 would with tiles of 336. Text is a token per four characters, and FRAME is one question and answer;
+    640x480 would with tiles of 336. Text is a token per four characters, and FRAME is one round;
     the question counts, though plain drops it."""
     @functools.cache  # an epoch has far fewer sizes than records
     def vision_tokens(pictures, width, height):

@@ -88,7 +88,7 @@ def arguments(argv):
     add("--preset", choices=PRESETS, help="sets the three defaults below")
     add("--model", type=Path, help="trained model (default runs/<preset>/phase2)")
     add("--data", type=Path, help="default data/tiny/eval for preset tiny, else data/eval")
-    add("--blind", action=argparse.BooleanOptionalAction, help="ask blind, too (default: on for tiny)")
+    add("--blind", action=argparse.BooleanOptionalAction, help="ask blind, too (tiny: on)")
     add("--limit", type=int, help="only the first N rows")
     add("--sample", type=int, help="only N rows, drawn by --seed")
     add("--seed", type=int, help="of --sample")

@@ -57,7 +57,7 @@ class AAP(nn.Sequential):
         return super().forward(pooled.flatten(2).transpose(1, 2))        # (t, p*p, d)
 
 
-# Each is built with (width of the ViT, width of the LLM, g, p). A new one is a class and a row here.
+# Built with (width of the ViT, width of the LLM, g, p). A new one is a class and a row here.
 PROJECTORS = {"aap": AAP, "mlp": MLP}
 
 
