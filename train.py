@@ -538,8 +538,7 @@ def save(run, step, model, optimizer, identity, losses, must):
     folder = run.partial / "checkpoints"
     try:
         checkpoint.save(folder, step, model, optimizer, identity, losses)
-        if not must:
-            checkpoint.prune(folder, run.flags.keep_every)
+        checkpoint.prune(folder, run.flags.keep_every)
     except OSError as error:
         if must:
             raise
