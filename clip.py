@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from storage.weights import load_weights, read_config
 
-SALIENCY = ("sigmoid", "softmax", "standardised")
+SALIENCY = ("sigmoid", "softmax", "standardised", "none")
 
 
 @dataclass
@@ -210,7 +210,7 @@ class CLIPVision(nn.Module):
 
 
 def saliency_from(cls_row, kind="sigmoid"):
-    """Eq. 3: scores q_cls . k_j / sqrt(D) (t, A, 1+N) -> saliency S (t, N), float32 in (0, 1).
+    """Eq. 3: scores q_cls . k_j / sqrt(D) (t, A, 1+N) -> saliency S (t, N), float32 in (0, 1].
 
     The paper names the symbols and the sigmoid, not what is under it nor the layer. Paper silent:
     we take the deepest tapped layer, and under the sigmoid by `kind`
@@ -218,6 +218,7 @@ def saliency_from(cls_row, kind="sigmoid"):
         "softmax"       the mean over heads of the attention weights; each is about 1/577, so that S
                         is 0.5004 nearly everywhere, a constant
         "standardised"  as "sigmoid", but with mean 0 and deviation 1 over the tile
+        "none"          nothing: S is 1 everywhere, to see what the map is worth
     """
     scores = cls_row.float()
     if kind == "softmax":
@@ -226,4 +227,6 @@ def saliency_from(cls_row, kind="sigmoid"):
     if kind == "standardised":
         centred = logits - logits.mean(-1, keepdim=True)
         logits = centred / (logits.std(-1, keepdim=True) + 1e-6)
+    if kind == "none":
+        return torch.ones_like(logits)
     return torch.sigmoid(logits)                                         # (t, N)

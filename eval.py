@@ -14,8 +14,10 @@ chartqa_blind.jsonl, the same with every picture replaced by a grey one of its s
 uses its eyes scores clearly more); results.json, in lmms-eval's key names; with --report,
 report.html. Answers go to <out>/answers as they come: a run that was stopped goes on where it was.
 
---prune drops vision tokens on the way through the decoder, see compared/pruning.py for its rules.
-It needs a model without Vision Remember; --out is then by default <model>/eval-fastv-K2-R0.5.
+--prune drops vision tokens on the way through the decoder (rules: compared/pruning.py), or resizes
+pictures (compared/variants.py). It needs a model without Vision Remember. --remember and the other
+choices ask a model in another form than it was trained in, where that needs no weights. --out is
+then by default <model>/eval-fastv-K2-R0.5 or <model>/eval-remembernone.
 
 Decoding is greedy, prompts and limits are those of lmms-eval v0.3.4. In float32 (CPU) answers do
 not depend on --batch or the number of ranks; in bfloat16 (GPU) sums round differently in another
@@ -45,8 +47,9 @@ from benchmarks.answers import (
 from benchmarks.report import (
     beside, entry_of, gallery, page, print_entry, read_results, summary, table, write_results)
 from benchmarks.rows import count_rows, find_all, open_row, picture_files, rows_of
-from compared.pruning import PrunedLLaVAVR, read_rule
-from model import PRESETS, LLaVAVR
+from compared.choices import add_choices, add_name, folder_of, given
+from compared.variants import described, load_variant, read_variant
+from model import PRESETS
 from storage.weights import fingerprint
 from tiny import standins
 
@@ -58,6 +61,7 @@ class Run:
     """One run of this program. The command line, then what follows from it."""
     task: tuple = ("chartqa",)      # words of the command line; `tasks` is what they mean
     preset: str = "0.5b"
+    name: str | None = None
     model: Path | None = None
     data: Path | None = None
     blind: bool | None = None
@@ -65,7 +69,7 @@ class Run:
     sample: int | None = None
     seed: int = 0
     batch: int = 8
-    prune: str | None = None        # a rule as it was typed; main writes all its numbers out
+    prune: str | None = None        # a rule of compared/variants.py
     out: Path | None = None
     fresh: bool = False
     report: bool = False
@@ -74,6 +78,7 @@ class Run:
     tasks: tuple = ()               # names, in the order of the table
     named: bool = False             # each task by its own name, so none of them may be missing
     draws: bool = False             # stand-ins are drawn for benchmarks that are not there
+    variant: str = ""               # how the model differs from the one that was trained
     mark: str = ""                  # tells this trained model from others
     rank: int = int(os.environ.get("RANK", 0))              # as torchrun says
     world: int = int(os.environ.get("WORLD_SIZE", 1))
@@ -86,6 +91,7 @@ def arguments(argv):
     add = parser.add_argument
     add("--task", nargs="+", help=f"of: {', '.join([*TASKS, *groups(), 'all'])}")
     add("--preset", choices=PRESETS, help="sets the three defaults below")
+    add_name(parser)
     add("--model", type=Path, help="trained model (default runs/<preset>/phase2)")
     add("--data", type=Path, help="default data/tiny/eval for preset tiny, else data/eval")
     add("--blind", action=argparse.BooleanOptionalAction, help="ask blind, too (tiny: on)")
@@ -93,7 +99,8 @@ def arguments(argv):
     add("--sample", type=int, help="only N rows, drawn by --seed")
     add("--seed", type=int, help="of --sample")
     add("--batch", type=int, help="samples per call of the model")
-    add("--prune", metavar="RULE", help="fastv:K=2,R=0.5, pdrop ...: see compared/pruning.py")
+    add("--prune", metavar="RULE", help="fastv:K=2,R=0.5, pdrop, resize ...: see above")
+    add_choices(parser)
     add("--out", type=Path, help="default <model>/eval")
     add("--fresh", action="store_true", help="forget the answers of earlier runs")
     add("--report", action="store_true", help="also write report.html: table and pictures")
@@ -111,39 +118,35 @@ def arguments(argv):
         raise ValueError("--limit and --sample exclude each other: give one")
     drawn = PRESETS[run.preset].drawn
     run.draws = drawn and run.data is None
-    run.model = run.model or Path("runs") / run.preset / "phase2"
+    run.model = run.model or Path("runs") / folder_of(run) / "phase2"
     run.data = run.data or Path("data/tiny/eval" if drawn else "data/eval")
-    run.out = run.out or run.model / folder_name(run.prune)
+    run.out = run.out or run.model / folder_name(run.prune or described(given(run)))
     run.blind = drawn if run.blind is None else run.blind
     return run
 
 
-def folder_name(rule):
-    """Where answers by a pruning rule go: fastv:K=2,R=0.5 -> eval-fastv-K2-R0.5; None -> eval."""
-    if rule is None:
-        return "eval"
-    words = rule.replace("=", "").replace("/", "_").replace(":", "-").replace(",", "-")
-    return f"eval-{words}"
+def folder_name(variant):
+    """Where the answers of a variant of the model go: fastv:K=2,R=0.5 -> eval-fastv-K2-R0.5,
+    remember=1,4 -> eval-remember1-4, nothing -> eval."""
+    words = variant.replace("=", "").replace("/", "_").translate(str.maketrans(":, ", "---"))
+    return f"eval-{words}" if words else "eval"
 
 
-def load_model(folder, rule=None):
+def load_model(folder, rule=None, choices=None):
     """The trained model, on this rank's GPU in bfloat16, or on the CPU in float32."""
-    if rule:
-        model = PrunedLLaVAVR.from_pretrained(folder, rule)
-    else:
-        model = LLaVAVR.from_pretrained(folder)
+    model = load_variant(folder, rule, choices)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         model = model.to("cuda", torch.bfloat16)
     return model.eval()
 
 
-def model_mark(folder, rule=None):
+def model_mark(folder, variant=""):
     """Twelve hex digits that tell one trained model from another, from its files' fingerprint.
 
-    Pruned by a rule it is another model.
+    In another variant it is another model.
     """
-    text = json.dumps(fingerprint(folder), sort_keys=True) + (rule or "")
+    text = json.dumps(fingerprint(folder), sort_keys=True) + variant
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -232,8 +235,8 @@ def evaluate(run, task, files, load):
         "model": str(run.model), "model_mark": run.mark, "data": str(files[0].parent),
         "rows": len(wanted), "of": total, "batch": run.batch, "processes": run.world,
         "seconds": round(time.time() - start, 1), "kept": len(wanted) - asked}
-    if run.prune:
-        about |= {"model": f"{run.model}, pruned by {run.prune}", "prune": run.prune}
+    if run.variant:
+        about |= {"model": f"{run.model}, {run.variant}", "variant": run.variant}
     entry = entry_of(task, samples, blind, about)
     write_samples(run.out, task, {"": samples, "_blind": blind})
     print_entry(task, entry, run.out / f"{task}.jsonl")
@@ -285,9 +288,9 @@ def main(argv=None):
         lacking = "config.json in" if run.model.is_dir() else "model folder"
         raise FileNotFoundError(f"no {lacking} {run.model}; train one with: python train.py "
                                 f"--preset {run.preset} (tiny needs no download)")
-    if run.prune is not None:
-        run.prune = str(read_rule(run.prune, run.model))
-    run.mark = model_mark(run.model, run.prune)
+    rule, choices = read_variant(run, run.model)
+    run.variant = rule or described(choices)
+    run.mark = model_mark(run.model, run.variant)
     results = run.out / "results.json"
     earlier = read_results(results, run.mark, run.fresh)
     found = prepare(run) if run.rank == 0 else None
@@ -295,7 +298,7 @@ def main(argv=None):
         dist.init_process_group("gloo", timeout=timedelta(days=1))
         dist.barrier()                      # now all files are there
 
-    load = functools.cache(functools.partial(load_model, run.model, run.prune))
+    load = functools.cache(functools.partial(load_model, run.model, rule, choices))
     entries, cards = {}, {}
     found = found or find_all(run.tasks, run.data, run.named)
     for task, files in found.items():

@@ -23,8 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from clip import CLIPConfig, CLIPVision
+from compared import interactions, projectors
+from compared.graft import graft
 from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config
-from sela import VisionRemember, flat_index
+from sela import JOINS, Insertions, Memory, Sizes, VisionRemember, flat_index
 from storage.records import stands_for_picture
 from storage.weights import check_fingerprint, fingerprint, load_weights, read_config, save_weights
 
@@ -32,33 +34,31 @@ from storage.weights import check_fingerprint, fingerprint, load_weights, read_c
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
-class MLP(nn.Sequential):
-    """LLaVA-NeXT's `mlp2x_gelu`, no compression: (t, N, C) -> (t, N, d); with its keys 0.*, 2.*"""
-
-    def __init__(self, width, out, feature_side, side):
-        super().__init__(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
-        if side != feature_side:
-            raise ValueError(f"the mlp projector keeps all tokens: set side={feature_side}")
-
-
 class AAP(nn.Sequential):
-    """Adaptive average pooling, then the MLP: (t, N, C) -> (t, p*p, d). The paper's (Sec. 4.4).
+    """Adaptive average pooling, then an MLP: L x (t, N, C) -> (t, p*p, d). The paper's (Sec. 4.4).
 
-    Pooling comes first, so the MLP runs on a quarter of the tokens.
+    Pooling comes first, so the MLP runs on a quarter of the tokens. It reads the deepest level.
     """
 
-    def __init__(self, width, out, feature_side, side):
-        super().__init__(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
-        self.feature_side, self.side = feature_side, side                # g, p
+    def __init__(self, sizes):
+        d, C = sizes.width, sizes.level_width
+        super().__init__(nn.Linear(C, d), nn.GELU(), nn.Linear(d, d))    # keys of mlp2x_gelu
+        self.sizes = sizes
 
-    def forward(self, features):
-        grid = features.transpose(1, 2).unflatten(2, (self.feature_side, -1))    # (t, C, g, g)
-        pooled = F.adaptive_avg_pool2d(grid, self.side)                  # (t, C, p, p)
-        return super().forward(pooled.flatten(2).transpose(1, 2))        # (t, p*p, d)
+    def forward(self, levels):
+        grid = levels[-1].transpose(1, 2).unflatten(2, (self.sizes.feature_side, -1))
+        pooled = F.adaptive_avg_pool2d(grid, self.sizes.side)            # (t, C, p, p)
+        return self.project(pooled.flatten(2).transpose(1, 2))           # (t, p*p, d)
+
+    def project(self, features):
+        """The MLP alone, on each feature: (..., C) -> (..., d)."""
+        return super().forward(features)
 
 
-# Built with (width of the ViT, width of the LLM, g, p). A new one is a class and a row here.
-PROJECTORS = {"aap": AAP, "mlp": MLP}
+# A new one is a class and a row. Projectors are called with sela.Sizes, and interactions with
+# (decoder layers, sizes, window, join).
+PROJECTORS = {"aap": AAP, **projectors.PROJECTORS}
+INTERACTIONS = {"sela": partial(Insertions, VisionRemember), **interactions.INTERACTIONS}
 
 
 @dataclass
@@ -66,37 +66,68 @@ class LLaVAVRConfig:
     """What joins the parts, by default as in the paper (Sec. 5.1). ValueError where it cannot."""
     vision: CLIPConfig
     text: Qwen2Config
-    layers: tuple = (13, 18, 23)    # hidden states of the ViT to remember; the deepest is projected
+    levels: tuple = (13, 18, 23)    # hidden states of the ViT to remember; the deepest is projected
     projector: str = "aap"          # of PROJECTORS; "mlp" keeps all tokens: LLaVA-NeXT
     side: int = 12                  # p; 24 -> 12 is the paper's ratio of 1/4
     remember: tuple = (1, 4)        # 0-based decoder layers to remember before; () is off
+    interaction: str = "sela"       # of INTERACTIONS: how
     window: int = 2                 # tokens along a side of a window; paper silent (see sela.py)
     saliency: str = "sigmoid"       # Eq. 3; see clip.saliency_from
+    join: str = "residual"          # of sela.JOINS: what is remembered is added to the tokens
     image_mode: str = "a4"          # of prompts; training on chats sets it to its recipe's mode
 
     def __post_init__(self):
-        self.layers, self.remember = tuple(self.layers), tuple(self.remember)   # JSON has lists
-        for name in ("layers", "remember"):
+        self.levels, self.remember = tuple(self.levels), tuple(self.remember)   # JSON has lists
+        for name in ("levels", "remember"):
             if not all(isinstance(number, int) for number in getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)}: give whole numbers")
         for name in ("side", "window"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} {value!r}: give a whole number above 0")
-        if list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(f"layers {self.layers}: list each hidden layer once, the deepest last")
+        if list(self.levels) != sorted(set(self.levels)):
+            raise ValueError(f"levels {self.levels}: list each hidden layer once, the deepest last")
         for layer in self.remember:
             if not 0 <= layer < self.text.num_hidden_layers:
                 raise ValueError(f"remember {layer} is out of range: the decoder has layers 0 to "
                                  f"{self.text.num_hidden_layers - 1}")
-        for name, known in (("projector", PROJECTORS), ("image_mode", data.MODES)):
+        choices = {"projector": PROJECTORS, "interaction": INTERACTIONS, "join": JOINS,
+                   "image_mode": data.MODES}
+        for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(known)}")
 
+    @classmethod
+    def read(cls, folder, changes):
+        """A folder's config.json -> (config, with these fields changed; parts that lie elsewhere).
+
+        Raises as storage/weights.py does, and ValueError for what is not ours.
+        """
+        stored = read_config(folder)
+        if stored.pop("model_type", None) != "llava_vr":
+            raise ValueError(f"{folder}/config.json is not of a LLaVA-VR model: give a folder that "
+                             "train.py wrote")
+        parts = stored.pop("parts", {})
+        if "layers" in stored:
+            stored["levels"] = stored.pop("layers")                      # its name before
+        try:
+            parts = {name: {"path": part["path"], "files": part["files"]}
+                     for name, part in parts.items()}
+            sizes = CLIPConfig(**stored.pop("vision")), Qwen2Config(**stored.pop("text"))
+            return cls(*sizes, **{**stored, **changes}), parts
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder}/config.json does not describe a LLaVA-VR model ({error}); "
+                             "was it edited?") from None
+
     @property
     def feature_side(self):                                              # g
         return self.vision.image_size // self.vision.patch_size
+
+    @property
+    def sizes(self):
+        return Sizes(self.text.hidden_size, self.vision.hidden_size, len(self.levels), self.side,
+                     self.feature_side)
 
 
 CLIP_L = CLIPConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
@@ -119,7 +150,7 @@ class Preset:
 
 # The one list of presets: another size is one more entry here.
 PRESETS = {
-    "tiny": Preset(LLaVAVRConfig(CLIP_TINY, QWEN2_TINY, layers=(2, 4, 6), side=4),
+    "tiny": Preset(LLaVAVRConfig(CLIP_TINY, QWEN2_TINY, levels=(2, 4, 6), side=4),
                    clip="tiny/clip", llm="tiny/qwen2", drawn=True),
     "0.5b": Preset(LLaVAVRConfig(CLIP_L, QWEN2["0.5b"]), llm="weights/Qwen2-0.5B-Instruct"),
     "1.5b": Preset(LLaVAVRConfig(CLIP_L, QWEN2["1.5b"]), llm="weights/Qwen2-1.5B-Instruct"),
@@ -136,16 +167,15 @@ class LLaVAVR(nn.Module):
     def __init__(self, config, vision=None, text=None):
         super().__init__()
         self.config = config
-        d, g, p = config.text.hidden_size, config.feature_side, config.side
-        width, levels = config.vision.hidden_size, len(config.layers)    # C, L
-        self.vision_tower = vision or CLIPVision(config.vision, config.layers, config.saliency)
-        self.mm_projector = PROJECTORS[config.projector](width, d, g, p)
+        d, sizes = config.text.hidden_size, config.sizes
+        self.vision_tower = vision or CLIPVision(config.vision, config.levels, config.saliency)
+        self.mm_projector = PROJECTORS[config.projector](sizes)
         self.image_newline = nn.Parameter(torch.randn(d) / d**0.5)
-        self.vision_remember = nn.ModuleDict({
-            str(layer): VisionRemember(d, width, levels, p, g, config.window)
-            for layer in config.remember})
+        insertions = INTERACTIONS[config.interaction]
+        self.vision_remember = insertions(config.remember, sizes, config.window, config.join)
         self.language_model = text or Qwen2(config.text)
         self.parts = {}             # folders that frozen parts were read from, see save_pretrained
+        self.fresh = []             # what from_pretrained did not find
 
     def forward(self, batch, denominator=None):
         """A data.Batch -> the loss (Eq. 2): cross-entropy of all trained tokens / denominator.
@@ -168,19 +198,19 @@ class LLaVAVR(nn.Module):
         if batch.pixels is None:
             return x, None
         features, saliency = self.vision_tower(batch.pixels)             # L x (t, N, C), (t, N)
-        tokens = self.mm_projector(features[-1])                         # (t, p*p, d)
+        tokens = self.mm_projector(features)                             # (t, p*p, d)
         tokens, cells = self.place(tokens, batch.plans)                  # (I, d), (I, 3)
         x = x.masked_scatter(is_image.unsqueeze(-1), tokens.to(x.dtype))         # (B, T, d)
         places = is_image.flatten().nonzero().squeeze(1)                 # (I,)
         is_vision = cells[:, 0] >= 0                                     # (I,) newlines bypass
-        return x, partial(self.remember, features=features, saliency=saliency,
-                          cells=cells[is_vision], places=places[is_vision])
+        memory = Memory(features, saliency, cells[is_vision], places[is_vision], batch, x,
+                        self.mm_projector)
+        return x, partial(self.remember, memory=self.vision_remember.read(memory))
 
-    def remember(self, layer, x, features, saliency, cells, places):
-        """Before decoder layer `layer` vision tokens re-read their windows (Sec. 4.3).
+    def remember(self, layer, x, memory):
+        """Before decoder layer `layer` vision tokens look back at a Memory (Sec. 4.3).
 
-        x (B, T, d) -> (B, T, d); all but vision tokens passes unchanged. cells (n, 3): where these
-        come from. places (n,): where they stand in x, its rows end to end.
+        x (B, T, d) -> (B, T, d); all but vision tokens passes unchanged.
         """
         if layer not in self.config.remember:
             return x
@@ -188,8 +218,8 @@ class LLaVAVR(nn.Module):
         if self.language_model.recompute and torch.is_grad_enabled():
             module = partial(recomputed, module)
         flat = x.flatten(0, 1)                                           # (B*T, d)
-        new = module(flat[places], features, saliency, cells)            # (n, d)
-        return flat.index_copy(0, places, new.to(x.dtype)).view_as(x)    # (B, T, d)
+        new = module(flat[memory.places], memory)                        # (n, d)
+        return flat.index_copy(0, memory.places, new.to(x.dtype)).view_as(x)     # (B, T, d)
 
     def place(self, tokens, plans):
         """Tokens of tiles (t, p*p, d) -> (all image places in order (I, d), their cells (I, 3)).
@@ -261,7 +291,8 @@ class LLaVAVR(nn.Module):
 
         What ends with a picture is read first, once for all prompts that share it; then the rest.
         """
-        prefixes, owners, rests = shared_prefixes(samples)
+        whole = self.vision_remember.reads_question
+        prefixes, owners, rests = shared_prefixes(samples, whole)
         device = self.image_newline.device
         prefix = data.collate(prefixes, pad_id).to(device)
         rest = data.collate(rests, pad_id).to(device)
@@ -311,7 +342,7 @@ class LLaVAVR(nn.Module):
         folders' config.json. Raises ValueError or FileNotFoundError, naming folder and key.
         """
         joint = {**vars(PRESETS[preset].config), **changes}
-        vision = CLIPVision.from_pretrained(clip, joint["layers"], joint["saliency"], dtype)
+        vision = CLIPVision.from_pretrained(clip, joint["levels"], joint["saliency"], dtype)
         text = Qwen2.from_pretrained(llm, dtype)
         joint.update(vision=vision.config, text=text.config)
         model = cls(LLaVAVRConfig(**joint), vision, text).to(dtype)
@@ -321,32 +352,33 @@ class LLaVAVR(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32):
+    def from_pretrained(cls, folder, dtype=torch.float32, **changes):
         """Read a folder of `save_pretrained`, casting to `dtype`.
 
+        changes override config.json: projector="aap", side=12, remember=(1, 4) put compression and
+        Vision Remember on an uncompressed model. What these need and the folder lacks starts fresh
+        and is named in `model.fresh`; what fits is kept.
         Raises as storage/weights.py does, also for a part that was moved or changed since.
         """
-        stored = read_config(folder)
-        if stored.pop("model_type", None) != "llava_vr":
-            raise ValueError(f"{folder}/config.json is not of a LLaVA-VR model: give a folder that "
-                             "train.py wrote")
-        parts = stored.pop("parts", {})
-        try:
-            origins = [(name, part["path"], part["files"]) for name, part in parts.items()]
-            vision, text = CLIPConfig(**stored.pop("vision")), Qwen2Config(**stored.pop("text"))
-            config = LLaVAVRConfig(vision, text, **stored)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder}/config.json does not describe a LLaVA-VR model ({error}); "
-                             "was it edited?") from None
+        config, parts = LLaVAVRConfig.read(folder, changes)
         with torch.device("meta"):                                       # shapes only
-            model = cls(config).to(dtype)
-        model.to_empty(device="cpu").language_model.tie()
-        for name, path, files in origins:
+            vision = CLIPVision(config.vision, config.levels, config.saliency)
+            text = Qwen2(config.text)
+        with torch.device("cpu" if changes else "meta"):
+            model = cls(config, vision, text).to(dtype)
+        for part in (vision, text) if changes else (model,):
+            part.to_empty(device="cpu")
+        text.tie()
+        for name, part in parts.items():
             mend = f"bring it back, or correct parts.{name}.path in {folder}/config.json"
-            check_fingerprint(path, files, f"the {name} of {folder}", mend)
+            check_fingerprint(part["path"], part["files"], f"the {name} of {folder}", mend)
             module = getattr(model, name)
-            load_weights(module, path, module.rename)
-        load_weights(model, folder, lambda key: key, skip=[f"{name}." for name in parts])
+            load_weights(module, part["path"], module.rename)
+        rename = None
+        if changes:
+            model.fresh, rename = graft(model, folder)
+        elsewhere = [f"{name}." for name in [*parts, *model.fresh]]
+        load_weights(model, folder, rename or str, skip=elsewhere)
         model.read_tokenizer(folder)
         model.parts = parts
         return model.eval()
@@ -374,17 +406,18 @@ class LLaVAVR(nn.Module):
         save_weights(folder, tensors, config, files)
 
 
-def shared_prefixes(samples):
+def shared_prefixes(samples, whole=False):
     """Cut each prompt behind its last picture -> (prefixes, owners, rests).
 
     Each prefix is listed once; owners (B,) says with which of them a prompt begins. Most benchmarks
     ask several questions about a picture, and blind all pictures of a size are one: the model then
-    reads it once, which is most of what a short answer costs.
+    reads it once, which is most of what a short answer costs. whole: cut before the last token.
     """
     prefixes, owners, rests = {}, [], []
     for sample in samples:
         ids, labels = sample["input_ids"], sample["labels"]
         cut = max((place for place, token in enumerate(ids) if token == data.IMAGE), default=0) + 1
+        cut = len(ids) - 1 if whole else cut
         key = (tuple(ids[:cut]), sample["tiles"].tobytes())
         prefixes.setdefault(key, {**sample, "input_ids": ids[:cut], "labels": labels[:cut]})
         owners.append(list(prefixes).index(key))

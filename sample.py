@@ -12,17 +12,15 @@ from pathlib import Path
 
 import torch
 
-from compared.pruning import PrunedLLaVAVR
+from compared.choices import add_choices, add_name, folder_of
+from compared.variants import load_variant, read_variant
 from data import load_image
-from model import PRESETS, LLaVAVR
+from model import PRESETS
 
 
-def load_model(folder, rule=None):
+def load_model(folder, rule=None, choices=None):
     """The trained model, on the GPU in bfloat16 if there is one, else on the CPU in float32."""
-    if rule is not None:
-        model = PrunedLLaVAVR.from_pretrained(folder, rule)
-    else:
-        model = LLaVAVR.from_pretrained(folder)
+    model = load_variant(folder, rule, choices)
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)
     return model.eval()
@@ -73,11 +71,13 @@ def main(argv=None):
     add("question", nargs="?", help="left out: a conversation on standard input")
     add("--image", type=Path, action="append", default=[], help="may be repeated, shown in order")
     add("--preset", default="0.5b", choices=PRESETS, help="the model is runs/<preset>/phase2")
+    add_name(parser)
     add("--model", type=Path, help="folder of another trained model")
     add("--max-new-tokens", type=int, default=128)
-    add("--prune", metavar="RULE", help="fastv:K=2,R=0.5, pdrop ...: see compared/pruning.py")
+    add("--prune", metavar="RULE", help="fastv:K=2,R=0.5, pdrop, resize: see compared/")
+    add_choices(parser)
     args = parser.parse_args(argv)
-    folder = args.model or Path("runs") / args.preset / "phase2"
+    folder = args.model or Path("runs") / folder_of(args) / "phase2"
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
     if args.question is not None and not args.question.strip():
@@ -87,7 +87,7 @@ def main(argv=None):
                                 f"python train.py --preset {args.preset}")
 
     pictures = [load_image(path) for path in args.image]
-    model = load_model(folder, args.prune)
+    model = load_model(folder, *read_variant(args, folder))
     if args.question is None:
         return talk(model, pictures, args.max_new_tokens)
     return reply(model, pictures, args.question, args.max_new_tokens)

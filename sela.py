@@ -12,10 +12,48 @@ was pooled from.
     s   tokens along a side of a window (2)               r   features along it (4), w windows
 """
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+JOINS = ("residual", "replace")
+
+
+class Sizes(NamedTuple):
+    """What a projector and Vision Remember stand between."""
+    width: int              # d
+    level_width: int        # C
+    levels: int             # L
+    side: int               # p
+    feature_side: int       # g
+
+
+class Memory(NamedTuple):
+    """What vision tokens can look back at. SELA reads the first three."""
+    features: list          # L x (t, N, C)
+    saliency: torch.Tensor  # (t, N)
+    cells: torch.Tensor     # (n, 3) the tile, row and column that each vision token comes from
+    places: torch.Tensor | None = None      # (n,) where they stand in the batch, rows end to end
+    batch: object = None                    # the data.Batch
+    embedded: torch.Tensor | None = None    # (B, T, d) what the first decoder layer reads
+    projector: nn.Module | None = None      # the model's own
+
+
+class Insertions(nn.ModuleDict):
+    """One module for each decoder layer to remember before, under the layer's number.
+
+    kind(*choices) -> a module that is called with x (n, d) and a Memory, and returns x (n, d).
+    """
+    reads_question = False  # True: what comes after a picture must be at hand when it is read
+
+    def __init__(self, kind, layers, *choices):
+        super().__init__({str(layer): kind(*choices) for layer in layers})
+
+    def read(self, memory):
+        """Called once for each batch, before all layers: here goes what insertions share."""
+        return memory
 
 
 class VisionRemember(nn.Module):
@@ -28,37 +66,34 @@ class VisionRemember(nn.Module):
     2.0B); windows of 2x2 tokens on 4x4 features; heads of width 64; and a learned bias for where
     in the window query and feature stand, zero at first.
 
-    width d, level_width C, levels L, side p, feature_side g, window s, head_width D.
+    join: "residual", or "replace": tokens are overwritten, and the last linear starts as torch's.
     Raises ValueError if windows do not tile tokens and features, or heads do not divide E.
     """
 
-    def __init__(self, width, level_width, levels, side, feature_side, window=2, head_width=64):
+    def __init__(self, sizes, window=2, join="residual", head_width=64):
         super().__init__()
-        full, reach = levels * level_width, window * feature_side // side        # E, r
-        if side % window or window * feature_side % side:
-            raise ValueError(f"windows of {window}x{window} tokens do not tile {side}x{side} over "
-                             f"{feature_side}x{feature_side} features; use a divisor of {side}")
+        d, C, L, p, g = sizes
+        full, reach = L * C, window * g // p                             # E, r
+        if p % window or window * g % p:
+            raise ValueError(f"windows of {window}x{window} tokens do not tile {p}x{p} tokens over "
+                             f"{g}x{g} features; use a divisor of {p}")
         if full % head_width:
-            raise ValueError(f"{levels} levels of width {level_width} do not divide into heads of "
-                             f"width {head_width}")
-        self.side = side
-        self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.level_norms = nn.ModuleList(nn.LayerNorm(level_width) for _ in range(levels))
-        self.up = nn.Sequential(nn.Linear(width, full), nn.GELU(), nn.Linear(full, full))
+            raise ValueError(f"{L} levels of width {C} do not divide into heads of width "
+                             f"{head_width}")
+        self.side = p
+        self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.level_norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(L))
+        self.up = nn.Sequential(nn.Linear(d, full), nn.GELU(), nn.Linear(full, full))
         square = (nn.Linear(full, full, bias=False) for _ in range(4))
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = square
-        self.token_windows = Windows(side, window, head_width)
-        self.feature_windows = Windows(feature_side, reach, head_width)
+        self.token_windows = Windows(p, window, head_width)
+        self.feature_windows = Windows(g, reach, head_width)
         self.position_bias = nn.Parameter(torch.zeros(full // head_width, window**2, reach**2))
-        self.down = nn.Linear(full, width)
-        nn.init.zeros_(self.down.weight)
-        nn.init.zeros_(self.down.bias)
+        self.down = Join(full, d, join)
 
-    def forward(self, x, features, saliency, cells):
-        """x (n, d), features L x (t, N, C), saliency (t, N) -> x (n, d), with what it remembers.
-
-        cells (n, 3): the tile, row and column that each vision token of x comes from.
-        """
+    def forward(self, x, memory):
+        """Vision tokens x (n, d) and a Memory -> x (n, d), with what they remember."""
+        features, saliency, cells = memory[:3]                # L x (t, N, C), (t, N), (n, 3)
         index = flat_index(cells, self.side)                             # (n,)
         u = self.up(self.norm(x))                                        # (n, E)  Sec. 4.2, expand
         levels = [norm(level) for norm, level in zip(self.level_norms, features)]
@@ -69,11 +104,30 @@ class VisionRemember(nn.Module):
         k = self.feature_windows(self.k_proj(f))                         # (w, A, r*r, D)
         v = saliency.to(f.dtype).unsqueeze(-1) * self.v_proj(f)          # (t, N, E)  S * V, Eq. 3
         v = self.feature_windows(v)                                      # (w, A, r*r, D)
-        bias = self.position_bias.to(q.dtype)                            # (A, s*s, r*r)
+        bias = self.position_bias                                        # (A, s*s, r*r) or None
+        bias = None if bias is None else bias.to(q.dtype)
         # softmax(QK' / sqrt(D) + bias) V, each window by itself
         o = F.scaled_dot_product_attention(q, k, v, bias)                # (w, A, s*s, D)
         o = self.token_windows.undo(o)[index]                            # (n, E)
-        return x + self.down(self.o_proj(o))                             # (n, d)  residual
+        return self.down(x, self.o_proj(o))                              # (n, d)  x + ..., see Join
+
+
+class Join(nn.Linear):
+    """The last linear of an insertion, and how its result meets the tokens: see VisionRemember."""
+
+    def __init__(self, width, out, join="residual"):
+        super().__init__(width, out)
+        if join not in JOINS:
+            raise ValueError(f"join {join!r} is unknown: use one of {', '.join(JOINS)}")
+        self.join = join
+        if join == "residual":
+            nn.init.zeros_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x, remembered):
+        """Tokens x (n, d), what they remember (n, E) -> (n, d)."""
+        new = super().forward(remembered)                                # (n, d)
+        return x + new if self.join == "residual" else new
 
 
 class Windows(nn.Module):
@@ -104,7 +158,7 @@ def flat_index(cells, side):
 
 def shape_walk():
     """Print every shape on the way through one module, sizes of CLIP-L/14-336 and Qwen2-0.5B."""
-    module = VisionRemember(width=896, level_width=1024, levels=3, side=12, feature_side=24)
+    module = VisionRemember(Sizes(width=896, level_width=1024, levels=3, side=12, feature_side=24))
     cells = torch.cartesian_prod(torch.arange(5), torch.arange(12), torch.arange(12))
     x, saliency = torch.randn(720, 896), torch.rand(5, 576)
     features = torch.randn(3, 5, 576, 1024).unbind()
@@ -118,7 +172,7 @@ def shape_walk():
     for name, part in module.named_children():
         part.register_forward_hook(partial(report, name))                # the output comes last
     with torch.no_grad():
-        y = module(x, features, saliency, cells)
+        y = module(x, Memory(features, saliency, cells))
     report("x after remembering", y)
     size = sum(parameter.numel() for parameter in module.parameters())
     print(f"\nunchanged at initialisation: {torch.equal(x, y)}   parameters: {size:,}")

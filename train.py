@@ -4,6 +4,7 @@
     python train.py --preset 0.5b --phase 1 --micro 16   # one GPU: the same batch, accumulated
     torchrun --nproc_per_node=8 train.py --phase 2       # eight GPUs: the paper's second phase
     torchrun --nproc_per_node=8 train.py --phase si --preset 7b --shard --recompute    # Table 3's
+    python train.py --preset tiny --projector mlp --remember none --name mlp    # compared: no AAP
     python train.py --preset tiny --resume               # goes on where a stopped run was saved
 
 Without --phase, 1 and 2 run one after the other. runs/<preset>/phase1 and phase2 hold the finished
@@ -34,10 +35,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+from compared import choices
 from model import PRESETS, LLaVAVR
 from storage import checkpoint, records
 from storage.log import Log, step_line
-from storage.places import HOW_TO_GET, default_data
+from storage.places import check_places, default_data
 from storage.weights import fingerprint
 
 # ---------------------------------------------------------------------------------------- recipes
@@ -123,24 +125,27 @@ class Run:
     partial: Path                # what there is until then: the log and checkpoints
     start: Path | None           # the finished phase it goes on from
     paths: dict                  # of "clip", "llm" and "data"
+    chosen: dict                 # of the architecture, what is not the preset's
 
 
 def make_run(flags, phase, rank, world, device):
     """The command line -> the Run of one phase. Raises ValueError for a number of ranks that cannot
-    share a batch."""
+    share a batch, and for an architecture that cannot be."""
     changes = ("batch", "micro", "lr", "vision_lr", "epochs")
     changed = {name: value for name, value in vars(flags).items() if name in changes and value}
     recipe = replace(recipe_of(flags.preset, phase), **changed)
     if recipe.batch % world:
         raise ValueError(f"{world} ranks do not divide a global batch of {recipe.batch}: start a "
                          "number of ranks that does, or give another --batch")
-    folder = Path(flags.out) / flags.preset
+    folder = Path(flags.out) / choices.folder_of(flags)
+    partial = folder / f"{recipe.folder}.partial"
     start = folder / recipe.start if recipe.start else None
     preset = PRESETS[flags.preset]
     paths = {"clip": flags.clip or preset.clip, "llm": flags.llm or preset.llm,
              "data": flags.data or default_data(phase, preset.drawn)}
-    return Run(flags, phase, recipe, rank, world, device, folder / recipe.folder,
-               folder / f"{recipe.folder}.partial", start, paths)
+    chosen = {} if start else choices.for_training(flags, partial / "choices.json")
+    return Run(flags, phase, recipe, rank, world, device, folder / recipe.folder, partial, start,
+               paths, chosen)
 
 
 def summed(run, **values):
@@ -149,43 +154,6 @@ def summed(run, **values):
     if run.world > 1:
         dist.all_reduce(total)
     return SimpleNamespace(**dict(zip(values, total.tolist())))
-
-
-def check_agreement(run, **facts):
-    """Raises ValueError, on every rank, naming a fact in which a rank differs from rank 0."""
-    everyone = [facts] * run.world
-    if run.world > 1:
-        dist.all_gather_object(everyone, facts)
-    for name in facts:
-        first = everyone[0][name]
-        for rank, theirs in enumerate(everyone):
-            if theirs[name] != first:
-                raise ValueError(f"rank {rank} has another {name.replace('_', ' ')} than rank 0 "
-                                 f"({theirs[name]} and {first}): all must see the same data, index "
-                                 "and --out, on a disk they share")
-
-
-def check_places(runs):
-    """Before anything is drawn, read or trained: raises FileNotFoundError naming all that the runs
-    will miss, and FileExistsError for a stopped run that a new one would bury."""
-    first, missing = runs[0], {}
-    flags = first.flags
-    for run in runs:
-        if not flags.resume and any(run.partial.glob("checkpoints/step-*")):
-            raise FileExistsError(f"{run.partial} holds a run that was stopped: go on with "
-                                  "--resume, or remove it to begin anew")
-        for name, path in run.paths.items():
-            will_come = flags.draws if name == "data" else run.start
-            if not will_come and not os.path.exists(path):
-                missing[f"  --{name}: {path} is not there."] = HOW_TO_GET.get(path)
-    if first.start and not first.start.exists():
-        how = f"python train.py --preset {flags.preset} --phase 1"
-        missing[f"  {first.start} is not there."] = how
-    if missing:
-        lines = [what if how is None else f"{what} Get it with: {how}"
-                 for what, how in missing.items()]
-        advice = "To try the whole path without any download: python train.py --preset tiny"
-        raise FileNotFoundError("\n".join(["these are missing:", *lines, advice]))
 
 
 # ---------------------------------------------------------------------------- model and optimizer
@@ -198,7 +166,8 @@ def build_model(run):
     if run.start:
         model = LLaVAVR.from_pretrained(run.start)
     else:
-        model = LLaVAVR.from_parts(run.paths["clip"], run.paths["llm"], flags.preset)
+        model = LLaVAVR.from_parts(run.paths["clip"], run.paths["llm"], flags.preset,
+                                   **run.chosen)
     if run.recipe.template == "chat":
         model.config.image_mode = run.recipe.mode                   # prompts see the same tiling
     freeze(model, trains)
@@ -457,7 +426,9 @@ def start_log(run, model, order, first):
     print(f"phase {run.phase} of preset {run.flags.preset} on {run.world} x {run.device.type}, "
           f"{run.flags.precision}\n  {recipe}\n  {order.steps:,} steps over {order.samples:,} "
           f"records, training {trained / 1e6:,.1f} M parameters", flush=True)
-    return Log(run.partial, first, run.flags.wandb, asdict(recipe))
+    log = Log(run.partial, first, run.flags.wandb, asdict(recipe))
+    choices.keep(run.partial / "choices.json", model.config)
+    return log
 
 
 def train(run, stop):
@@ -478,8 +449,8 @@ def train(run, stop):
     if flags.resume:
         first = checkpoint.resume(run.partial / "checkpoints", model, optimizer, identity,
                                   flags.accept_changes)
-    check_agreement(run, checkpoint=first, recipe_or_data=checkpoint.digest(identity),
-                    index_of_the_data=checkpoint.digest(order.lengths))
+    checkpoint.agree(checkpoint=first, recipe_or_data=checkpoint.digest(identity),
+                     index_of_the_data=checkpoint.digest(order.lengths))
     log = start_log(run, model, order, first) if run.rank == 0 else None
     clock, asked = time.perf_counter(), False
 
@@ -523,7 +494,8 @@ def identity_of(run, samples, order, model):
     files = [part["files"] for part in model.parts.values()]
     before = fingerprint(run.start) if run.start else None
     flags = run.flags
-    identity = {**asdict(run.recipe), "preset": flags.preset, "seed": flags.seed,
+    identity = {**asdict(run.recipe), **choices.of(model.config),
+                "preset": flags.preset, "seed": flags.seed,
                 "data": samples.source.fingerprint(), "model": checkpoint.digest(files, before),
                 "samples": order.samples, "without pictures": checkpoint.digest(order.text_only),
                 "steps": order.steps, "validate": flags.validate, "precision": flags.precision,
@@ -582,6 +554,7 @@ def arguments(argv=None):
     add = parser.add_argument
     add("--phase", choices=RECIPES, help="default: 1 and 2, in order")
     add("--preset", choices=PRESETS, default="0.5b")
+    choices.add_name(parser)
     add("--clip", help="folder of the CLIP weights (phase 1)")
     add("--llm", help="folder of the Qwen2 weights (phase 1)")
     add("--data", help="LLaVA .json or .jsonl, a folder of Parquet shards, or a .mix of several")
@@ -608,6 +581,7 @@ def arguments(argv=None):
     add("--save-every", type=int, default=500, metavar="STEPS", help="last and best stay")
     add("--keep-every", type=int, default=0, metavar="STEPS", help="and those of every so many")
     add("--wandb", metavar="PROJECT", help="log there too, if wandb is installed")
+    choices.add_choices(parser)
     args = parser.parse_args(argv)
     args.draws = PRESETS[args.preset].drawn and not args.data       # by main
     for name, value in vars(args).items():
@@ -648,6 +622,8 @@ def main(argv=None):
         phases = [args.phase] if args.phase else ["1", "2"]
         runs = [make_run(args, phase, rank, world, device) for phase in phases]
         check_places(runs)
+        if runs[0].start:
+            choices.check(args, runs[0].start)
         if args.draws and rank == 0:
             draw = Path(__file__).with_name("tiny") / "draw.py"
             subprocess.run([sys.executable, draw, "--out", "data/tiny"], check=True)

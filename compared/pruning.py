@@ -62,10 +62,12 @@ class FastV:
 
     @classmethod
     def matched(cls, layers):
-        """R for which layers see a quarter of the image tokens in the mean."""
-        if layers < 4 * cls.K:
-            raise ValueError(f"needs a decoder of {4 * cls.K} layers or more, not of {layers}")
-        return cls(R=1 - (layers / 4 - cls.K) / (layers - cls.K))
+        """R for which layers see a quarter of the image tokens in the mean. K is 2, or 1 where two
+        layers would use that up."""
+        if layers < 5:
+            raise ValueError(f"needs a decoder of 5 layers or more, not of {layers}")
+        K = min(2, (layers - 1) // 4)
+        return cls(K, R=1 - (layers / 4 - K) / (layers - K))
 
     def __str__(self):
         return f"fastv:K={self.K},R={self.R}"
@@ -98,15 +100,17 @@ class PyramidDrop:
     def matched(cls, layers):
         """Drops for which layers see a quarter of the image tokens in the mean.
 
-        At the quarter points the first stage alone would use that up. So two layers see all tokens.
-        The others are three stages, each with half of the tokens of the stage before.
+        At the quarter points the first stage alone would use that up. So two layers see all tokens,
+        or one of less than nine. The others are three stages, each with half of the tokens of the
+        stage before.
         """
-        if layers < 9:
-            raise ValueError(f"needs a decoder of 9 layers or more, not of {layers}")
-        stage = -(-(layers - 2) // 3)                   # rounded up; the first takes what is left
-        first = layers - 2 - 2 * stage
-        ratio = (layers / 4 - 2) / (first + stage / 2 + stage / 4)
-        return cls((2, 2 + first, 2 + first + stage), (ratio, ratio / 2, ratio / 4))
+        if layers < 6:
+            raise ValueError(f"needs a decoder of 6 layers or more, not of {layers}")
+        full = min(2, (layers - 1) // 4)                # layers that see all
+        stage = -(-(layers - full) // 3)                # rounded up; the first takes what is left
+        first = layers - full - 2 * stage
+        ratio = (layers / 4 - full) / (first + stage / 2 + stage / 4)
+        return cls((full, full + first, full + first + stage), (ratio, ratio / 2, ratio / 4))
 
     def __str__(self):
         layers = "/".join(str(layer) for layer in self.layers)

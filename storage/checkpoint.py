@@ -284,6 +284,18 @@ def _rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def agree(**facts):
+    """Raises ValueError, on every process, naming a fact in which one differs from the first."""
+    everyone = _from_all(facts)
+    for name in facts:
+        first = everyone[0][name]
+        for rank, theirs in enumerate(everyone):
+            if theirs[name] != first:
+                raise ValueError(f"rank {rank} has another {name.replace('_', ' ')} than rank 0 "
+                                 f"({theirs[name]} and {first}): all must see the same data, index "
+                                 "and --out, on a disk they share")
+
+
 def _from_all(value):
     """-> [value of rank 0, of rank 1, ...]"""
     values = [value]

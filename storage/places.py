@@ -1,4 +1,5 @@
 """Where weights and training data lie by default, and the commands that fetch them."""
+import os
 
 # Training data, by the phases of train.py.
 DATA = {"1": "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
@@ -36,3 +37,27 @@ def default_data(phase, drawn):
     """Where the data of a phase lie by default: those of phase 2 for a phase not listed."""
     places = DRAWN_DATA if drawn else DATA
     return places.get(phase, places["2"])
+
+
+def check_places(runs):
+    """Before anything is drawn, read or trained: raises FileNotFoundError naming all that the runs
+    will miss, and FileExistsError for a stopped run that a new one would bury."""
+    first, missing = runs[0], {}
+    flags = first.flags
+    for run in runs:
+        if not flags.resume and any(run.partial.glob("checkpoints/step-*")):
+            raise FileExistsError(f"{run.partial} holds a run that was stopped: go on with "
+                                  "--resume, or remove it to begin anew")
+        for name, path in run.paths.items():
+            will_come = flags.draws if name == "data" else run.start
+            if not will_come and not os.path.exists(path):
+                missing[f"  --{name}: {path} is not there."] = HOW_TO_GET.get(path)
+    if first.start and not first.start.exists():
+        how = f"python train.py --preset {flags.preset} --phase 1"
+        how += f" --name {flags.name}" if flags.name else ""
+        missing[f"  {first.start} is not there."] = how
+    if missing:
+        lines = [what if how is None else f"{what} Get it with: {how}"
+                 for what, how in missing.items()]
+        advice = "To try the whole path without any download: python train.py --preset tiny"
+        raise FileNotFoundError("\n".join(["these are missing:", *lines, advice]))

@@ -42,7 +42,7 @@ def tiny_model(std=0.2, **changes):
                         image_size=32, patch_size=4)
     text = Qwen2Config(vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=24, num_hidden_layers=3,
                        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
-    joint = {"layers": (1, 2), "side": 4, "remember": (1, 2), **changes}
+    joint = {"levels": (1, 2), "side": 4, "remember": (1, 2), **changes}
     model = randomise(LLaVAVR(LLaVAVRConfig(vision, text, **joint)), std)
     for remember in model.vision_remember.values():
         torch.nn.init.zeros_(remember.down.weight)

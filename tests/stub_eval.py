@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import eval as evaluate
+from compared import variants
 from tiny import standins
 
 REDS = [10, 200, 128, 250, 40, 60]              # the answers; blind, only row 2 is right
@@ -73,7 +74,7 @@ def lines(path):
 def setup(tmp_path, monkeypatch):
     """A model folder, the data, and the arguments that name them."""
     Stub.calls = []
-    monkeypatch.setattr(evaluate, "LLaVAVR", Stub)
+    monkeypatch.setattr(variants, "LLaVAVR", Stub)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     (tmp_path / "model/model.safetensors").write_bytes(b"weights")

@@ -11,6 +11,7 @@ import pytest
 
 import eval as evaluate
 from benchmarks import rows
+from compared import variants
 from helpers import ROOT
 from stub_eval import Letter, Stub, lines, setup                                # noqa: F401 (a fixture)
 from tiny import standins
@@ -96,7 +97,7 @@ CORRUPT_ROWS = [
 @pytest.mark.parametrize("task, column, value", CORRUPT_ROWS)
 def test_a_corrupt_row_is_wrong_named_and_not_dropped(setup, tmp_path, monkeypatch, capfd, task, column, value):
     """One bad row of eight: the run ends well, n is 8, the row is in the errors and on stderr, and rescoring agrees."""
-    monkeypatch.setattr(evaluate, "LLaVAVR", Letter)
+    monkeypatch.setattr(variants, "LLaVAVR", Letter)
     standins.write(task, tmp_path / "s")
     file = rows.find_files(task, tmp_path / "s")[0]
     table = pq.read_table(file)
@@ -160,9 +161,9 @@ def test_killed_at_any_moment_and_resumed_the_result_is_the_same(setup, tmp_path
     whole = evaluate.main(setup + ["--blind", "--out", str(tmp_path / "whole")])
     driver = tmp_path / "driver.py"
     driver.write_text(f"import sys, time\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-                      "from stub_eval import Stub, evaluate\nquick = Stub.generate\n"
+                      "from stub_eval import Stub, evaluate, variants\nquick = Stub.generate\n"
                       "Stub.generate = lambda *a, **k: (time.sleep(0.05), quick(*a, **k))[1]\n"
-                      "evaluate.LLaVAVR = Stub\nevaluate.main()\n")
+                      "variants.LLaVAVR = Stub\nevaluate.main()\n")
     run = [sys.executable, str(driver), *setup, "--blind", "--batch", "1", "--out", str(tmp_path / "part")]
     log = tmp_path / "part/answers/chartqa_blind.0.jsonl"
     for kill in range(10):

@@ -19,7 +19,7 @@ def test_check_says_what_a_folder_holds(tmp_path):
     whole = tiny_model()
     save_clip(whole.vision_tower, tmp_path / "clip")
     save_qwen2(whole.language_model, tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
-    model = wake(LLaVAVR.from_parts(tmp_path / "clip", tmp_path / "llm", "tiny", layers=(1, 2), remember=(1, 2)))
+    model = wake(LLaVAVR.from_parts(tmp_path / "clip", tmp_path / "llm", "tiny", levels=(1, 2), remember=(1, 2)))
     model.save_pretrained(tmp_path / "small", whole=False)
     model.half().save_pretrained(tmp_path / "half")
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}

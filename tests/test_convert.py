@@ -56,7 +56,7 @@ def next_model(**changes):
     """A small LLaVAVR that is a LLaVA-NeXT, with rows to spare in its embedding for `<image>`."""
     base = tiny_model(projector="mlp", side=8, remember=())
     base.config.text.vocab_size += 5
-    joint = {"layers": (1, 2), "projector": "mlp", "side": 8, "remember": (), **changes}
+    joint = {"levels": (1, 2), "projector": "mlp", "side": 8, "remember": (), **changes}
     model = randomise(LLaVAVR(LLaVAVRConfig(base.config.vision, base.config.text, **joint)))
     model.read_tokenizer(TOKENIZER)
     return model
@@ -133,7 +133,7 @@ def test_there_and_back_is_exact(tmp_path, mode, tied):
     again = LLaVAVR.from_pretrained(tmp_path / "c")
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert again.config.layers == (2,) and again.config.image_mode == mode and again.config.text == model.config.text
+    assert again.config.levels == (2,) and again.config.image_mode == mode and again.config.text == model.config.text
     assert torch.equal(logits(model, picture(70, 31))[0], logits(again, picture(70, 31))[0])
     assert ("language_model.lm_head.weight" in load_file(tmp_path / "b/model.safetensors")) != tied
 
@@ -190,7 +190,7 @@ def test_defaults_that_a_config_leaves_out_are_those_of_transformers():
     vision = dict(model_type="clip_vision_model", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
                   image_size=336, patch_size=14)
     config = config_from_next({"vision_config": vision, "text_config": text})
-    assert (config.text.vocab_size, config.text.rope_theta, config.layers) == (151936, 1e4, (23,))
+    assert (config.text.vocab_size, config.text.rope_theta, config.levels) == (151936, 1e4, (23,))
     assert (config.image_mode, config.side) == ("a4hf", 24)
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
     named = config_from_next({"vision_config": vision, "text_config": text})

@@ -19,7 +19,7 @@ from train import RECIPES
 
 # sizes that share few factors, so that swapped ones show; features stay twice as fine as tokens
 ODD = LLaVAVRConfig(CLIPConfig(64, 72, num_hidden_layers=4, num_attention_heads=4, image_size=60, patch_size=10),
-                    Qwen2Config(1200, 60, 100, 5, 3, 1), layers=(1, 3), side=3, remember=(2, 3), window=3)
+                    Qwen2Config(1200, 60, 100, 5, 3, 1), levels=(1, 3), side=3, remember=(2, 3), window=3)
 CONFIGS = {"tiny": PRESETS["tiny"].config, "odd": ODD}
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import eval as evaluate
 from benchmarks import TASKS, rows
+from compared import variants
 from helpers import ROOT
 from stub_eval import CORRUPT, Letter, Stub, drawn, lines, setup                # noqa: F401 (fixtures)
 from tiny import standins
@@ -60,8 +61,8 @@ def test_two_ranks_give_the_numbers_of_one(setup, tmp_path):
     one = evaluate.main(setup + ["--blind", "--out", str(tmp_path / "one")])
     driver = tmp_path / "driver.py"
     driver.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-                      "from stub_eval import Stub, evaluate\n"
-                      "evaluate.LLaVAVR = Stub\nevaluate.main()\n")
+                      "from stub_eval import Stub, evaluate, variants\n"
+                      "variants.LLaVAVR = Stub\nevaluate.main()\n")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver)]
     subprocess.run(run + setup + ["--blind", "--out", str(tmp_path / "two")], check=True, capture_output=True)
     two = json.loads((tmp_path / "two/results.json").read_text())["chartqa"]
@@ -103,7 +104,7 @@ def test_a_model_folder_without_its_config_is_named(setup, tmp_path):
 def test_the_whole_table_runs_on_the_stand_ins(setup, drawn, tmp_path, monkeypatch, capsys):
     """All thirteen folders in the official schema: every row is asked, scored and written, none fails; then again from
     the saved answers without asking anything; then from the files, without model or data."""
-    monkeypatch.setattr(evaluate, "LLaVAVR", Letter)
+    monkeypatch.setattr(variants, "LLaVAVR", Letter)
     run = setup[:2] + ["--data", str(drawn), "--task", "all", "--report"]
     entries = evaluate.main(run)
     assert list(entries) == list(TASKS) and all(e["rows"] == 8 and not e["errors"] for e in entries.values())

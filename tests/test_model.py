@@ -203,7 +203,7 @@ def test_the_text_keeps_its_place_around_the_pictures():
     x, _ = model.embed(batch)
     where = batch.input_ids == data.IMAGE
     features, _ = model.vision_tower(batch.pixels)
-    sequence, _ = model.place(model.mm_projector(features[-1]), batch.plans)
+    sequence, _ = model.place(model.mm_projector(features), batch.plans)
     assert torch.equal(x[where], sequence)
     assert torch.equal(x[~where], model.language_model.model.embed_tokens(batch.input_ids[~where]))
 
@@ -398,7 +398,7 @@ def test_parts_keep_the_weights_they_came_with(tmp_path):
     whole = tiny_model()
     save_clip(whole.vision_tower, tmp_path / "clip")
     save_qwen2(whole.language_model, tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
-    joined = LLaVAVR.from_parts(tmp_path / "clip", tmp_path / "llm", "tiny", layers=(1, 2), remember=(1, 2))
+    joined = LLaVAVR.from_parts(tmp_path / "clip", tmp_path / "llm", "tiny", levels=(1, 2), remember=(1, 2))
     assert joined.config.text == whole.config.text and joined.config.side == PRESETS["tiny"].config.side
     ours, theirs = whole.state_dict(), joined.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours if key.startswith(("vision_tower", "language_model")))
@@ -428,10 +428,10 @@ def test_a_checkpoint_of_another_size_is_refused(edit, complaint, tmp_path):
     (dict(remember=(3,)), "remember 3 is out of range: the decoder has layers 0 to 2"),
     (dict(remember=(-1,)), "remember -1 is out of range"),
     (dict(remember=("1",)), "remember .*'1'.*: give whole numbers"),
-    (dict(layers=(1, 4)), "layer 4 is out of range: hidden layers are 0 to 3"),
-    (dict(layers=(2, 1)), "the deepest last"),
-    (dict(layers=()), "name no block to take a saliency from"),
-    (dict(layers=(1, 2.5)), "layers .*2.5.*: give whole numbers"),
+    (dict(levels=(1, 4)), "layer 4 is out of range: hidden layers are 0 to 3"),
+    (dict(levels=(2, 1)), "the deepest last"),
+    (dict(levels=()), "name no block to take a saliency from"),
+    (dict(levels=(1, 2.5)), "levels .*2.5.*: give whole numbers"),
     (dict(projector="qformer"), "projector 'qformer' is unknown: use one of aap, mlp"),
     (dict(projector="mlp"), "set side=8"),
     (dict(image_mode="a5"), "image_mode 'a5' is unknown"),
@@ -483,7 +483,7 @@ def test_every_loader_takes_a_dtype(tmp_path):
     """Also on the way: a 7B model in float32 would not fit where it is to run in bfloat16. It answers, too."""
     whole = split(tmp_path)
     whole.save_pretrained(tmp_path / "whole")
-    joined = LLaVAVR.from_parts(tmp_path / "clip", tmp_path / "llm", "tiny", torch.bfloat16, layers=(1, 2), remember=(1, 2))
+    joined = LLaVAVR.from_parts(tmp_path / "clip", tmp_path / "llm", "tiny", torch.bfloat16, levels=(1, 2), remember=(1, 2))
     loaded = [joined, LLaVAVR.from_pretrained(tmp_path / "whole", torch.bfloat16),
               CLIPVision.from_pretrained(tmp_path / "clip", (1, 2), dtype=torch.bfloat16)]
     for model in loaded:
@@ -504,7 +504,7 @@ def split(folder, **changes):
 def small(folder):
     """A model joined from parts, awake, and saved without them in folder/m -> the model."""
     split(folder)
-    model = wake(LLaVAVR.from_parts(folder / "clip", folder / "llm", "tiny", layers=(1, 2), remember=(1, 2))).eval()
+    model = wake(LLaVAVR.from_parts(folder / "clip", folder / "llm", "tiny", levels=(1, 2), remember=(1, 2))).eval()
     model.save_pretrained(folder / "m", whole=False)
     return model
 

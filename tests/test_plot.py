@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from benchmarks import TASKS, groups
 from tools import plot
 
 
@@ -79,7 +80,154 @@ def test_the_picture_lies_beside_the_log(flags, name, start, tmp_path, capsys):
     assert (tmp_path / name).read_bytes().startswith(start) and capsys.readouterr().out == f"{tmp_path / name}\n"
 
 
+# ---- attention density, Fig. 1(b)
+
+def density_file(folder, stderr=(0.1, 0.2, 0.3)):
+    """Two models of three and of two layers."""
+    models = [{"model": "runs/a", "tokens_per_tile": 576, "layers": [2.0, 1.0, 0.5], "stderr": list(stderr)},
+              {"model": "runs/b", "tokens_per_tile": 144, "layers": [3.0, 0.25], "stderr": [0.2, 0.1]}]
+    (folder / "density.json").write_text(json.dumps({"task": "realworldqa", "rows": 7, "skipped": 0, "models": models}))
+    return folder / "density.json"
+
+
+def test_a_density_file_is_a_curve_for_each_model(tmp_path):
+    """Named by tokens of a tile and model; over layers from 0."""
+    task, rows, curves = plot.read_density(density_file(tmp_path))
+    assert (task, rows) == ("realworldqa", 7)
+    assert curves == [("576 tokens a tile, runs/a", [(0, 2.0, 0.1), (1, 1.0, 0.2), (2, 0.5, 0.3)]),
+                      ("144 tokens a tile, runs/b", [(0, 3.0, 0.2), (1, 0.25, 0.1)])]
+
+
+def test_the_density_has_a_band_where_it_has_errors(tmp_path, capsys):
+    """One row has no standard error: its curve has no band. The dotted line is what uniform attention would give."""
+    pytest.importorskip("matplotlib")
+    path = density_file(tmp_path, stderr=[None] * 3)
+    axes = plot.density_figure(*plot.read_density(path)).axes[0]
+    uniform, first, second = axes.lines
+    assert set(uniform.get_ydata()) == {1} and list(zip(*first.get_data())) == [(0, 2.0), (1, 1.0), (2, 0.5)]
+    band, = axes.collections
+    assert sorted({round(y, 6) for _, y in band.get_paths()[0].vertices}) == [0.15, 0.35, 2.8, 3.2]
+    assert [text.get_text() for text in axes.get_legend().texts][1:] == [first.get_label(), second.get_label()]
+    plot.main([str(path), "--svg"])
+    assert (tmp_path / "density.svg").read_bytes().startswith(b"<?xml")
+    assert capsys.readouterr().out == f"{tmp_path / 'density.svg'}\n"
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no JSON", '{"task": "a", "rows": 1, "models": [{"layers": [1], "stderr": []}]}'])
+def test_what_is_no_density_is_refused(tmp_path, text):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match="other.json is not what tools.density writes") as caught:
+        plot.main([str(tmp_path / "other.json")])
+    assert "\n" not in str(caught.value)
+
+
+# ---- a sweep of compressions, Fig. 1(a)
+
+def entry(task, score, stderr=1.0, **others):
+    """A whole split's entry in results.json."""
+    overall = {"n": TASKS[task].rows, "score": score, "stderr": stderr}
+    return {"scores": {"overall": overall}, "rows": TASKS[task].rows, "of": TASKS[task].rows, **others}
+
+
+def results_file(folder, side, entries, known=True):
+    """A model's folder with a tile of side*side tokens, and the results.json that names it."""
+    (folder / "eval").mkdir(parents=True)
+    if known:
+        (folder / "config.json").write_text(json.dumps({"model_type": "llava_vr", "side": side}))
+    (folder / "eval/results.json").write_text(json.dumps({**entries, "results": {}, "model_name": str(folder)}))
+    return str(folder / "eval/results.json")
+
+
+def whole(score, without=()):
+    """All benchmarks with one score in points of 100; MME-P has 0..2000."""
+    return {task: entry(task, score * spec.full / 100, spec.full / 100) for task, spec in TASKS.items() if task not in without}
+
+
+def test_a_group_is_the_mean_of_its_benchmarks_by_the_papers_rule(tmp_path, capsys):
+    """MME-P / 20 beside the others. Four independent errors of 1 make one of 1/2."""
+    many, few = whole(50), whole(40)
+    many["mme"] = entry("mme", 1600, 40)                                       # 80 of 100, and its error is 2
+    files = [results_file(tmp_path / "few", 12, few), results_file(tmp_path / "many", 24, many)]
+    curves = {curve.name: curve.points for curve in plot.sweep(plot.read_sweep(files))}
+    assert list(curves) == list(groups()) == ["General", "Knowledge", "OCR&Chart", "Vision-Centric"]
+    assert {tokens for points in curves.values() for tokens, *_ in points} == {144, 576}
+    count = len(groups()["General"])
+    assert curves["General"][0] == (144, pytest.approx(40), pytest.approx(1 / count ** 0.5))
+    error = (count - 1 + 2 ** 2) ** 0.5 / count
+    assert curves["General"][1] == (576, pytest.approx(50 + 30 / count), pytest.approx(error))
+    assert curves["OCR&Chart"] == [(144, pytest.approx(40), pytest.approx(0.5)), (576, pytest.approx(50), pytest.approx(0.5))]
+    assert capsys.readouterr().err == ""                                       # nothing to say of whole tables
+
+
+def test_points_of_a_curve_are_over_the_same_benchmarks(tmp_path, capsys):
+    """What one file lacks is left out of all, the name says so, and each file that is not whole is named."""
+    lacking = {"gqa", "docvqa", *groups()["Knowledge"]}
+    some, many = whole(40, lacking), whole(50)
+    many["docvqa"] = entry("docvqa", 99)
+    some["chartqa"]["rows"] = 8
+    files = [results_file(tmp_path / "some", 12, some), results_file(tmp_path / "many", 24, many)]
+    curves = {curve.name: curve.points for curve in plot.sweep(plot.read_sweep(files))}
+    assert list(curves) == ["General (mme only)", "OCR&Chart (chartqa, textvqa, ocrbench only)", "Vision-Centric"]
+    assert [mean for _, mean, _ in curves["OCR&Chart (chartqa, textvqa, ocrbench only)"]] == pytest.approx([40, 50])
+    warned, = capsys.readouterr().err.splitlines()
+    assert warned.startswith(f"{files[0]} is not final: without gqa, ") and "samples missing: chartqa 8 of 2500" in warned
+
+
+def test_the_number_of_tokens_may_be_given(tmp_path):
+    """Where the model's folder is gone, or its layers see another number than the projector makes."""
+    gone = results_file(tmp_path / "gone", 12, whole(40), known=False)
+    pruned = results_file(tmp_path / "pruned", 24, {"chartqa": entry("chartqa", 30, prune="fastv:K=2,R=0.5")})
+    for path, reason in ((gone, "the config.json of its model does not tell"), (pruned, "is of a pruned model")):
+        with pytest.raises(ValueError, match=f"{reason}.*give the vision tokens of a tile, as in 144={path}") as caught:
+            plot.read_sweep([path])
+        assert "\n" not in str(caught.value)
+    assert list(plot.read_sweep([f"288={pruned}", f"64={gone}"])) == [64, 288]
+
+
+@pytest.mark.parametrize("text", ["[]", "no JSON", '{"chartqa": {}}', '{"chartqa": 3}'])
+def test_what_is_no_result_is_refused(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match="results.json is not what eval.py writes") as caught:
+        plot.main(["--sweep", str(tmp_path / "results.json")])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_one_sweep_is_refused(tmp_path):
+    """Two files for one point, nothing in common, no file."""
+    one = results_file(tmp_path / "one", 12, {"chartqa": entry("chartqa", 30)})
+    two = results_file(tmp_path / "two", 24, {"gqa": entry("gqa", 30)})
+    with pytest.raises(ValueError, match="one/eval/results.json and .*two.* both have 144 vision tokens a tile"):
+        plot.main(["--sweep", one, f"144={two}"])
+    with pytest.raises(ValueError, match="no benchmark of the paper in common: evaluate all models on the same --task"):
+        plot.main(["--sweep", one, two])
+    with pytest.raises(FileNotFoundError, match="x=results.json: no such file; give a results.json of eval.py, or 144="):
+        plot.main(["--sweep", "x=results.json"])
+
+
+def test_the_sweep_has_a_line_with_error_bars_for_each_group(tmp_path, monkeypatch, capsys):
+    """Equal ratios are equal steps, and each number of tokens has its tick. A single row has no error, so no bar."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    files = [results_file(tmp_path / str(side), side, whole(side)) for side in (24, 12, 6)]
+    axes = plot.sweep_figure(plot.sweep(plot.read_sweep(files))).axes[0]
+    lines = {bars.get_label(): bars.lines for bars in axes.containers}
+    assert list(lines) == list(groups())
+    line, caps, (bars,) = lines["Vision-Centric"]
+    assert list(zip(*line.get_data())) == [(36, pytest.approx(6)), (144, pytest.approx(12)), (576, pytest.approx(24))]
+    assert len(caps) == 2 and bars.get_segments()[0][:, 1] == pytest.approx([6 - 3 ** -0.5, 6 + 3 ** -0.5])
+    assert axes.get_xscale() == "log" and [tick.get_text() for tick in axes.get_xticklabels()] == ["36", "144", "576"]
+    plot.sweep_figure([plot.Curve("General", [(144, 3.0, None)])])
+    plot.main(["--sweep", *files])
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG") and capsys.readouterr().out == "sweep.png\n"
+
+
 # ---- what it says
+
+@pytest.mark.parametrize("words", [[], ["log.jsonl", "--sweep", "results.json"]])
+def test_one_thing_is_drawn_at_a_time(words):
+    with pytest.raises(ValueError, match="^give one of: a log.jsonl, a density.json, --sweep with results.json files$"):
+        plot.main(words)
+
 
 def test_what_is_no_log_is_refused(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 0, "lr": 1}\n')

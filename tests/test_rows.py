@@ -7,6 +7,7 @@ import pytest
 
 import eval as evaluate
 from benchmarks import rows
+from compared import variants
 from stub_eval import Letter, lines, png, setup, write_chartqa                  # noqa: F401 (a fixture)
 from tiny import standins
 
@@ -77,7 +78,7 @@ def test_one_file_of_both_cvbench_halves_is_told_apart_by_type(tmp_path):
 
 def test_base64_pictures_and_broken_rows(setup, tmp_path, monkeypatch):
     """A picture may be base64 text; a row whose options are no list counts as wrong, with its id in the report."""
-    monkeypatch.setattr(evaluate, "LLaVAVR", Letter)
+    monkeypatch.setattr(variants, "LLaVAVR", Letter)
     text = base64.b64encode(png(9, (8, 8))).decode()
     row = {f"image_{n}": None for n in range(1, 8)} | {"image_1": text, "question_type": "multiple-choice", "answer": "A"}
     rows = [row | {"id": "v_1", "question": "<image 1>?", "options": "['x', 'y']"},

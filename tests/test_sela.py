@@ -11,14 +11,16 @@ import torch
 
 from data import plan_image
 from helpers import ROOT, randomise
-from sela import VisionRemember
+from sela import Memory, Sizes, VisionRemember
 
 SIDE, FEATURES, WINDOW, WIDTH, LEVEL = 4, 8, 2, 12, 8               # p, g, s, d, C; so r = 4, two levels, heads of 4
+
+SIZES = Sizes(WIDTH, LEVEL, levels=2, side=SIDE, feature_side=FEATURES)
 
 
 def module(window=WINDOW, std=0.5):
     """A module with random weights, also in `down` and in the position bias, which start as zeros."""
-    made = VisionRemember(WIDTH, LEVEL, levels=2, side=SIDE, feature_side=FEATURES, window=window, head_width=4)
+    made = VisionRemember(SIZES, window, head_width=4)
     return randomise(made, std)
 
 
@@ -47,7 +49,7 @@ def what_matters(remember, cells, tiles):
     """Jacobian of every token's output -> which features (n, t, g*g), saliencies (n, t, g*g), tokens (n, n) it depends on."""
     x, features, saliency = inputs(cells, tiles)
     probe = torch.randn(WIDTH)
-    outputs = lambda x, a, b, s: remember(x, [a, b], s, cells) @ probe          # (n,)
+    outputs = lambda x, a, b, s: remember(x, Memory([a, b], s, cells)) @ probe          # (n,)
     dx, da, db, ds = torch.autograd.functional.jacobian(outputs, (x, *features, saliency))
     both = (da != 0).any(-1) & (db != 0).any(-1)
     either = (da != 0).any(-1) | (db != 0).any(-1)
@@ -57,12 +59,12 @@ def what_matters(remember, cells, tiles):
 
 def test_it_starts_as_if_it_were_not_there():
     """The last linear is zero: a model gains Vision Remember without losing what it knew. Bit for bit, not nearly."""
-    remember = VisionRemember(WIDTH, LEVEL, 2, SIDE, FEATURES, WINDOW, head_width=4)
+    remember = VisionRemember(SIZES, WINDOW, head_width=4)
     cells = all_cells(3)
     x, features, saliency = inputs(cells, 3)
-    assert torch.equal(remember(x, features, saliency, cells), x)
+    assert torch.equal(remember(x, Memory(features, saliency, cells)), x)
     randomise(remember.down)
-    assert not torch.allclose(remember(x, features, saliency, cells), x, atol=1e-3)
+    assert not torch.allclose(remember(x, Memory(features, saliency, cells)), x, atol=1e-3)
 
 
 @pytest.mark.parametrize("window", (1, 2, 4))
@@ -111,8 +113,8 @@ def test_it_is_the_equations_written_token_by_token():
             scores = [(q[part] @ one[part]).item() / math.sqrt(width) + extra for one, extra in zip(k, bias)]
             weights = [math.exp(score) for score in scores]
             o.append(sum(w / sum(weights) * one[part] for w, one in zip(weights, v)))
-        expected.append(x[i] + remember.down(remember.o_proj(torch.cat(o))))
-    assert torch.allclose(remember(x, features, saliency, cells), torch.stack(expected), atol=1e-4)
+        expected.append(x[i] + remember.down.weight @ remember.o_proj(torch.cat(o)) + remember.down.bias)
+    assert torch.allclose(remember(x, Memory(features, saliency, cells)), torch.stack(expected), atol=1e-4)
 
 
 @torch.no_grad()
@@ -120,29 +122,41 @@ def test_tokens_that_were_unpadded_away_change_nothing_for_the_others():
     """Nor does the order in which tokens come: what stays is computed as if all were there."""
     remember, cells = module(), all_cells(2)
     x, features, saliency = inputs(cells, 2)
-    full = remember(x, features, saliency, cells)
+    full = remember(x, Memory(features, saliency, cells))
     keep = torch.randperm(len(cells))[:13]
-    assert torch.allclose(remember(x[keep], features, saliency, cells[keep]), full[keep], atol=1e-5)
+    assert torch.allclose(remember(x[keep], Memory(features, saliency, cells[keep])), full[keep], atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes, complaint", [
-    (dict(window=3), "windows of 3x3 tokens do not tile 4x4"),
-    (dict(window=1, feature_side=6), "do not tile 4x4 over 6x6"),
-    (dict(head_width=5), "heads of width 5")])
-def test_windows_and_heads_that_do_not_fit_are_refused(sizes, complaint):
+@pytest.mark.parametrize("sizes, choices, complaint", [
+    (SIZES, dict(window=3), "windows of 3x3 tokens do not tile 4x4"),
+    (SIZES._replace(feature_side=6), dict(window=1), "do not tile 4x4 tokens over 6x6"),
+    (SIZES, dict(head_width=5), "heads of width 5"),
+    (SIZES, dict(join="add"), "join 'add' is unknown: use one of residual, replace")])
+def test_choices_that_do_not_fit_are_refused(sizes, choices, complaint):
     """With the numbers, in one line; a view error from inside the forward would name neither."""
-    arguments = dict(width=WIDTH, level_width=LEVEL, levels=2, side=SIDE, feature_side=FEATURES, window=2, head_width=4)
-    VisionRemember(**arguments)
+    VisionRemember(SIZES, window=2, head_width=4)
     with pytest.raises(ValueError, match=complaint) as caught:
-        VisionRemember(**{**arguments, **sizes})
+        VisionRemember(sizes, **{"window": 2, "head_width": 4, **choices})
     assert "\n" not in str(caught.value)
+
+
+def test_replacing_forgets_the_token_and_does_not_start_at_zero():
+    """Without a residual a last linear of zeros would be a token of zeros."""
+    cells = all_cells(1)
+    x, features, saliency = inputs(cells, 1)
+    replaces = VisionRemember(SIZES, WINDOW, "replace", head_width=4)
+    adds = VisionRemember(SIZES, WINDOW, head_width=4)
+    assert replaces.down.weight.std() > 0.01
+    adds.load_state_dict(replaces.state_dict())
+    memory = Memory(features, saliency, cells)
+    assert torch.allclose(x + replaces(x, memory), adds(x, memory), atol=1e-6)
 
 
 @pytest.mark.parametrize("width, millions", [(896, 52.7), (1536, 56.6)])
 def test_size_fits_the_models_of_the_paper(width, millions):
     """Two of these on Qwen2-0.5B and 1.5B make 0.9B and 2.0B, which attention narrower than the features would not."""
     with torch.device("meta"):
-        remember = VisionRemember(width, level_width=1024, levels=3, side=12, feature_side=24)
+        remember = VisionRemember(Sizes(width, level_width=1024, levels=3, side=12, feature_side=24))
     assert round(sum(p.numel() for p in remember.parameters()) / 1e6, 1) == millions
 
 

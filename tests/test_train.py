@@ -550,13 +550,10 @@ def test_shards_need_ranks(world, tmp_path):
 
 def test_ranks_that_see_other_data_stop_before_the_first_step(monkeypatch):
     """A node without the shared disk finds no checkpoint, or an index of its own: its gradients would be of other batches."""
-    def gathered(found, facts):
-        found[:] = [facts, facts, {**facts, "checkpoint": 0}]
-    monkeypatch.setattr(train.dist, "all_gather_object", gathered)
-    run = SimpleNamespace(rank=1, world=3)
-    train.check_agreement(run, data="abc")
+    monkeypatch.setattr(checkpoint, "_from_all", lambda facts: [facts, facts, {**facts, "checkpoint": 0}])
+    checkpoint.agree(data="abc")
     with pytest.raises(ValueError, match=r"rank 2 has another checkpoint than rank 0 \(0 and 500\): all must see the same"):
-        train.check_agreement(run, data="abc", checkpoint=500)
+        checkpoint.agree(data="abc", checkpoint=500)
 
 
 def test_holding_everything_back_is_refused(world, tmp_path):

@@ -177,7 +177,7 @@ def widen(module):
 def learn_tiles(args, name, peak, make_batch, start=None):
     """Train the ViT with its readouts, from noise or from the end of the stage `start`."""
     torch.manual_seed(args.seed)
-    vision = start_small(CLIPVision(TINY.vision, TINY.layers))
+    vision = start_small(CLIPVision(TINY.vision, TINY.levels))
     nn.init.normal_(vision.embeddings.class_embedding, std=0.02)
     widen(vision)
     last, early = Readouts(TINY.vision.hidden_size), Readouts(TINY.vision.hidden_size)
@@ -188,9 +188,9 @@ def learn_tiles(args, name, peak, make_batch, start=None):
     def loss_of(batch):
         pixels, target = batch
         hidden, _ = vision.encode(pixels)                              # {layer: (t, 1+N, C)}
-        losses, right = last(hidden[TINY.layers[-1]], target)
+        losses, right = last(hidden[TINY.levels[-1]], target)
         # letters are read two blocks earlier, which leaves two to bring words where they belong
-        early_losses, _ = early(hidden[TINY.layers[-2]], target)
+        early_losses, _ = early(hidden[TINY.levels[-2]], target)
         losses["early"] = sum(early_losses[key] for key in ("glyphs", "word", "number", "colour"))
         notes = {f"loss {key}": loss.item() for key, loss in losses.items()}
         notes |= {key: share.item() for key, share in right.items()}

@@ -201,7 +201,7 @@ def transformers(args):
     """The uncompressed LLaVA-NeXT that both can be, on the same pictures and tokens."""
     config = PRESETS[args.preset].config
     ours = build(args, projector="mlp", side=config.feature_side, remember=(),
-                 layers=(max(config.layers),), image_mode="a4hf")
+                 levels=(max(config.levels),), image_mode="a4hf")
     pictures, samples = pictures_with_text(ours.config, args.count, args.seed)
     packed = data.pack(samples).to(args.device)
     padded = data.collate(samples, 0).to(args.device)

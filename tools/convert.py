@@ -105,7 +105,7 @@ def config_from_next(config):
     text["tie_word_embeddings"] = bool(tied)
     return LLaVAVRConfig(
         vision, Qwen2Config.from_dict(text),
-        layers=(layer_read(config, vision),),
+        levels=(layer_read(config, vision),),
         projector="mlp",
         side=vision.image_size // vision.patch_size,
         remember=(),
@@ -217,7 +217,7 @@ def next_config(model, mark_id):
     """-> config.json of a LlavaNext whose token `mark_id` is `<image>`."""
     config = model.config
     vision = {"model_type": "clip_vision_model", **asdict(config.vision),
-              "num_hidden_layers": max(config.layers)}
+              "num_hidden_layers": max(config.levels)}
     return {
         "architectures": ["LlavaNextForConditionalGeneration"],
         "model_type": "llava_next",

@@ -3,7 +3,9 @@
     python -m tools.cost --preset 0.5b --phase 1                  # before a run: numbers only
     python -m tools.cost --preset 7b --phase 2 --world 8 --shard  # divided over eight devices
     python -m tools.cost --preset tiny --world 1 --measure        # and what this machine reaches
-    python -m tools.cost --log runs/tiny/phase2/log.jsonl  # what a run has reached
+    python -m tools.cost --log runs/tiny/phase2/log.jsonl         # what a run has reached
+    python -m tools.cost --preset 1.5b --projector mlp --remember none --prune pdrop
+    python -m tools.cost --systems --tiles 5 --text 60    # a table of all that the paper compares
 
     t  tiles     N = g*g  ViT features of a tile     C  width of the ViT     L  tapped levels
     E = L*C     p  vision tokens along a side of a tile     T  tokens of a sample
@@ -12,19 +14,24 @@
 1 K, M, G, T is a power of 1000. A FLOP is one addition or one multiplication.
 """
 import argparse
+import json
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
-from model import PRESETS, LLaVAVR
+from compared.choices import FIELDS, add_choices, given_choices, typed
+from model import INTERACTIONS, PRESETS, PROJECTORS, LLaVAVR
 from storage.log import read
+from tools.systems import (
+    PARTS, OnMeta, added_parameters, first_live, flops, layer_matrices, resized, seen_by_layers,
+    system_flops, without_formula)
 from train import RECIPES, recipe_of
 
-PARTS = ("vision_tower", "mm_projector", "image_newline", "vision_remember", "language_model")
 A100 = 312e12       # FLOP/s in bf16 with fp32 sums, dense, by NVIDIA's data sheet
 MFU = 0.35          # assumed, not measured. Table 3 of arXiv:2204.02311 (PaLM) has 0.21 to 0.33 for
 #                     three LLMs, and 0.46 for its own.
@@ -69,9 +76,6 @@ class Setup:
         return 2 if self.precision == "bf16" else 4
 
 
-# ----------------------------------------------------------------------------------------- FLOPs
-
-
 def short(number, unit=""):
     """12_340_000, "B" -> "12.3 MB"."""
     for prefix in ("", "K", "M", "G", "T", "P", "E"):
@@ -80,82 +84,6 @@ def short(number, unit=""):
         number /= 1000
     digits = 1 if number < 99.95 and prefix else 0
     return f"{number:.{digits}f} {prefix}{unit}".rstrip()
-
-
-def product(macs, *gradients):
-    """FLOPs of a matrix product of so many multiply-adds: forward, and once more for each operand
-    that needs a gradient."""
-    return 2 * macs * (1 + sum(map(bool, gradients)))
-
-
-def first_live(config, trains, tiles):
-    """The first decoder layer through which a gradient must pass, since something below it trains.
-    The number of layers if there is none."""
-    unknown = set(trains) - set(PARTS)
-    if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))} is no part of the model: use "
-                         f"{', '.join(PARTS)}")
-    below = {"vision_tower", "mm_projector", "image_newline"}     # they make what is put among the
-    if "language_model" in trains or tiles and below & set(trains):    # embeddings
-        return 0
-    layers = config.text.num_hidden_layers
-    if tiles and "vision_remember" in trains:
-        return min(config.remember, default=layers)
-    return layers
-
-
-def flops(config, lengths, tiles, trained_tokens, trains, vision_tokens=None):
-    """FLOPs of one forward and backward of a micro-batch, of its matrix products: linear layers,
-    patch embedding, attention.
-
-    config: LLaVAVRConfig. lengths: tokens of each sample, attending within itself. tiles: through
-    the ViT, to its deepest tap. trained_tokens: rows through the lm_head. trains: parts that train,
-    () is forward only. vision_tokens: n, by default all t*p*p.
-
-    Left out: norms, activations, softmax, RoPE, the optimizer. Causal attention counts half of T^2,
-    as far as a kernel can skip it. A second forward by recomputation is not counted: these are
-    model FLOPs, as in PaLM's MFU (arXiv:2204.02311, App. B). Raises ValueError for an unknown part.
-    """
-    vit, projector, _, remember, llm = (part in trains for part in PARTS)
-    first, text, t = first_live(config, trains, tiles), config.text, tiles
-    d, layers = text.hidden_size, text.num_hidden_layers
-    C, N, p = config.vision.hidden_size, config.feature_side ** 2, config.side
-    n = t * p * p if vision_tokens is None else vision_tokens
-
-    total = t * vit_flops(config, vit)
-    total += t * p * p * product(C * d, vit, projector)
-    total += t * p * p * product(d * d, vit or projector, projector)
-    E = len(config.layers) * C
-    keys = (config.window * config.feature_side // p) ** 2        # features of a window
-    for index in config.remember:       # sela.py; every window asks, un-padded ones too
-        x = index >= first              # its tokens need a gradient
-        f = remember or vit             # so do its features: the norms of the levels train as well
-        total += product(n * (2 * d * E + 3 * E * E), x, remember)             # up, q | o, down
-        total += product(2 * t * N * E * E, f, remember)                       # k, v
-        total += 2 * product(t * p * p * keys * E, x, f)                       # attention
-    for live, count in ((False, first), (True, layers - first)):
-        total += count * product(sum(lengths) * layer_matrices(text), live, llm)
-        total += count * product(sum(T * T for T in lengths) * d, live, live)  # scores and values
-    return total + product(trained_tokens * d * text.vocab_size, first < layers, llm)
-
-
-def vit_flops(config, trains):
-    """FLOPs of one tile through the ViT: forward, and backward if it trains."""
-    vision, N = config.vision, config.feature_side ** 2
-    C, tokens = vision.hidden_size, N + 1                         # CLS
-    linear = tokens * (4 * C * C + 2 * C * vision.intermediate_size)
-    attention = 2 * tokens * tokens * C                           # it looks both ways
-    scores = tokens * C                                           # of CLS, for Eq. 3
-    patches = product(N * 3 * vision.patch_size ** 2 * C, False, trains)       # pixels need none
-    return patches + product(max(config.layers) * (linear + attention) + scores, trains, trains)
-
-
-def layer_matrices(text):
-    """Parameters in the matrices of one decoder layer, which are its multiply-adds for one token,
-    less attention."""
-    d = text.hidden_size
-    kv = text.num_key_value_heads * text.head_dim
-    return 2 * d * d + 2 * d * kv + 3 * d * text.intermediate_size
 
 
 def gemm_peak(device, dtype, seconds=0.5):
@@ -227,13 +155,14 @@ def activations(config, trains, setup):
     A decoder layer keeps for each token what its two norms read (4 * 2d), q, k, v and the result of
     attention, three tensors of SwiGLU; and if it trains what its norms' weights multiply (2d), and
     each product's input: d for q, k, v, gate, up, and ff for down. Autocast casts that input anew
-    for each product; else those that read the same share it. ViT and Vision Remember alike.
+    for each product; else those that read the same share it. ViT and SELA alike. Other projectors
+    and interactions: see `kept_on_meta`.
     recompute: the input of every block (decoder layer, Vision Remember, ViT block if it trains),
     and the inside of the largest.
     """
     vision, text, w = config.vision, config.text, setup.bytes
     d, ff, kv = text.hidden_size, text.intermediate_size, text.num_key_value_heads * text.head_dim
-    C, E = vision.hidden_size, len(config.layers) * vision.hidden_size
+    C, E = vision.hidden_size, len(config.levels) * vision.hidden_size
     grid, features = setup.tiles * config.side ** 2, setup.tiles * config.feature_side ** 2
     live = text.num_hidden_layers - first_live(config, trains, setup.tiles)
     llm = "language_model" in trains
@@ -246,67 +175,190 @@ def activations(config, trains, setup):
         layer += 2 * h * d + w * ((2 + shared) * d + ff)
     levels = features * (3 * w + casts * (w + 4)) * E      # and k, v
     module = levels + grid * (4 * d + w * (d + 7 * E))     # up, q, o, down
+    projector, together = grid * w * (C + 2 * d), 0
+    if config.projector not in ("aap", "mlp"):
+        projector = setup.tiles * kept_on_meta(config, trains)["projector"]
+    if config.interaction != "sela" and config.remember:
+        one_tile = kept_on_meta(config, trains)
+        together, module = setup.tiles * one_tile["together"], setup.tiles * one_tile["insertion"]
     block = 8 * C + w * ((6 + 2 * casts) * C + 3 * vision.intermediate_size)
     blocks = [(live, setup.tokens * h * d, setup.tokens * layer),    # how many; bytes of an input,
               (len(config.remember) if live else 0, grid * h * d, module),    # of an inside
-              (max(config.layers) if "vision_tower" in trains else 0,
+              (max(config.levels) if "vision_tower" in trains else 0,
                features * 4 * C, features * block)]
     if setup.recompute:
         kept = sum(count * given for count, given, _ in blocks)
         kept += max(inside if count else 0 for count, _, inside in blocks)
     else:
         kept = sum(count * inside for count, _, inside in blocks)
-    kept += features * w * E
-    return kept + (grid * w * (C + 2 * d) if "mm_projector" in trains else 0)
+    kept += features * w * E + (together if live else 0)
+    return kept + (projector if {"mm_projector", "vision_tower"} & set(trains) else 0)
+
+
+def kept_on_meta(config, trains):
+    """Bytes of one tile that autograd keeps of the "projector", of one "insertion" and of what all
+    insertions do "together". Vision tokens look at their own tile only.
+
+    Counted in float32 on the meta device. There attention keeps its scores, which fused kernels do
+    not. So it is more than what bf16 and such kernels keep. What is read, features and weights, is
+    not counted.
+    """
+    meta = OnMeta(config, trains)
+    given = [*meta.projector.parameters(), *meta.remember.parameters(), *meta.features]
+    given = {id(tensor.untyped_storage()) for tensor in given}
+
+    def kept(function, *inputs):
+        held = []
+        with saved_tensors_hooks(lambda t: held.append(t.untyped_storage()) or t, lambda t: t):
+            function(*inputs)
+        storages = {id(storage): storage for storage in held}            # each once
+        return sum(storages[name].nbytes() for name in storages.keys() - given)
+
+    found = {"projector": kept(meta.project)}
+    if config.remember:
+        found["together"] = kept(meta.read)
+        found["insertion"] = kept(meta.insert, config.remember[0], meta.read())
+    return found
 
 
 # ---------------------------------------------------------------------------------------- tables
 
 
-def table(preset, phase, setup, micro=None):
-    """The lines that are printed before a run: what is assumed, parameters, FLOPs of a sample,
-    bytes per device, days on A100s."""
-    config, p, recipe = PRESETS[preset].config, PHASES[phase], RECIPES[phase]
+def choose(preset, choices):
+    """The LLaVAVRConfig of a preset with other choices: {field of compared.choices: value}."""
+    config = PRESETS[preset].config
+    if choices.get("projector") == "mlp":
+        choices = {"side": config.feature_side, **choices}
+    return replace(config, **choices)
+
+
+def table(preset, phase, setup, micro=None, choices=None, rule=None):
+    """The lines that are printed before a run: what is assumed, parameters, FLOPs of a sample and
+    of a prompt, bytes per device, days on A100s.
+
+    choices: of the architecture, where they are not the preset's. rule: prune the prompt by it.
+    """
+    config, p, recipe = choose(preset, choices or {}), PHASES[phase], RECIPES[phase]
     sizes, micro, tokens = parameters(config), micro or recipe.micro, p.tokens(config.side)
     forward = flops(config, [tokens], p.tiles, p.trained, ())
     both = flops(config, [tokens], p.tiles, p.trained, recipe.trains)
+    prompt = system_flops(config, p.tiles, p.text - p.trained, rule)
     setup.tokens, setup.tiles = micro * tokens, micro * p.tiles
     need = memory(config, recipe.trains, setup)
     days = p.samples * both / (setup.world * A100 * MFU) / 86400
     how = (", sharded" if setup.shard else "") + (", recomputing" if setup.recompute else "")
     frozen = {part: "" if part in recipe.trains else ", frozen" for part in PARTS}
     device = [f"{short(size, 'B'):>12}  {what}" for what, size in need.items() if size]
-    return [f"{preset}, phase {phase}, {setup.world} devices{how}, {setup.precision}, "
+    chosen = "".join(f", {name} {typed(value)}" for name, value in (choices or {}).items())
+    pruned = f", pruned by {rule}" if rule else ""
+    return [f"{preset}{chosen}, phase {phase}, {setup.world} devices{how}, {setup.precision}, "
             f"micro-batches of {micro}",
             f"assumed of a sample: {tokens} tokens, {p.tiles * config.side ** 2} of {p.tiles} "
             f"tiles, {p.down * config.side} newlines, {p.text} of text ({p.trained} trained)",
+            *counted_note(config),
             "", "parameters",
             *(f"{short(sizes.get(part, 0)):>12}  {part}{frozen[part]}" for part in PARTS),
             "", "a sample", f"{short(forward, 'FLOP'):>12}  forward",
             f"{short(both, 'FLOP'):>12}  forward and backward",
+            "", f"its prompt of {p.text - p.trained} tokens of text{pruned}, forward",
+            *(f"{short(count, 'FLOP'):>12}  {part}" for part, count in prompt.items()),
+            f"{short(sum(prompt.values()), 'FLOP'):>12}  in all",
             "", "a device", *device,
             f"{short(sum(need.values()), 'B'):>12}  in all",
             "", f"{p.samples:,} samples on {setup.world} A100 at {MFU:.0%} of "
             f"{short(A100, 'FLOP/s')}: {days:.2g} days, {24 * days:.3g} hours"]
 
 
-def report(path, preset=None, phase=None, world=1, peak=A100):
+def counted_note(config):
+    """A line that says what PyTorch counts for lack of a formula, or no line."""
+    missing = without_formula(config)
+    names = [f"{name} {getattr(config, name)}" for name in missing]
+    return [f"counted by PyTorch, without a formula: {', '.join(names)}"] if names else []
+
+
+# What the paper compares, as choices. Every system is one of these, with or without a rule.
+PLAIN = {"remember": ()}
+MLP = {"projector": "mlp", **PLAIN}
+FOUR = {"levels": (12, 16, 22, 23)}                              # TokenPacker's own
+PRUNING = ("fastv:K=2,R=0.5", "pdrop", "fastv:match", "pdrop:match", "resize")
+
+
+def systems():
+    """-> [(name, choices, pruning rule or None)] of every system, a row of `systems_table` each."""
+    ways = {name: {"projector": name} for name in PROJECTORS if name != "mlp"}
+    ways["tokenpacker, 4 levels"] = {"projector": "tokenpacker", **FOUR}
+    plain = {name: {**way, **PLAIN} for name, way in ways.items() if name != "aap"}
+    rows = {"mlp, uncompressed": MLP}
+    rows |= {f"aap 1/{k * k}": {"side": 24 // k, **PLAIN} for k in (2, 3, 4, 6)}
+    rows |= plain
+    rows |= {f"{name} + sela": way for name, way in ways.items()}
+    rows |= {f"aap + {name}": {"interaction": name} for name in INTERACTIONS if name != "sela"}
+    rows |= {f"aap + sela before {typed(layers)}": {"remember": layers}
+             for layers in ((1,), (1, 4, 7))}
+    found = [(name, choices, None) for name, choices in rows.items()]
+    return found + [(f"mlp, {rule}", MLP, rule) for rule in PRUNING]
+
+
+def systems_table(tiles, text, presets=("0.5b", "1.5b", "7b")):
+    """The lines of a Markdown table: tokens, parameters and FLOPs of every system."""
+    sizes = [preset.upper() for preset in presets]
+    heads = ["system", "vision tokens a tile", *(f"M parameters, {size}" for size in sizes),
+             *(f"GFLOP, {size}" for size in sizes), f"of these its own, {sizes[0]}"]
+    lines = [f"One picture of {tiles} tiles and {text} tokens of text, forward, up to the first "
+             "token of the answer; no un-padding and no newlines, and a multiply-add is 2 FLOP. "
+             "Parameters are those of projector and Vision Remember, and so is what is a system's "
+             f"own. In brackets: tokens that a layer sees in the mean, {sizes[0]}.",
+             "", row_of(heads), row_of(["---", *["---:"] * (len(heads) - 1)])]
+    for name, choices, rule in systems():
+        configs = [choose(preset, choices) for preset in presets]
+        costs = [system_flops(config, tiles, text, rule) for config in configs]
+        added = [f"{added_parameters(config) / 1e6:,.1f}" for config in configs]
+        giga = [three_digits(sum(cost.values()) / 1e9) for cost in costs]
+        own = three_digits((costs[0]["projector"] + costs[0]["remember"]) / 1e9)
+        note = ", counted" if without_formula(configs[0]) else ""
+        lines.append(row_of([name + note, tokens_of(configs[0], tiles, rule), *added, *giga, own]))
+    return lines
+
+
+def row_of(cells):
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def tokens_of(config, tiles, rule):
+    """Vision tokens of a tile, as text; with a rule also how many a layer sees in the mean."""
+    if rule is None or rule.startswith("resize"):
+        return str(resized(config, rule).side**2)
+    seen = seen_by_layers(config, tiles * config.side**2, rule)
+    return f"{config.side**2} ({sum(seen) / len(seen) / tiles:.0f})"
+
+
+def three_digits(number):
+    """12_345.6 -> "12,300", 0.4973 -> "0.497"."""
+    rounded = float(f"{number:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
+
+
+def report(path, preset=None, phase=None, world=1, peak=A100, choices=None):
     """The lines that are printed of a run's log: what it computed by formula, and how fast.
 
-    Preset and phase are those of its folder, runs/<preset>/<phase>, unless they are given. The log
+    Preset and phase are those of its folder, runs/<preset>-<NAME>/<phase>, unless they are given.
+    The architecture's choices are those that lie beside the log, unless they are given. The log
     does not tell how many tiles its samples had: of each, as many are assumed as fit its tokens
     less PHASES' text, or less half of them. Raises ValueError for a log without steps.
     """
     folder = Path(path).resolve().parent
     phases = {RECIPES[name].folder: name for name in RECIPES}
-    preset = preset or folder.parent.name
+    named = [name for name in PRESETS if f"{folder.parent.name}-".startswith(f"{name}-")]
+    preset = preset or max(named, key=len, default=None)
     phase = phase or phases.get(folder.name.removesuffix(".partial"))
     if preset not in PRESETS or phase not in PHASES:
         raise ValueError(f"{path} does not lie in runs/<preset>/<phase>: give --preset and --phase")
     lines = [line for line in read(path) if line.get("seconds")]
     if not lines:
         raise ValueError(f"{path}: no line with a step and its seconds; is it the log of a run?")
-    config, trains = PRESETS[preset].config, recipe_of(preset, phase).trains
+    config = choose(preset, choices or kept_choices(folder))
+    trains = recipe_of(preset, phase).trains
     tokens, trained = (sum(line[key] for line in lines) for key in ("tokens", "trained_tokens"))
     seconds = sum(line["seconds"] for line in lines)
     waited = sum(line["data_wait"] * line["seconds"] for line in lines)
@@ -319,7 +371,7 @@ def report(path, preset=None, phase=None, world=1, peak=A100):
     speed = samples * sample / seconds
     return [f"{preset}, phase {phase}, {world} x {short(peak, 'FLOP/s')}: {len(lines):,} steps",
             f"assumed of a sample: {mean:.0f} tokens ({trained / samples:.0f} trained), "
-            f"{tiles} tiles",
+            f"{tiles} tiles", *counted_note(config),
             f"{samples:>12,}  samples", f"{short(tokens):>12}  tokens",
             f"{seconds / 3600:>10.2f} h  in its steps, {waited / seconds:.1%} of them without data",
             f"{short(tokens / seconds):>12}  tokens a second",
@@ -329,7 +381,17 @@ def report(path, preset=None, phase=None, world=1, peak=A100):
             f"{max(line['memory_gb'] for line in lines):>9.1f} GiB  in use at the most"]
 
 
-def main(argv=None):
+def kept_choices(folder):
+    """{field: value} of the model in a folder, or of the run that goes on there, or nothing."""
+    for name in ("config.json", "choices.json"):
+        path = folder / name
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return {field: found[field] for field in FIELDS if field in found}
+    return {}
+
+
+def arguments(argv=None):
     """The command line: see the top."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -344,23 +406,43 @@ def main(argv=None):
         help="activation checkpointing: keep only what enters each block")
     add("--micro", type=int, help="samples per forward on one device")
     add("--precision", choices=("bf16", "fp32"), default="bf16")
+    add("--prune", metavar="RULE", help="prune the prompt, as in eval.py")
+    add("--systems", action="store_true",
+        help="print a table of every system that the paper compares instead")
+    add("--tiles", type=int, help="of its picture; default: 5")
+    add("--text", type=int, help="tokens beside the picture; default: 60")
     add("--measure", action="store_true",
         help="also time a matrix product on this machine; with --log in place of an A100's peak")
+    add_choices(parser)
     args = parser.parse_args(argv)
-    for name in ("world", "micro"):
+    for name in ("world", "micro", "tiles", "text"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name} {value}: must be above 0")
+    if (args.tiles or args.text) and not args.systems:
+        parser.error("--tiles and --text are of the picture of --systems: add it")
+    if args.systems and (args.preset or args.prune or args.log or given_choices(args)):
+        parser.error("--systems has presets, choices and rules of its own: leave yours out")
+    return args
+
+
+def main(argv=None):
+    """Print what the command line asks for."""
+    args = arguments(argv)
     peak = A100
     if args.measure:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
         peak = gemm_peak(device, dtype)
-    if args.log:
-        lines = report(args.log, args.preset, args.phase, args.world or 1, peak)
+    choices = given_choices(args)
+    if args.systems:
+        lines = systems_table(args.tiles or 5, args.text or 60)
+    elif args.log:
+        lines = report(args.log, args.preset, args.phase, args.world or 1, peak, choices)
     else:
         setup = Setup(args.world or 8, args.shard, args.precision, args.recompute)
-        lines = table(args.preset or "0.5b", args.phase or "2", setup, args.micro)
+        lines = table(args.preset or "0.5b", args.phase or "2", setup, args.micro, choices,
+                      args.prune)
     print(*lines, sep="\n")
     if args.measure:
         print(f"a matrix product on this {device} in {args.precision}: {short(peak, 'FLOP/s')}")

@@ -1,0 +1,457 @@
+"""Other ways for vision tokens to look back between decoder layers. The paper's own is sela.py.
+
+    n   vision tokens of a batch, without newlines        t   tiles of all pictures
+    d   width of the LLM                                  N   g*g features of a tile
+    C   width of the ViT, L tapped levels, E = L*C        A   attention heads of width D
+    p   tokens along a side of a tile                     g   features along it, k = g/p
+    s   tokens along a side of a window, w windows        r   features along it
+    B   rows of a batch, T tokens of a row                S   saliency (Eq. 3)
+
+Table 4 compares SELA with "global" and "deformable". "narrow" is SELA at a third of its cost.
+"deepstack" and "sva" are what the second version of the paper compares itself with, and
+"bidirectional" follows that version's abstract.
+
+Each is called as INTERACTIONS[name](layers, sizes, window, join) and returns a sela.Insertions. Its
+modules take vision tokens x (n, d) and a sela.Memory, and return x (n, d). Those that look at a
+single tile find it through Memory.cells. Numbers of parameters are for one insertion, at d = 896
+and d = 1536, with C = 1024, L = 3, p = 12 and g = 24.
+"""
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from compared.projectors import Blocks, DeformableAttention, token_places, two_layers
+from sela import Insertions, Join, VisionRemember, Windows, flat_index
+
+
+def heads_of(width, head_width):
+    """How many heads of so many channels a width has. ValueError where they do not divide it."""
+    if width % head_width:
+        raise ValueError(f"width {width} does not divide into heads of width {head_width}: use a "
+                         f"ViT whose width is a multiple of {head_width}")
+    return width // head_width
+
+
+def reach_of(sizes, window):
+    """Features along a side of a window of window*window tokens. ValueError if these do not tile
+    tokens and features, as in SELA."""
+    p, g = sizes.side, sizes.feature_side
+    if p % window or window * g % p:
+        raise ValueError(f"windows of {window}x{window} tokens do not tile {p}x{p} tokens over "
+                         f"{g}x{g} features; use a divisor of {p}")
+    return window * g // p
+
+
+def only_adds(name, join):
+    """ValueError for a join that overwrites tokens."""
+    if join != "residual":
+        raise ValueError(f"{name} only adds to tokens and has no join {join!r}: use residual")
+
+
+def spread(rows, index, places):
+    """Rows (n, C) -> (places, C): each where index (n,) says, and 0 where un-padding cut."""
+    return rows.new_zeros(places, rows.shape[1]).index_copy(0, index, rows)
+
+
+# ------------------------------------------------------------------- what the paper's Table 4 has
+
+class Global(VisionRemember):
+    """SELA without windows (Table 4b): a token looks at all features of its own tile.
+
+    Paper silent: we keep all other parts of SELA, saliency among them, so that only the reach
+    differs. The position bias goes: it would be of 144 x 576 places for each of 48 heads. `window`
+    is ignored. 52,705,024 and 56,638,464 parameters.
+    """
+
+    def __init__(self, sizes, window=None, join="residual", head_width=64):
+        p, g = sizes.side, sizes.feature_side
+        smallest = p // math.gcd(p, g)          # window, so that the unused bias is small
+        super().__init__(sizes, smallest, join, head_width)
+        self.position_bias = None
+        self.token_windows = Windows(p, p, head_width)
+        self.feature_windows = Windows(g, g, head_width)
+
+
+class Deformable(nn.Module):
+    """Deformable attention (Table 4a, rows 1 and 2): a token reads few points and learns where.
+
+    The points start around the token's own place, which is the centre of the features it was pooled
+    from; see projectors.DeformableAttention. Saliency is not used: the paper's table adds it with
+    SELA. Paper silent: we take SELA's norms, residual and zero start, attention as wide as one
+    level, and Deformable DETR's 8 heads of 4 points. `window` is ignored.
+    5,087,072 and 6,399,072 parameters.
+
+    every_level: read all tapped levels, not the deepest alone; with 16 heads, as in MMFuser
+    (yuecao0119/MMFuser llava/model/multimodal_projector/ms_cross_attn.py). Then 5,583,168 and
+    6,895,168 parameters. Raises ValueError where heads do not divide C.
+    """
+
+    def __init__(self, sizes, window=None, join="residual", every_level=False, heads=8):
+        super().__init__()
+        d, C, L, p, g = sizes
+        self.side = p
+        self.read = L if every_level else 1                              # so many, the deepest
+        self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.level_norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(self.read))
+        self.up = two_layers(d, C)
+        self.attention = DeformableAttention(C, g, self.read, heads)
+        self.down = Join(C, d, join)
+
+    def forward(self, x, memory):
+        levels = memory.features[-self.read:]                            # each (t, N, C)
+        levels = [norm(level) for norm, level in zip(self.level_norms, levels)]
+        tiles, tokens = len(levels[0]), self.side**2                     # t, p*p
+        index = flat_index(memory.cells, self.side)                      # (n,)
+        u = self.up(self.norm(x))                                        # (n, C)
+        u = spread(u, index, tiles * tokens).view(tiles, tokens, -1)     # (t, p*p, C)
+        places = token_places(self.side, u)                              # (p*p, 2)
+        found = self.attention(u, places, levels)                        # (t, p*p, C)
+        return self.down(x, found.flatten(0, 1)[index])                  # (n, d)
+
+
+# --------------------------------------------------------------- windows of attention C wide
+
+class WindowKeys(nn.Module):
+    """Keys and values of all windows, from all levels, C wide. ValueError: see `reach_of`."""
+
+    def __init__(self, sizes, window, head_width=64):
+        super().__init__()
+        C, L = sizes.level_width, sizes.levels
+        self.level_norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(L))
+        self.k_proj = nn.Linear(L * C, C, bias=False)
+        self.v_proj = nn.Linear(L * C, C, bias=False)
+        self.windows = Windows(sizes.feature_side, reach_of(sizes, window), head_width)
+
+    def forward(self, features, saliency=None):
+        """Features L x (t, N, C) -> keys and values, each (w, A, r*r, D).
+
+        saliency: (t, N), multiplies values (Eq. 3).
+        """
+        levels = [norm(level) for norm, level in zip(self.level_norms, features)]
+        f = torch.cat(levels, -1)                                        # (t, N, E)
+        keys, values = self.k_proj(f), self.v_proj(f)                    # (t, N, C) each
+        if saliency is not None:
+            values = saliency.to(values.dtype).unsqueeze(-1) * values
+        return self.windows(keys), self.windows(values)
+
+
+class WindowAttention(nn.Module):
+    """Tokens C wide look at the features of their own window, with SELA's position bias.
+
+    Raises ValueError where windows do not tile the tile, or heads do not divide C.
+    """
+
+    def __init__(self, sizes, window, head_width=64):
+        super().__init__()
+        C, heads = sizes.level_width, heads_of(sizes.level_width, head_width)
+        self.side, self.window = sizes.side, window                      # p, s
+        self.q_proj = nn.Linear(C, C, bias=False)
+        self.o_proj = nn.Linear(C, C, bias=False)
+        self.windows = Windows(sizes.side, window, head_width)
+        places = window**2, reach_of(sizes, window)**2                   # s*s, r*r
+        self.position_bias = nn.Parameter(torch.zeros(heads, *places))
+
+    def forward(self, u, cells, keys, values):
+        """Tokens u (n, C) of cells (n, 3), keys and values (w, A, r*r, D) -> (n, C)."""
+        index = flat_index(cells, self.side)                             # (n,)
+        q = spread(self.q_proj(u), index, len(keys) * self.window**2)    # (t*p*p, C)
+        q = self.windows(q)                                              # (w, A, s*s, D)
+        bias = self.position_bias.to(q.dtype)                            # (A, s*s, r*r)
+        o = F.scaled_dot_product_attention(q, keys, values, bias)        # (w, A, s*s, D)
+        return self.o_proj(self.windows.undo(o)[index])                  # (n, C)
+
+
+class Narrow(nn.Module):
+    """SELA with attention as wide as one level, C, where the paper's sizes ask for E = L*C.
+
+    Keys and values come from NarrowInsertions. Ours; all else is as in SELA. 4,985,600 and
+    6,297,600 parameters, without what is shared.
+    """
+
+    def __init__(self, sizes, window=2, join="residual", head_width=64):
+        super().__init__()
+        d, C = sizes.width, sizes.level_width
+        self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.up = two_layers(d, C)
+        self.attention = WindowAttention(sizes, window, head_width)
+        self.down = Join(C, d, join)
+
+    def forward(self, x, memory):
+        keys, values = memory.features                                   # (w, A, r*r, D) each
+        u = self.up(self.norm(x))                                        # (n, C)
+        return self.down(x, self.attention(u, memory.cells, keys, values))       # (n, d)
+
+
+class NarrowInsertions(Insertions):
+    """Narrow SELA: all insertions share keys and values, which are most of the cost of SELA.
+
+    6,297,600 parameters, under the name "shared". Two insertions have 16,268,800 in all at d = 896
+    and cost 5.1 GMAC a tile, where two of SELA have 105 M and cost 31.5. With one linear before the
+    attention instead of two, it would be 14.2 M and 4.8 GMAC.
+    """
+
+    def __init__(self, layers, sizes, window=2, join="residual", head_width=64):
+        super().__init__(Narrow, layers, sizes, window, join, head_width)
+        if layers:
+            self["shared"] = WindowKeys(sizes, window, head_width)
+
+    def read(self, memory):
+        """A Memory -> the same with keys and values, each (w, A, r*r, D), as its features."""
+        if not self:
+            return memory
+        return memory._replace(features=self["shared"](memory.features, memory.saliency))
+
+
+# ------------------------------------------- what the second version of the paper is compared with
+
+class DeepStack(nn.Module):
+    """DeepStack: add features that pooling left out, through the model's own projector.
+
+    Each token stands for k*k features of the deepest level. Group i of a tile are the features at
+    place i of each token's own, row by row. It has the layout of the tokens, and the MLP of the
+    projector takes it to their width. No parameters, and no zero start: what is added is there from
+    the first step on.
+
+    MengLcool/DeepStack-VL llava/model/deepstack_arch.py, llava/model/language_model/
+    custom_llama.py. There, groups are of a larger picture's features, and newlines are added to,
+    too. At p = g there is one group, the tokens themselves.
+    """
+
+    def __init__(self, sizes, number):
+        super().__init__()
+        self.blocks = Blocks(sizes)
+        self.side, self.number = sizes.side, number
+
+    def forward(self, x, memory):
+        blocks = self.blocks(memory.features[-1])                        # (t, p*p, k*k, C)
+        group = blocks[:, :, self.number % blocks.shape[2]]              # (t, p*p, C)
+        tokens = memory.projector.project(group).flatten(0, 1)           # (t*p*p, d)
+        return x + tokens[flat_index(memory.cells, self.side)]           # (n, d)
+
+
+class DeepStackInsertions(Insertions):
+    """The first insertion adds group 0, the next group 1; after the last group, 0 comes again.
+
+    `window` is ignored. Raises ValueError for join "replace", where p does not divide g, and where
+    the projector is more than an MLP on each feature: it needs a method project(features (t, n, C))
+    -> (t, n, d), as AAP and MLP have.
+    """
+
+    def __init__(self, layers, sizes, window=None, join="residual"):
+        super().__init__(None, ())
+        only_adds("deepstack", join)
+        for number, layer in enumerate(sorted(layers)):
+            self[str(layer)] = DeepStack(sizes, number)
+
+    def read(self, memory):
+        if self and not hasattr(memory.projector, "project"):
+            raise ValueError(f"deepstack needs a projector that is an MLP on each feature, and "
+                             f"{type(memory.projector).__name__} is none: use aap or mlp")
+        return memory
+
+
+class SVA(nn.Module):
+    """Cambrian's spatial vision aggregator: a token looks at its own k*k features in each level.
+
+    cambrian-mllm/cambrian cambrian/model/vision_sampler.py, cambrian_arch.py. The query is the
+    token beside a mean over its tile. Each level has its own keys and values. Heads of width 64
+    (16 there), norms before q, k, v, no biases, and a learned vector for each place, N(0, 1) at
+    first, added to the features. `window` is ignored.
+
+    Cambrian's levels are encoders, each behind an MLP and a norm, and the mean is of the first.
+    We take: a LayerNorm for each level in place of MLP and norm, and the mean of the deepest level,
+    which the projector reads. Its last linear has no bias and starts at random; ours is a Join of
+    zeros, so that training starts from the plain model.
+
+    13,405,056 and 14,716,416 parameters; 13,398,016 and 14,708,736 without level norms and bias, as
+    in Cambrian's code. Raises ValueError for join "replace", where p does not divide g, or heads do
+    not divide C.
+    """
+
+    def __init__(self, sizes, window=None, join="residual", head_width=64):
+        super().__init__()
+        only_adds("sva", join)
+        d, C, L, p, _ = sizes
+        self.side, self.heads = p, heads_of(C, head_width)
+        self.blocks = Blocks(sizes)
+        self.level_norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(L))
+        self.proj_context = nn.Linear(C, C, bias=False)
+        self.proj_in = nn.Linear(d + C, C, bias=False)
+        self.positions = nn.Parameter(torch.randn(L, self.blocks.k**2, C))
+        self.q_proj = normed_linear(C)
+        self.k_proj = nn.ModuleList(normed_linear(C) for _ in range(L))
+        self.v_proj = nn.ModuleList(normed_linear(C) for _ in range(L))
+        self.o_proj = nn.Linear(C, C, bias=False)
+        self.norm = nn.LayerNorm(C)
+        self.hidden = nn.Linear(C, C, bias=False)
+        self.down = Join(C, d)
+
+    def forward(self, x, memory):
+        index = flat_index(memory.cells, self.side)                      # (n,)
+        levels = [norm(level) for norm, level in zip(self.level_norms, memory.features)]
+        context = self.proj_context(levels[-1].mean(1))                  # (t, C)
+        context = context[memory.cells[:, 0]]                            # (n, C)
+        h = self.proj_in(torch.cat([x, context], -1))                    # (n, C)
+        keys, values = [], []
+        for i, level in enumerate(levels):
+            own = self.blocks(level).flatten(0, 1)[index]                # (n, k*k, C)
+            own = own + self.positions[i].to(own.dtype)
+            keys.append(self.k_proj[i](own))
+            values.append(self.v_proj[i](own))
+        q = self.split(self.q_proj(h).unsqueeze(1))                      # (n, A, 1, D)
+        keys = self.split(torch.cat(keys, 1))                            # (n, A, L*k*k, D)
+        values = self.split(torch.cat(values, 1))                        # (n, A, L*k*k, D)
+        o = F.scaled_dot_product_attention(q, keys, values)              # (n, A, 1, D)
+        h = self.norm(h + self.o_proj(o.flatten(1)))                     # (n, C)
+        return self.down(x, F.gelu(self.hidden(h)))                      # (n, d)
+
+    def split(self, x):
+        """(n, places, C) -> (n, A, places, D)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def normed_linear(width):
+    """LayerNorm, then a square linear without bias: (..., width) -> (..., width)."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
+
+
+# ------------------------------------------------------------ the second version of the paper
+
+class GuidedMemory(NamedTuple):
+    """What Bidirectional reads: of a Memory, and of each sample's question."""
+    features: list              # L x (t, N, C)
+    cells: torch.Tensor         # (n, 3)
+    places: torch.Tensor        # (n,)
+    questions: torch.Tensor     # (samples, d) mean of what the first decoder layer reads of it
+    counts: list                # vision tokens of each sample
+
+
+class SampleAttention(nn.Module):
+    """All vision tokens of a sample look at each other, in both directions, and at its guide.
+
+    Raises ValueError where heads do not divide C.
+    """
+
+    def __init__(self, width, head_width=64):
+        super().__init__()
+        self.heads = heads_of(width, head_width)
+        square = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = square
+
+    def forward(self, h, guides, counts):
+        """Tokens h (n, C), sample by sample, as many as counts say; guides (samples, C) -> (n, C).
+
+        Each sample by itself, so that none sees another. A text has no tokens here.
+        """
+        samples = zip(h.split(counts), guides.split(1))
+        found = [self.attend(tokens, guide) for tokens, guide in samples if len(tokens)]
+        return self.o_proj(torch.cat(found))                             # (n, C)
+
+    def attend(self, tokens, guide):
+        """The tokens (count, C) of one sample and its guide (1, C) -> (count, C)."""
+        seen = torch.cat([tokens, guide])                                # (count+1, C)
+        q = self.split(self.q_proj(tokens))                              # (1, A, count, D)
+        keys = self.split(self.k_proj(seen))                             # (1, A, count+1, D)
+        values = self.split(self.v_proj(seen))                           # (1, A, count+1, D)
+        o = F.scaled_dot_product_attention(q, keys, values)              # (1, A, count, D)
+        return o.squeeze(0).transpose(0, 1).flatten(1)                   # (count, C)
+
+    def split(self, x):
+        """(count, C) -> (1, A, count, D)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(0, 1).unsqueeze(0)
+
+
+class Bidirectional(nn.Module):
+    """The second version of the paper: look into the own window, then at the picture and question.
+
+    Its abstract names Token-Feature Cross-Attention, local and over several levels, and Token
+    Bidirectional Self-Attention over vision tokens and a text-guided token; saliency is gone. Under
+    the decoder's causal mask vision tokens cannot see the question. This lets them.
+
+    All else is open. Paper silent: we take attention C wide, as in Narrow; LayerNorm before
+    and a residual around both layers, and no FFN; no positions in the second layer, for tokens already
+    differ; the mean embedding of the question through a linear as the text-guided token, which is
+    only looked at; and SELA's zero start. 16,400,128 and 18,367,488 parameters.
+    """
+
+    def __init__(self, sizes, window=2, join="residual", head_width=64):
+        super().__init__()
+        d, C = sizes.width, sizes.level_width
+        self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.up = two_layers(d, C)
+        self.window_keys = WindowKeys(sizes, window, head_width)
+        self.cross_norm = nn.LayerNorm(C)
+        self.cross_attention = WindowAttention(sizes, window, head_width)
+        self.guide = nn.Linear(d, C)
+        self.self_norm = nn.LayerNorm(C)
+        self.self_attention = SampleAttention(C, head_width)
+        self.down = Join(C, d, join)
+
+    def forward(self, x, memory):
+        """x (n, d) and a GuidedMemory -> (n, d)."""
+        h = self.up(self.norm(x))                                        # (n, C)
+        windows = self.window_keys(memory.features)                      # 2 x (w, A, r*r, D)
+        h = h + self.cross_attention(self.cross_norm(h), memory.cells, *windows)
+        guides = self.self_norm(self.guide(memory.questions))            # (samples, C)
+        h = h + self.self_attention(self.self_norm(h), guides, memory.counts)
+        return self.down(x, h)                                           # (n, d)
+
+
+class BidirectionalInsertions(Insertions):
+    """Bidirectional before each layer. Questions are read once, and prompts whole."""
+    reads_question = True
+
+    def read(self, memory):
+        """A Memory -> a GuidedMemory."""
+        if not self:
+            return memory
+        batch = memory.batch
+        ids = by_sample(batch.input_ids, batch)
+        labels = by_sample(batch.labels, batch)
+        embedded = by_sample(memory.embedded, batch)
+        questions = [question_mean(*sample) for sample in zip(ids, labels, embedded)]
+        is_vision = torch.zeros_like(batch.input_ids, dtype=torch.bool).flatten()        # (B*T,)
+        is_vision = is_vision.index_fill(0, memory.places, True).view_as(batch.input_ids)
+        counts = [part.sum() for part in by_sample(is_vision, batch)]
+        return GuidedMemory(memory.features, memory.cells, memory.places, torch.stack(questions),
+                            torch.stack(counts).tolist())
+
+
+def by_sample(tensor, batch):
+    """(B, T) or (B, T, d) of a data.Batch -> [the tokens of a sample, without padding]."""
+    if batch.packed is not None:
+        return tensor[0].split(batch.packed)
+    return [row[:length] for row, length in zip(tensor, batch.lengths.tolist())]
+
+
+def question_mean(ids, labels, embedded):
+    """Ids and labels (T,) of a sample, embedded (T, d) -> the mean of its question (d,), or zeros.
+
+    The question is the text between the first picture and the next trained token. A prompt to
+    answer has no labels: there it is all text after the first picture, of all turns. The last of
+    these tokens, a line break, is left out, for `generate` reads it apart. So training and
+    answering take the mean of the same tokens.
+    """
+    is_image = ids < 0                                                   # (T,) data.IMAGE
+    begun = is_image.cumsum(0) > 0
+    trained = begun & (labels >= 0)                                      # data.IGNORE is below 0
+    told = F.pad(trained[1:], (0, 1))                                    # by the token before
+    asks = begun & ~is_image & (told.cumsum(0) == 0)                     # (T,)
+    total = (embedded * asks.unsqueeze(1)).sum(0)                        # (d,)
+    return total / asks.sum().clamp(min=1)
+
+
+# A new one is a class and a row here; the paper's own stands in model.py.
+INTERACTIONS = {
+    "global": partial(Insertions, Global),
+    "deformable": partial(Insertions, Deformable),
+    "deformable-multi": partial(Insertions, partial(Deformable, every_level=True, heads=16)),
+    "narrow": NarrowInsertions,
+    "deepstack": DeepStackInsertions,
+    "sva": partial(Insertions, SVA),
+    "bidirectional": partial(BidirectionalInsertions, Bidirectional),
+}

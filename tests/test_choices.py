@@ -1,0 +1,117 @@
+"""Flags that choose an architecture: what they set, and what is refused before anything is loaded."""
+import argparse
+import json
+
+import pytest
+
+import train
+from compared.choices import FIELDS, add_choices, check, folder_of, for_training, given, keep, of, typed
+from model import PRESETS, LLaVAVRConfig
+
+
+def parse(*words):
+    parser = argparse.ArgumentParser()
+    add_choices(parser)
+    args = parser.parse_args(words)
+    vars(args).update(preset="0.5b", name="other", resume=False)
+    return args
+
+
+def test_each_flag_sets_the_field_of_its_name(tmp_path):
+    """So config.json, the flags and the docs speak of one thing by one name."""
+    words = ("--projector tokenpacker --side 8 --interaction global --remember 1,4,7 --levels 12,16,22,23 --window 4 "
+             "--saliency softmax --join replace").split()
+    found = given(parse(*words))
+    assert found == {"projector": "tokenpacker", "side": 8, "interaction": "global", "remember": (1, 4, 7),
+                     "levels": (12, 16, 22, 23), "window": 4, "saliency": "softmax", "join": "replace"}
+    assert set(found) == set(FIELDS) <= set(LLaVAVRConfig.__dataclass_fields__)
+    assert [word for name, value in found.items() for word in (f"--{name}", typed(value))] == words
+    assert given(parse()) == {} and given(parse("--remember", "none")) == {"remember": ()}
+
+
+def test_the_uncompressed_projector_brings_its_side():
+    """24 x 24 features are 24 x 24 tokens; nobody should have to know."""
+    assert for_training(parse("--projector", "mlp"), None) == {"projector": "mlp", "side": 24}
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (["--window", "5"], "windows of 5x5 tokens do not tile 12x12"),
+    (["--side", "5"], "windows of 2x2 tokens do not tile 5x5"),
+    (["--side", "5", "--remember", "none", "--projector", "pixelshuffle"], "24x24 features do not divide into 5x5 tokens"),
+    (["--side", "0"], "side 0: give a whole number above 0"),
+    (["--levels", "13,25"], "layer 25 is out of range: hidden layers are 0 to 24"),
+    (["--levels", "23,13"], "the deepest last"),
+    (["--levels", "none"], "name no block"),
+    (["--remember", "24"], "remember 24 is out of range: the decoder has layers 0 to 23"),
+    (["--projector", "mlp", "--side", "12"], "the mlp projector keeps all tokens: set side=24, not 12"),
+    (["--interaction", "deepstack", "--join", "replace"], "replace"),
+    (["--interaction", "sva", "--join", "replace"], "replace")])
+def test_what_does_not_fit_is_one_line_before_anything_loads(words, complaint):
+    """A run of hours must not end at the first forward. No weights are there, so nothing can have been loaded."""
+    with pytest.raises(ValueError, match=complaint) as caught:
+        for_training(parse(*words), None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [["--projector", "qformer"], ["--interaction", "none"], ["--saliency", "max"],
+                                   ["--remember", "1,x"], ["--levels", ""], ["--join", "add"]])
+def test_unknown_words_end_the_command_line(words, capsys):
+    """By argparse, with what there is to choose from."""
+    with pytest.raises(SystemExit):
+        parse(*words)
+    assert words[0] in capsys.readouterr().err
+
+
+def test_another_architecture_needs_a_name():
+    """It would take the place of the preset's own runs."""
+    args = parse("--remember", "none")
+    args.name = None
+    with pytest.raises(ValueError, match="--remember: another architecture than the preset's needs a --name"):
+        for_training(args, None)
+
+
+@pytest.mark.parametrize("name, folder", [(None, "tiny"), ("mlp", "tiny-mlp"), ("a.b_c-1+2", "tiny-a.b_c-1+2")])
+def test_runs_lie_under_preset_and_name(name, folder):
+    """runs/<preset>-<NAME>/phase1 ..."""
+    assert folder_of(argparse.Namespace(preset="tiny", name=name)) == folder
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..\\x", "a b", "..", "."])
+def test_a_name_stays_inside_its_folder(name):
+    """It becomes a part of a path."""
+    if name in ("..", "."):
+        assert folder_of(argparse.Namespace(preset="tiny", name=name)) == f"tiny-{name}"        # tiny-.. is an ordinary name
+        return
+    with pytest.raises(ValueError, match="letters, digits"):
+        folder_of(argparse.Namespace(preset="tiny", name=name))
+
+
+def test_a_resumed_run_goes_on_with_what_it_began_with(tmp_path):
+    """choices.json lies beside the log; a flag may repeat it, and may not differ."""
+    config = LLaVAVRConfig(PRESETS["0.5b"].config.vision, PRESETS["0.5b"].config.text, window=4, remember=(2,))
+    keep(tmp_path / "choices.json", config)
+    args = parse("--window", "4")
+    args.resume = True
+    choices = for_training(args, tmp_path / "choices.json")
+    assert LLaVAVRConfig(config.vision, config.text, **choices) == config
+    args.remember = (1, 4)
+    with pytest.raises(ValueError, match="--remember 1,4: the run in .* was begun with --remember 2"):
+        for_training(args, tmp_path / "choices.json")
+
+
+def test_a_later_phase_is_told_of_another_choice(tmp_path):
+    """Its architecture is that of the phase before; a flag that differs would be silently ignored otherwise."""
+    (tmp_path / "config.json").write_text(json.dumps(of(PRESETS["0.5b"].config)))
+    check(parse("--projector", "aap", "--remember", "1,4"), tmp_path)
+    with pytest.raises(ValueError, match="--remember none: .* has --remember 1,4; leave it out, or train under another"):
+        check(parse("--remember", "none"), tmp_path)
+
+
+def test_train_refuses_a_bad_choice_before_it_looks_for_weights(monkeypatch, tmp_path):
+    """The whole command line, in a folder without anything."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="windows of 7x7"):
+        train.main(["--preset", "0.5b", "--window", "7", "--name", "seven"])
+    with pytest.raises(FileNotFoundError, match="phase 1 --name seven"):
+        train.main(["--preset", "0.5b", "--phase", "2", "--name", "seven"])
+    assert not list(tmp_path.iterdir())
