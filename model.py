@@ -173,6 +173,7 @@ class LLaVAVR(nn.Module):
         self.image_newline = nn.Parameter(torch.randn(d) / d**0.5)
         insertions = INTERACTIONS[config.interaction]
         self.vision_remember = insertions(config.remember, sizes, config.window, config.join)
+        self.vision_remember.check(self.mm_projector)
         self.language_model = text or Qwen2(config.text)
         self.parts = {}             # folders that frozen parts were read from, see save_pretrained
         self.fresh = []             # what from_pretrained did not find

@@ -51,6 +51,9 @@ class Insertions(nn.ModuleDict):
     def __init__(self, kind, layers, *choices):
         super().__init__({str(layer): kind(*choices) for layer in layers})
 
+    def check(self, projector):
+        """ValueError if these insertions cannot work with the model's projector."""
+
     def read(self, memory):
         """Called once for each batch, before all layers: here goes what insertions share."""
         return memory

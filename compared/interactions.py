@@ -247,11 +247,10 @@ class DeepStackInsertions(Insertions):
         for number, layer in enumerate(sorted(layers)):
             self[str(layer)] = DeepStack(sizes, number)
 
-    def read(self, memory):
-        if self and not hasattr(memory.projector, "project"):
+    def check(self, projector):
+        if self and not hasattr(projector, "project"):
             raise ValueError(f"deepstack needs a projector that is an MLP on each feature, and "
-                             f"{type(memory.projector).__name__} is none: use aap or mlp")
-        return memory
+                             f"{type(projector).__name__} is none: use aap or mlp")
 
 
 class SVA(nn.Module):
@@ -372,8 +371,8 @@ class Bidirectional(nn.Module):
     Bidirectional Self-Attention over vision tokens and a text-guided token; saliency is gone. Under
     the decoder's causal mask vision tokens cannot see the question. This lets them.
 
-    All else is open. Paper silent: we take attention C wide, as in Narrow; LayerNorm before
-    and a residual around both layers, and no FFN; no positions in the second layer, for tokens already
+    All else is open. Paper silent: we take attention C wide, as in Narrow; LayerNorm before and a
+    residual around both layers, and no FFN; no positions in the second layer, for tokens already
     differ; the mean embedding of the question through a linear as the text-guided token, which is
     only looked at; and SELA's zero start. 16,400,128 and 18,367,488 parameters.
     """

@@ -31,7 +31,8 @@ def randomise(module, std=0.2, seed=0):
 def wake(model, std=0.2, seed=1):
     """Give Vision Remember's last linear random weights, as if trained; it starts from zero and is then invisible."""
     for remember in model.vision_remember.values():
-        randomise(remember.down, std, seed)
+        if hasattr(remember, "down"):                       # narrow's shared keys and DeepStack have none
+            randomise(remember.down, std, seed)
     return model
 
 
@@ -45,8 +46,9 @@ def tiny_model(std=0.2, **changes):
     joint = {"levels": (1, 2), "side": 4, "remember": (1, 2), **changes}
     model = randomise(LLaVAVR(LLaVAVRConfig(vision, text, **joint)), std)
     for remember in model.vision_remember.values():
-        torch.nn.init.zeros_(remember.down.weight)
-        torch.nn.init.zeros_(remember.down.bias)
+        if hasattr(remember, "down"):
+            torch.nn.init.zeros_(remember.down.weight)
+            torch.nn.init.zeros_(remember.down.bias)
     model.read_tokenizer(TOKENIZER)
     return model
 

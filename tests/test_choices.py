@@ -45,6 +45,7 @@ def test_the_uncompressed_projector_brings_its_side():
     (["--remember", "24"], "remember 24 is out of range: the decoder has layers 0 to 23"),
     (["--projector", "mlp", "--side", "12"], "the mlp projector keeps all tokens: set side=24, not 12"),
     (["--interaction", "deepstack", "--join", "replace"], "replace"),
+    (["--interaction", "deepstack", "--projector", "ldpv2"], "deepstack"),
     (["--interaction", "sva", "--join", "replace"], "replace")])
 def test_what_does_not_fit_is_one_line_before_anything_loads(words, complaint):
     """A run of hours must not end at the first forward. No weights are there, so nothing can have been loaded."""

@@ -279,7 +279,7 @@ def test_bidirectional_is_its_equations_token_by_token():
 @torch.no_grad()
 @pytest.mark.parametrize("name", LEARNED)
 def test_it_starts_as_if_it_were_not_there(name):
-    """Bit for bit: a model gains it without losing what it knew. DeepStack alone has no such start."""
+    """Bit for bit: a model gains it without losing what it knew. Only DeepStack cannot start so."""
     x, memory = memory_of()
     made = build(name, std=None)
     assert torch.equal(remember(made, x, memory), x)
@@ -586,5 +586,5 @@ def test_deepstack_names_the_projector_that_does_not_fit():
     """Most projectors read several features at once, and have no MLP for one."""
     made, (_, memory) = build("deepstack"), memory_of()
     with pytest.raises(ValueError, match="and Linear is none: use aap or mlp") as caught:
-        made.read(memory._replace(projector=nn.Linear(2, 2)))
+        made.check(nn.Linear(2, 2))
     assert "\n" not in str(caught.value)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from compared.projectors import PROJECTORS, DeformableAttention, TokenPacker, token_places
+from compared import projectors
+from compared.projectors import MLP, DeformableAttention, TokenPacker, token_places
 from helpers import batch_of, picture, randomise, sample, tiny_model
 from model import AAP
 from sela import Sizes
@@ -22,6 +23,8 @@ from sela import Sizes
 CASES = sorted((Path(__file__).parent / "cases/projectors").glob("*.safetensors"))
 RENAMED = {"mlp.mlp.": "mlp.", "peg.peg.0.": "peg."}        # reference -> here, both of LDPv2
 DEEPEST = ("pixelshuffle", "ldpv2", "deformable")           # these read one level
+
+PROJECTORS = {name: kind for name, kind in projectors.PROJECTORS.items() if kind is not MLP}      # those that compress
 
 
 def features(sizes, tiles=2, seed=0):
@@ -349,3 +352,12 @@ def test_a_model_trains_with_it(name):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), key
         if "bias" not in key:                   # a bias of keys shifts all scores alike
             assert parameter.grad.any(), key
+
+
+def test_the_uncompressed_mlp_keeps_every_token():
+    """It is the same MLP on each feature of the deepest level, and takes no other side."""
+    sizes = small(8, 8)
+    projector, levels = randomise(MLP(sizes)), features(sizes)
+    assert torch.equal(projector(levels), projector.project(levels[-1]))
+    with pytest.raises(ValueError, match="keeps all tokens: set side=8, not 4"):
+        MLP(small(4, 8))

@@ -14,13 +14,16 @@ import benchmarks.ocr_chart
 import model
 import train
 from benchmarks import TASKS, score
+from compared import interactions, projectors, pruning
+from compared.choices import for_training
 from helpers import ROOT
+from sela import Memory, Sizes
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for place in (".", "docs", "results") for path in sorted((ROOT / place).glob("*.md"))}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)                        # (language, text)
-EQUATIONS = re.findall(r"^\| ([^|]+) \| `(\w+\.py):(\d+)` \| `(.+)` \|$", README, re.M)
+EQUATIONS = re.findall(r"^\| ([^|]+) \| `([\w/]+\.py):(\d+)` \| `(.+)` \|$", README, re.M)
 FILES = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
 SCRIPTS = [path for place in (".", "tools", "tiny") for path in sorted((ROOT / place).glob("*.py"))
            if "__main__" in path.read_text(encoding="utf-8")]
@@ -62,9 +65,9 @@ def test_the_minutes_of_reading_are_honest(name, minutes):
 
 
 def test_every_equation_that_is_built_has_a_row():
-    """A reader looks up an equation of the paper and finds the line; Eq. 1 is an analysis that is not built yet."""
+    """A reader looks up an equation of the paper and finds the line."""
     named = " ".join(name for name, *_ in EQUATIONS)
-    assert all(word in named for word in ("Eq. 2", "Eq. 3", "Sec. 4.2", "Sec. 4.3", "Sec. 4.4", "Sec. 5.1"))
+    assert all(word in named for word in ("Eq. 1", "Eq. 2", "Eq. 3", "Sec. 4.2", "Sec. 4.3", "Sec. 4.4", "Sec. 5.1"))
 
 
 @pytest.mark.parametrize("name, file, number, snippet", EQUATIONS)
@@ -207,12 +210,23 @@ def snippets(page):
 
 
 def test_the_additions_of_the_docs_run_as_they_stand():
-    """docs/extending.md shows a preset, a projector, a benchmark and a recipe; each is executed where it belongs."""
-    preset, projector, task, recipe = snippets("docs/extending.md")
-    here = dict(vars(model))
+    """docs/extending.md shows an addition of each kind; each is executed where it belongs."""
+    preset, projector, interaction, rule, task, recipe = snippets("docs/extending.md")
+    sizes = Sizes(width=6, level_width=8, levels=2, side=2, feature_side=4)
+    levels = list(model.torch.randn(2, 3, 16, 8))
+    here = {**vars(projectors), "PROJECTORS": {}}
     exec(projector, here)
-    made = here["PROJECTORS"]["max"](8, 6, feature_side=4, side=2)
-    assert made(model.torch.randn(3, 16, 8)).shape == (3, 4, 6)
+    assert here["PROJECTORS"]["max"](sizes)(levels).shape == (3, 4, 6)
+    here = {**vars(interactions), "INTERACTIONS": {}}
+    exec(interaction, here)
+    made = here["INTERACTIONS"]["own"]((1,), sizes, 1, "replace")["1"]
+    cells = model.torch.tensor([[2, 1, 0], [0, 0, 1]])
+    own = model.torch.stack([levels[1][2, [8, 9, 12, 13]].mean(0), levels[1][0, [2, 3, 6, 7]].mean(0)])
+    assert model.torch.allclose(made(None, Memory(levels, None, cells)), own @ made.down.weight.T + made.down.bias, atol=1e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruning, "RULES", dict(pruning.RULES))
+        exec(rule, {**vars(pruning)})
+        assert str(pruning.parse_rule("once:at=5", 24)) == "once:at=5"
     (name, entry), = eval(f"{{{preset}}}", dict(vars(model))).items()
     assert name == "0.5b-plain" and entry.config.remember == ()
     (name, entry), = eval(f"{{{recipe}}}", dict(vars(train))).items()
@@ -226,3 +240,22 @@ def test_the_scorer_of_the_docs_gives_what_it_says():
     """docs/evaluation.md shows one call."""
     call, = [text for text in snippets("docs/evaluation.md") if "score(" in text]
     assert eval(call.split("\n")[1].split("#")[0], {"score": score}) == float(re.search(r"# ([\d.]+):", call)[1])
+
+
+# ------------------------------------------------------------------------------- the paper's rows
+
+CHOICE_FLAGS = ("--projector", "--side", "--interaction", "--remember", "--levels", "--window", "--saliency", "--join")
+ROWS = [(preset, flags) for row in table_rows(PAGES["docs/paper.md"]) for preset, cell in (("0.5b", 2), ("tiny", 3))
+        if len(row) > 3 for flags in re.findall(r"`(--.*?)`", row[cell]) if flags.startswith(CHOICE_FLAGS)]
+
+
+def test_the_rows_of_the_papers_tables_are_there():
+    """Or the test below would pass on nothing."""
+    assert len(ROWS) > 50 and {preset for preset, _ in ROWS} == {"0.5b", "tiny"}
+
+
+@pytest.mark.parametrize("preset, flags", sorted(set(ROWS)))
+def test_each_row_of_the_papers_tables_can_be_typed(preset, flags):
+    """Its flags are known and fit each other at that size."""
+    args = train.arguments(["--preset", preset, "--name", "row", *flags.split()])
+    assert for_training(args, Path("nowhere"))

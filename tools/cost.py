@@ -22,14 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
-from compared.choices import FIELDS, add_choices, given_choices, typed
+from compared.choices import FIELDS, add_choices, given, typed
 from model import INTERACTIONS, PRESETS, PROJECTORS, LLaVAVR
 from storage.log import read
+from tools.shapes import added_parameters, kept_by_a_tile
 from tools.systems import (
-    PARTS, OnMeta, added_parameters, first_live, flops, layer_matrices, resized, seen_by_layers,
-    system_flops, without_formula)
+    PARTS, first_live, flops, layer_matrices, resized, seen_by_layers, system_flops,
+    without_formula)
 from train import RECIPES, recipe_of
 
 A100 = 312e12       # FLOP/s in bf16 with fp32 sums, dense, by NVIDIA's data sheet
@@ -156,7 +156,7 @@ def activations(config, trains, setup):
     attention, three tensors of SwiGLU; and if it trains what its norms' weights multiply (2d), and
     each product's input: d for q, k, v, gate, up, and ff for down. Autocast casts that input anew
     for each product; else those that read the same share it. ViT and SELA alike. Other projectors
-    and interactions: see `kept_on_meta`.
+    and interactions: see tools/shapes.py.
     recompute: the input of every block (decoder layer, Vision Remember, ViT block if it trains),
     and the inside of the largest.
     """
@@ -177,9 +177,9 @@ def activations(config, trains, setup):
     module = levels + grid * (4 * d + w * (d + 7 * E))     # up, q, o, down
     projector, together = grid * w * (C + 2 * d), 0
     if config.projector not in ("aap", "mlp"):
-        projector = setup.tiles * kept_on_meta(config, trains)["projector"]
+        projector = setup.tiles * kept_by_a_tile(config, trains)["projector"]
     if config.interaction != "sela" and config.remember:
-        one_tile = kept_on_meta(config, trains)
+        one_tile = kept_by_a_tile(config, trains)
         together, module = setup.tiles * one_tile["together"], setup.tiles * one_tile["insertion"]
     block = 8 * C + w * ((6 + 2 * casts) * C + 3 * vision.intermediate_size)
     blocks = [(live, setup.tokens * h * d, setup.tokens * layer),    # how many; bytes of an input,
@@ -193,32 +193,6 @@ def activations(config, trains, setup):
         kept = sum(count * inside for count, _, inside in blocks)
     kept += features * w * E + (together if live else 0)
     return kept + (projector if {"mm_projector", "vision_tower"} & set(trains) else 0)
-
-
-def kept_on_meta(config, trains):
-    """Bytes of one tile that autograd keeps of the "projector", of one "insertion" and of what all
-    insertions do "together". Vision tokens look at their own tile only.
-
-    Counted in float32 on the meta device. There attention keeps its scores, which fused kernels do
-    not. So it is more than what bf16 and such kernels keep. What is read, features and weights, is
-    not counted.
-    """
-    meta = OnMeta(config, trains)
-    given = [*meta.projector.parameters(), *meta.remember.parameters(), *meta.features]
-    given = {id(tensor.untyped_storage()) for tensor in given}
-
-    def kept(function, *inputs):
-        held = []
-        with saved_tensors_hooks(lambda t: held.append(t.untyped_storage()) or t, lambda t: t):
-            function(*inputs)
-        storages = {id(storage): storage for storage in held}            # each once
-        return sum(storages[name].nbytes() for name in storages.keys() - given)
-
-    found = {"projector": kept(meta.project)}
-    if config.remember:
-        found["together"] = kept(meta.read)
-        found["insertion"] = kept(meta.insert, config.remember[0], meta.read())
-    return found
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -421,7 +395,7 @@ def arguments(argv=None):
             parser.error(f"--{name} {value}: must be above 0")
     if (args.tiles or args.text) and not args.systems:
         parser.error("--tiles and --text are of the picture of --systems: add it")
-    if args.systems and (args.preset or args.prune or args.log or given_choices(args)):
+    if args.systems and (args.preset or args.prune or args.log or given(args)):
         parser.error("--systems has presets, choices and rules of its own: leave yours out")
     return args
 
@@ -434,7 +408,7 @@ def main(argv=None):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
         peak = gemm_peak(device, dtype)
-    choices = given_choices(args)
+    choices = given(args)
     if args.systems:
         lines = systems_table(args.tiles or 5, args.text or 60)
     elif args.log:

@@ -8,20 +8,16 @@ A FLOP is one addition or one multiplication, so a multiply-add (MAC) is two. Co
 products: linear layers, convolutions, attention. Left out are norms, activations, softmax, RoPE,
 pooling and interpolation. Causal attention counts half of T^2, as far as a kernel can skip it.
 
-A projector or an interaction with a formula is one entry of a dict. One without is counted by
-PyTorch instead, on tensors that have a shape and no numbers: see `without_formula`.
+A projector's or an interaction's formula is one entry of a dict. One without is counted by PyTorch
+instead (tools/shapes.py), forward, and backward as twice forward.
 """
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-import data
 from compared.pruning import parse_rule, refuse_remembering
-from model import INTERACTIONS, PROJECTORS, LLaVAVRConfig
-from sela import Memory
+from model import LLaVAVRConfig
+from tools.shapes import Shapes, counted
 
 PARTS = ("vision_tower", "mm_projector", "image_newline", "vision_remember", "language_model")
 
@@ -33,34 +29,234 @@ def product(macs, *gradients):
 
 
 class Work(NamedTuple):
-    """What stands between ViT and decoder in one forward, and where gradients are needed."""
+    """What stands between ViT and decoder in one forward, and what of it needs a gradient."""
     config: LLaVAVRConfig
     tiles: int                      # t
     counts: list                    # vision tokens of each sample, without newlines
     trains: tuple = ()              # of PARTS
-    layer: int = 0                  # the decoder layer that an insertion stands before
+    first: int = 0                  # the decoder layer through which a gradient must pass
+    layer: int = 0                  # before which an insertion stands
 
-    @property
-    def n(self):
-        return sum(self.counts)
+    def for_projector(self):
+        """-> whether features and weights need a gradient."""
+        return "vision_tower" in self.trains, "mm_projector" in self.trains
 
-    @property
-    def vit(self):
-        return "vision_tower" in self.trains
+    def for_insertion(self):
+        """-> whether tokens, features and weights need one, behind the norms, which train too."""
+        weights = "vision_remember" in self.trains
+        return self.layer >= self.first, weights or "vision_tower" in self.trains, weights
 
-    @property
-    def projector(self):
-        return "mm_projector" in self.trains
 
-    @property
-    def remember(self):
-        return "vision_remember" in self.trains
+def linears(rows, widths, x, weights):
+    """FLOPs of linear layers one after another, of these widths, on so many rows.
 
-    @property
-    def x(self):
-        """Whether the tokens need a gradient that an insertion reads, behind its norm."""
-        return self.layer >= first_live(self.config, self.trains, self.tiles)
+    x: the first one's input needs a gradient. weights: theirs do.
+    """
+    total = 0
+    for width, out in zip(widths, widths[1:]):
+        total += product(rows * width * out, x, weights)
+        x = x or weights
+    return total
 
+
+# ------------------------------------------------------------------------------------ projectors
+# Each takes a Work and returns the FLOPs of all its tiles. Behind a norm that trains, a product's
+# input needs a gradient.
+
+def pooled_mlp(work):
+    """AAP and MLP of model.py. Without compression p = g."""
+    d, C, _, p, _ = work.config.sizes
+    return linears(work.tiles * p**2, (C, d, d), *work.for_projector())
+
+
+def pixelshuffle(work):
+    """k*k features side by side, norm, MLP."""
+    d, C, _, p, g = work.config.sizes
+    features, weights = work.for_projector()
+    return linears(work.tiles * p**2, ((g // p)**2 * C, d, d), features or weights, weights)
+
+
+def ldpv2(work):
+    """The MLP on all features, then a 3x3 convolution of each channel by itself."""
+    d, C, _, p, g = work.config.sizes
+    features, weights = work.for_projector()
+    mlp = linears(work.tiles * g**2, (C, d, d), features, weights)
+    return mlp + product(work.tiles * p**2 * 9 * d, features or weights, weights)
+
+
+def tokenpacker(work):
+    """Linears of queries, keys and values, those of nn.MultiheadAttention after them, and the MLP.
+    Each of t*p*p queries looks at k*k features, which are t*N pairs in all."""
+    d, C, L, p, g = work.config.sizes
+    tokens, N = work.tiles * p**2, work.tiles * g**2
+    features, weights = work.for_projector()
+    x, inner = features or weights, C
+    total = linears(tokens, (C, inner), features, weights)
+    total += 2 * linears(N, (L * C, inner, inner), features, weights)
+    total += linears(tokens, (inner, inner), x, weights)                 # q
+    total += 2 * linears(N, (inner, inner), x, weights)                  # k, v
+    total += 2 * product(N * inner, x, x)                                # scores and values
+    return total + linears(tokens, (inner, inner, d, d), x, weights)     # out, MLP
+
+
+def deformable_attention(work, every_level, heads, gradients):
+    """The linears of DeformableAttention, with 4 points. Sampling is interpolation. gradients:
+    whether queries, features and weights need one."""
+    _, C, L, p, g = work.config.sizes
+    x, features, weights = gradients
+    levels, tokens = L if every_level else 1, work.tiles * p**2
+    samples = heads * levels * 4
+    total = linears(tokens, (C, 3 * samples), x, weights)                # two offsets, a weight
+    total += linears(work.tiles * g**2 * levels, (C, C), features, weights)
+    return total + linears(tokens, (C, C), x or features, weights)
+
+
+def deformable(work, every_level=False, heads=8):
+    """Norms, deformable attention of one level or all, MLP."""
+    d, C, _, p, _ = work.config.sizes
+    features, weights = work.for_projector()
+    x = features or weights
+    attention = deformable_attention(work, every_level, heads, (x, x, weights))
+    return attention + linears(work.tiles * p**2, (C, d, d), x, weights)
+
+
+PROJECTOR_FLOPS = {
+    "aap": pooled_mlp,
+    "mlp": pooled_mlp,
+    "pixelshuffle": pixelshuffle,
+    "ldpv2": ldpv2,
+    "tokenpacker": tokenpacker,
+    "deformable": deformable,
+    "deformable-multi": partial(deformable, every_level=True, heads=16),
+}
+
+
+# ---------------------------------------------------------------------------------- interactions
+# Each takes a Work and returns the FLOPs of one insertion. What all insertions read together is
+# counted with the first.
+
+def sela(work, everywhere=False):
+    """sela.py. everywhere: each tile is one window."""
+    d, C, L, _, g = work.config.sizes
+    E, n = L * C, sum(work.counts)
+    x, features, weights = work.for_insertion()
+    total = linears(n, (d, E, E, E), x, weights)                         # up, q
+    total += 2 * linears(work.tiles * g**2, (E, E), features, weights)   # k, v
+    total += window_attention(work, E, everywhere)
+    return total + linears(n, (E, E, d), x, weights)                     # o, down
+
+
+def window_attention(work, width, everywhere=False):
+    """Scores and values of tokens that look at their window. Un-padded ones ask as well."""
+    _, _, _, p, g = work.config.sizes
+    keys = g**2 if everywhere else (work.config.window * g // p)**2
+    x, features, _ = work.for_insertion()
+    return 2 * product(work.tiles * p**2 * keys * width, x, features)
+
+
+def deformable_remember(work, every_level=False, heads=8):
+    """Up to the width of a level, deformable attention, down."""
+    d, C, _, _, _ = work.config.sizes
+    x, _, weights = work.for_insertion()
+    n = sum(work.counts)
+    total = linears(n, (d, C, C), x, weights)
+    total += deformable_attention(work, every_level, heads, work.for_insertion())
+    return total + linears(n, (C, d), x, weights)
+
+
+def narrow_keys(work):
+    """Keys and values of all features, from E to C."""
+    _, C, L, _, g = work.config.sizes
+    _, features, weights = work.for_insertion()
+    return 2 * linears(work.tiles * g**2, (L * C, C), features, weights)
+
+
+def narrow(work):
+    """SELA with attention C wide. The keys and values are shared by all insertions."""
+    d, C, _, _, _ = work.config.sizes
+    x, _, weights = work.for_insertion()
+    n = sum(work.counts)
+    total = narrow_keys(work) if work.layer == min(work.config.remember) else 0
+    total += linears(n, (d, C, C, C), x, weights) + window_attention(work, C)      # up, q
+    return total + linears(n, (C, C, d), x, weights)                     # o, down
+
+
+def bidirectional(work):
+    """As narrow with keys and values of its own, then attention within each sample."""
+    d, C, _, _, _ = work.config.sizes
+    x, _, weights = work.for_insertion()
+    n, seen = sum(work.counts), sum(count + 1 for count in work.counts if count)
+    pairs = sum(count * (count + 1) for count in work.counts)
+    total = narrow_keys(work) + window_attention(work, C)
+    total += linears(n, (d, C, C, C, C), x, weights)                     # up, q, o
+    embedded = set(work.trains) - {"vision_remember"}
+    total += linears(len(work.counts), (d, C), embedded, weights)        # guides
+    total += linears(n, (C, C), x, weights)                              # q
+    total += 2 * linears(seen, (C, C), x, weights)                       # k, v
+    total += 2 * product(pairs * C, x, x)                                # scores and values
+    return total + linears(n, (C, C, d), x, weights)                     # o, down
+
+
+def deepstack(work):
+    """The MLP of the projector, on as many features as there are tokens."""
+    if work.config.projector not in ("aap", "mlp"):
+        return counted_insertion(work)          # or it says what is wrong
+    return pooled_mlp(work)
+
+
+def sva(work):
+    """A mean of each tile, tokens beside it, k*k features of each level for each token, an MLP."""
+    d, C, L, p, g = work.config.sizes
+    x, features, weights = work.for_insertion()
+    n = sum(work.counts)
+    keys = n * L * (g // p)**2
+    total = linears(work.tiles, (C, C), features, weights)               # the mean
+    total += linears(n, (d + C, C, C), x, weights)                       # in, q
+    total += 2 * linears(keys, (C, C), features, weights)                # k, v
+    total += 2 * product(keys * C, x, features)                          # scores and values
+    return total + linears(n, (C, C, C, d), x, weights)                  # o, hidden, down
+
+
+INTERACTION_FLOPS = {
+    "sela": sela,
+    "global": partial(sela, everywhere=True),
+    "deformable": deformable_remember,
+    "deformable-multi": partial(deformable_remember, every_level=True, heads=16),
+    "narrow": narrow,
+    "bidirectional": bidirectional,
+    "deepstack": deepstack,
+    "sva": sva,
+}
+READ_SALIENCY = ("sela", "global", "narrow")
+
+
+# ----------------------------------------------------------------------- systems without a formula
+
+def without_formula(config):
+    """-> which of "projector", "interaction" is counted by PyTorch, for lack of a formula here."""
+    missing = [] if config.projector in PROJECTOR_FLOPS else ["projector"]
+    if config.remember and config.interaction not in INTERACTION_FLOPS:
+        missing.append("interaction")
+    return missing
+
+
+def counted_projector(work):
+    """FLOPs of a projector without a formula; backward as twice forward."""
+    _, total = counted(Shapes(work.config, tiles=work.tiles).project)
+    return (3 if any(work.for_projector()) else 1) * total
+
+
+def counted_insertion(work):
+    """FLOPs of one insertion without a formula; backward as twice forward. No tile is un-padded."""
+    shapes = Shapes(work.config, tiles=work.tiles)
+    memory, together = counted(shapes.read)
+    _, total = counted(shapes.insert, work.layer, memory)
+    if work.layer == min(work.config.remember):
+        total += together
+    return (3 if work.layer >= work.first else 1) * total
+
+
+# ------------------------------------------------------------------------------- the whole model
 
 def first_live(config, trains, tiles):
     """The first decoder layer through which a gradient must pass, since something below it trains.
@@ -77,263 +273,6 @@ def first_live(config, trains, tiles):
         return min(config.remember, default=layers)
     return layers
 
-
-def linears(rows, widths, x, weights):
-    """FLOPs of linear layers one after another, of these widths, on so many rows.
-
-    x: the first one's input needs a gradient. weights: theirs do.
-    """
-    total = 0
-    for width, out in zip(widths, widths[1:]):
-        total += product(rows * width * out, x, weights)
-        x = x or weights
-    return total
-
-
-# ------------------------------------------------------------------------------------ projectors
-# Each takes a Work and returns the FLOPs of all its tiles. A norm that trains before a product
-# makes the product's input need a gradient.
-
-def pooled_mlp(work):
-    """AAP and MLP of model.py. Without compression p = g."""
-    d, C, _, p, _ = work.config.sizes
-    return linears(work.tiles * p**2, (C, d, d), work.vit, work.projector)
-
-
-def pixelshuffle(work):
-    """k*k features side by side, norm, MLP."""
-    d, C, _, p, g = work.config.sizes
-    wide = (g // p)**2 * C
-    x = work.vit or work.projector
-    return linears(work.tiles * p**2, (wide, d, d), x, work.projector)
-
-
-def ldpv2(work):
-    """The MLP on all features, then a 3x3 convolution of each channel by itself."""
-    d, C, _, p, g = work.config.sizes
-    mlp = linears(work.tiles * g**2, (C, d, d), work.vit, work.projector)
-    peg = product(work.tiles * p**2 * 9 * d, work.vit or work.projector, work.projector)
-    return mlp + peg
-
-
-def tokenpacker(work):
-    """Linears of queries, keys and values, those of nn.MultiheadAttention after them, and the MLP.
-    Each of t*p*p queries looks at k*k features, which are t*N pairs in all."""
-    d, C, L, p, g = work.config.sizes
-    queries, features = work.tiles * p**2, work.tiles * g**2
-    live, inner = work.vit or work.projector, C
-    total = linears(queries, (C, inner), work.vit, work.projector)
-    total += 2 * linears(features, (L * C, inner, inner), work.vit, work.projector)
-    total += linears(queries, (inner, inner), live, work.projector)                # q
-    total += 2 * linears(features, (inner, inner), live, work.projector)           # k, v
-    total += 2 * product(features * inner, live, live)                             # attention
-    return total + linears(queries, (inner, inner, d, d), live, work.projector)    # out, MLP
-
-
-def deformable_attention(queries, features, width, pattern, gradients):
-    """FLOPs of compared.projectors.DeformableAttention: its linears. Sampling is interpolation.
-
-    features: rows of values, over all levels. pattern: heads, levels, points. gradients: whether
-    queries, features and weights need one.
-    """
-    heads, levels, points = pattern
-    query, feature, weights = gradients
-    samples = heads * levels * points
-    total = linears(queries, (width, 2 * samples), query, weights)
-    total += linears(queries, (width, samples), query, weights)
-    total += linears(features, (width, width), feature, weights)
-    return total + linears(queries, (width, width), query or feature or weights, weights)
-
-
-def deformable(work, every_level=False, heads=8):
-    """Deformable attention of the block's mean over one level or all, then the MLP."""
-    d, C, L, p, g = work.config.sizes
-    levels = L if every_level else 1
-    queries, live = work.tiles * p**2, work.vit or work.projector
-    attention = deformable_attention(queries, work.tiles * g**2 * levels, C, (heads, levels, 4),
-                                     (live, live, work.projector))
-    return attention + linears(queries, (C, d, d), live, work.projector)
-
-
-PROJECTOR_FLOPS = {
-    "aap": pooled_mlp,
-    "mlp": pooled_mlp,
-    "pixelshuffle": pixelshuffle,
-    "ldpv2": ldpv2,
-    "tokenpacker": tokenpacker,
-    "deformable": deformable,
-    "deformable-multi": lambda work: deformable(work, every_level=True, heads=16),
-}
-
-
-# ---------------------------------------------------------------------------------- interactions
-# Each takes a Work and returns the FLOPs of one insertion. What all insertions read together is
-# counted with the first. Features need a gradient where the norms of the levels train.
-
-def sela(work, everywhere=False):
-    """sela.py. Every window asks, un-padded ones too; everywhere: a tile is one window."""
-    d, C, L, _, g = work.config.sizes
-    E, features = L * C, work.remember or work.vit
-    total = linears(work.n, (d, E, E, E), work.x, work.remember)                   # up, q
-    total += 2 * linears(work.tiles * g**2, (E, E), features, work.remember)       # k, v
-    total += window_attention(work, E, everywhere)
-    return total + linears(work.n, (E, E, d), work.x, work.remember)               # o, down
-
-
-def window_attention(work, width, everywhere=False):
-    """FLOPs of the scores and the values of t*p*p tokens that look at their windows."""
-    _, _, _, p, g = work.config.sizes
-    keys = g**2 if everywhere else (work.config.window * g // p)**2
-    pairs = work.tiles * p**2 * keys
-    return 2 * product(pairs * width, work.x, work.remember or work.vit)
-
-
-def deformable_remember(work, every_level=False, heads=8):
-    """Up to the width of a level, deformable attention, down."""
-    d, C, L, p, g = work.config.sizes
-    levels = L if every_level else 1
-    features = work.remember or work.vit
-    total = linears(work.n, (d, C, C), work.x, work.remember)
-    total += deformable_attention(work.tiles * p**2, work.tiles * g**2 * levels, C,
-                                  (heads, levels, 4), (work.x, features, work.remember))
-    return total + linears(work.n, (C, d), work.x, work.remember)
-
-
-def narrow_keys(work):
-    """Keys and values of all features, from E to C."""
-    _, C, L, _, g = work.config.sizes
-    rows, features = work.tiles * g**2, work.remember or work.vit
-    return 2 * linears(rows, (L * C, C), features, work.remember)
-
-
-def narrow(work):
-    """SELA with attention C wide. The keys and values are shared by all insertions."""
-    d, C, _, _, _ = work.config.sizes
-    total = narrow_keys(work) if work.layer == min(work.config.remember) else 0
-    total += linears(work.n, (d, C, C, C), work.x, work.remember)                  # up, q
-    total += window_attention(work, C)
-    return total + linears(work.n, (C, C, d), work.x, work.remember)               # o, down
-
-
-def bidirectional(work):
-    """As narrow with keys and values of its own, then attention within each sample."""
-    d, C, _, _, _ = work.config.sizes
-    x, trains, n = work.x, work.remember, work.n
-    questions, seen = len(work.counts), sum(count + 1 for count in work.counts if count)
-    embeddings = first_live(work.config, work.trains, work.tiles) == 0   # need a gradient
-    total = narrow_keys(work) + window_attention(work, C)
-    total += linears(n, (d, C, C, C, C), x, trains)                      # up, q, o
-    total += linears(questions, (d, C), embeddings, trains)              # the guides
-    total += linears(n, (C, C), x, trains)                               # q
-    total += 2 * linears(seen, (C, C), x, trains)                        # k, v
-    pairs = sum(count * (count + 1) for count in work.counts)
-    total += 2 * product(pairs * C, x, x)
-    return total + linears(n, (C, C, d), x, trains)                      # o, down
-
-
-def deepstack(work):
-    """The projector's MLP on as many features as there are tokens."""
-    if work.config.projector not in ("aap", "mlp"):
-        return counted_insertion(work)
-    return pooled_mlp(work)
-
-
-def sva(work):
-    """A mean of each tile, tokens beside it, k*k features of each level for each token, an MLP."""
-    d, C, L, p, g = work.config.sizes
-    keys = work.n * L * (g // p)**2
-    features, x, trains = work.remember or work.vit, work.x, work.remember
-    total = linears(work.tiles, (C, C), features, trains)                # the mean
-    total += linears(work.n, (d + C, C, C), x, trains)                   # in, q
-    total += 2 * linears(keys, (C, C), features, trains)                 # k, v
-    total += 2 * product(keys * C, x, features)                          # attention
-    return total + linears(work.n, (C, C, C, d), x, trains)              # o, hidden, down
-
-
-INTERACTION_FLOPS = {
-    "sela": sela,
-    "global": lambda work: sela(work, everywhere=True),
-    "deformable": deformable_remember,
-    "deformable-multi": lambda work: deformable_remember(work, every_level=True, heads=16),
-    "narrow": narrow,
-    "bidirectional": bidirectional,
-    "deepstack": deepstack,
-    "sva": sva,
-}
-
-
-# ----------------------------------------------------------------------- systems without a formula
-
-def without_formula(config):
-    """-> which of "projector", "interaction" is counted by PyTorch, for lack of a formula here."""
-    missing = [] if config.projector in PROJECTOR_FLOPS else ["projector"]
-    if config.remember and config.interaction not in INTERACTION_FLOPS:
-        missing.append("interaction")
-    return missing
-
-
-class OnMeta:
-    """Projector and Vision Remember on PyTorch's meta device: shapes without numbers."""
-
-    def __init__(self, config, trains=(), tiles=1):
-        _, C, L, p, g = config.sizes
-        n, d = tiles * p**2, config.text.hidden_size
-        insertions = INTERACTIONS[config.interaction]
-        with torch.device("meta"):
-            self.projector = PROJECTORS[config.projector](config.sizes)
-            self.remember = insertions(config.remember, config.sizes, config.window, config.join)
-            self.features = list(torch.empty(L, tiles, g**2, C).unbind())
-            self.x = torch.empty(n, d, requires_grad=bool(trains))
-            saliency, cells = torch.empty(tiles, g**2), torch.empty(n, 3, dtype=torch.long)
-        self.projector.requires_grad_("mm_projector" in trains)
-        self.remember.requires_grad_("vision_remember" in trains)
-        # One sample: a token of text, all tiles, two tokens of a question. These have numbers, for
-        # which tokens are a question depends on them.
-        ids = torch.tensor([[0] + [data.IMAGE] * n + [0, 0]])            # (1, T)
-        batch = data.Batch(ids, torch.full_like(ids, data.IGNORE), torch.tensor([n + 3]), None,
-                           [], [])
-        self.memory = Memory(self.features, saliency, cells, torch.arange(1, n + 1), batch,
-                             torch.zeros(1, n + 3, d), self.projector)
-
-    def project(self):
-        """The projector, on all tiles."""
-        return self.projector(self.features)
-
-    def read(self):
-        """What the insertions do together -> what each of them reads."""
-        memory = self.remember.read(self.memory)
-        tensors = {name: value.to("meta") for name, value in memory._asdict().items()
-                   if torch.is_tensor(value)}
-        return memory._replace(**tensors)
-
-    def insert(self, layer, memory):
-        """One insertion, on the vision tokens of all tiles."""
-        return self.remember[str(layer)](self.x, memory)
-
-
-def counted(function, *inputs):
-    """FLOPs of function(*inputs), as PyTorch counts them."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        function(*inputs)
-    return counter.get_total_flops()
-
-
-def counted_projector(work):
-    """FLOPs of a projector without a formula; backward as twice forward."""
-    times = 3 if work.vit or work.projector else 1
-    return times * counted(OnMeta(work.config, tiles=work.tiles).project)
-
-
-def counted_insertion(work):
-    """FLOPs of one insertion without a formula; backward as twice forward. No tile is un-padded."""
-    meta = OnMeta(work.config, tiles=work.tiles)
-    total = counted(meta.insert, work.layer, meta.read())
-    if work.layer == min(work.config.remember):
-        total += counted(meta.read)
-    return (3 if work.x else 1) * total
-
-
-# ------------------------------------------------------------------------------- the whole model
 
 def flops(config, lengths, tiles, trained_tokens, trains, vision_tokens=None):
     """FLOPs of one forward and backward of a micro-batch.
@@ -352,7 +291,7 @@ def flops(config, lengths, tiles, trained_tokens, trains, vision_tokens=None):
         vision_tokens = [tiles * config.side**2 / len(lengths)] * len(lengths)
     total = tiles * vit_flops(config, vit)
     if tiles:
-        work = Work(config, tiles, vision_tokens, trains)
+        work = Work(config, tiles, vision_tokens, trains, first)
         total += projector_flops(work) + remember_flops(work)
     for live, count in ((False, first), (True, layers - first)):
         total += count * sum(layer_flops(text, T, live, llm) for T in lengths)
@@ -372,13 +311,14 @@ def remember_flops(work):
 
 def vit_flops(config, trains):
     """FLOPs of one tile through the ViT: forward, and backward if it trains."""
-    vision, N = config.vision, config.feature_side ** 2
+    vision, N = config.vision, config.feature_side**2
     C, tokens = vision.hidden_size, N + 1                         # CLS
     linear = tokens * (4 * C * C + 2 * C * vision.intermediate_size)
     attention = 2 * tokens * tokens * C                           # it looks both ways
-    scores = tokens * C                                           # of CLS, for Eq. 3
-    patches = product(N * 3 * vision.patch_size ** 2 * C, False, trains)       # pixels need none
-    return patches + product(max(config.levels) * (linear + attention) + scores, trains, trains)
+    patches = product(N * 3 * vision.patch_size**2 * C, False, trains)       # pixels need none
+    used = trains and config.remember and config.interaction in READ_SALIENCY
+    scores = product(tokens * C, used, used)                      # of CLS, for Eq. 3
+    return patches + max(config.levels) * product(linear + attention, trains, trains) + scores
 
 
 def layer_matrices(text):
@@ -412,8 +352,8 @@ def seen_by_layers(config, n, rule):
 def pruned_decoder_flops(config, n, words, rule):
     """FLOPs of the decoder reading n image tokens and other `words`, which drops by a rule. A layer
     that ranks computes one row of its scores a second time: keys of all tokens, one query."""
-    text = config.text
-    d, kv, layers = text.hidden_size, text.num_key_value_heads * text.head_dim, text.num_hidden_layers
+    text, layers = config.text, config.text.num_hidden_layers
+    d, kv = text.hidden_size, text.num_key_value_heads * text.head_dim
     seen = seen_by_layers(config, n, rule)
     total = sum(layer_flops(text, words + image_tokens) for image_tokens in seen)
     for drop in parse_rule(rule, layers).drops(layers):
@@ -424,20 +364,17 @@ def pruned_decoder_flops(config, n, words, rule):
 
 def resized(config, rule):
     """The uncompressed model that `resize` or `resize:side=N` makes of one: tiles with as many
-    features along a side. Another rule changes nothing here. See compared/variants.py."""
+    features along a side. Another rule changes nothing here. See compared/variants.py. ValueError
+    for a model that compresses, and for a side that is none."""
     if not (rule or "").startswith("resize"):
         return config
-    _, _, side = rule.partition(":side=")
-    side = int(side or config.side // 2)
+    side = config.side // 2 if rule == "resize" else rule.removeprefix("resize:side=")
+    if config.projector != "mlp" or not str(side).isdigit() or not 1 <= int(side) <= config.side:
+        raise ValueError(f"--prune {rule}: give --projector mlp --remember none, and resize or "
+                         f"resize:side=N with N from 1 to {config.feature_side}")
+    side = int(side)
     vision = replace(config.vision, image_size=side * config.vision.patch_size)
     return replace(config, vision=vision, side=side)
-
-
-def added_parameters(config):
-    """How many parameters projector and Vision Remember have."""
-    meta = OnMeta(config)
-    added = [*meta.projector.parameters(), *meta.remember.parameters()]
-    return sum(parameter.numel() for parameter in added)
 
 
 def system_flops(config, tiles, text, rule=None):
@@ -454,6 +391,6 @@ def system_flops(config, tiles, text, rule=None):
         decoder = pruned_decoder_flops(config, n, text, rule)
     else:
         decoder = flops(config, [n + text], 0, 1, ())
-    work = Work(config, tiles, [n])
+    work = Work(config, tiles, [n], first=config.text.num_hidden_layers)
     return {"vit": tiles * vit_flops(config, False), "projector": projector_flops(work),
             "remember": remember_flops(work), "decoder": decoder}
