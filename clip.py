@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from storage.weights import load_weights, read_config
 
@@ -146,7 +145,6 @@ class CLIPVision(nn.Module):
     def __init__(self, config, layers=(13, 18, 23), saliency="sigmoid"):
         super().__init__()
         self.config, self.layers, self.saliency = config, tuple(layers), saliency
-        self.recompute = False           # True: keep only what enters each block for backward
         last = config.num_hidden_layers
         if saliency not in SALIENCY:
             raise ValueError(f"saliency {saliency!r}: choose one of {', '.join(SALIENCY)}")
@@ -176,11 +174,7 @@ class CLIPVision(nn.Module):
         x = self.pre_layrnorm(self.embeddings(pixels))                   # (t, 1+N, C)
         hidden, deepest = {0: x}, len(self.encoder.layers)
         for layer, block in enumerate(self.encoder.layers, start=1):
-            if self.recompute and torch.is_grad_enabled():
-                x, cls_row = checkpoint(block, x, layer == deepest, use_reentrant=False,
-                                        preserve_rng_state=False)
-            else:
-                x, cls_row = block(x, layer == deepest)                  # (t, 1+N, C), (t, A, 1+N)
+            x, cls_row = block(x, layer == deepest)                      # (t, 1+N, C), (t, A, 1+N)
             if layer in self.layers:
                 hidden[layer] = x
         return hidden, cls_row
@@ -188,11 +182,7 @@ class CLIPVision(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, layers=(13, 18, 23), saliency="sigmoid", dtype=torch.float32):
         """Read a whole CLIP or a vision tower, in `dtype`. Raises as storage/weights.py does."""
-        config = read_config(folder)
-        try:
-            config = CLIPConfig.from_dict(config)
-        except ValueError as error:
-            raise ValueError(f"{folder}/config.json: {error}") from None
+        config = read_config(folder, CLIPConfig.from_dict)
         with torch.device("meta"):       # shapes only: no time spent on numbers soon overwritten
             model = cls(config, layers, saliency).to(dtype)
         model.to_empty(device="cpu")

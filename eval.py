@@ -36,7 +36,6 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
@@ -47,8 +46,8 @@ from benchmarks.answers import (
 from benchmarks.report import (
     beside, entry_of, gallery, page, print_entry, read_results, summary, table, write_results)
 from benchmarks.rows import count_rows, find_all, open_row, picture_files, rows_of
-from compared.choices import add_choices, add_name, folder_of, given
-from compared.variants import described, load_variant, read_variant
+from compared.choices import add_choices, add_name, folder_of
+from compared.variants import described, load_model, read_variant
 from model import PRESETS
 from storage.weights import fingerprint
 from tiny import standins
@@ -58,7 +57,10 @@ GREY = (128, 128, 128)
 
 @dataclass
 class Run:
-    """One run of this program. The command line, then what follows from it."""
+    """One run of this program. The command line, then what follows from it.
+
+    argparse also sets the flags of compared/choices.py on it.
+    """
     task: tuple = ("chartqa",)      # words of the command line; `tasks` is what they mean
     preset: str = "0.5b"
     name: str | None = None
@@ -69,7 +71,7 @@ class Run:
     sample: int | None = None
     seed: int = 0
     batch: int = 8
-    prune: str | None = None        # a rule of compared/variants.py
+    prune: str | None = None        # see compared.variants.read_variant
     out: Path | None = None
     fresh: bool = False
     report: bool = False
@@ -92,7 +94,7 @@ def arguments(argv):
     add("--task", nargs="+", help=f"of: {', '.join([*TASKS, *groups(), 'all'])}")
     add("--preset", choices=PRESETS, help="sets the three defaults below")
     add_name(parser)
-    add("--model", type=Path, help="trained model (default runs/<preset>/phase2)")
+    add("--model", type=Path, help="trained model (default runs/<preset>[-<name>]/phase2)")
     add("--data", type=Path, help="default data/tiny/eval for preset tiny, else data/eval")
     add("--blind", action=argparse.BooleanOptionalAction, help="ask blind, too (tiny: on)")
     add("--limit", type=int, help="only the first N rows")
@@ -120,7 +122,6 @@ def arguments(argv):
     run.draws = drawn and run.data is None
     run.model = run.model or Path("runs") / folder_of(run) / "phase2"
     run.data = run.data or Path("data/tiny/eval" if drawn else "data/eval")
-    run.out = run.out or run.model / folder_name(run.prune or described(given(run)))
     run.blind = drawn if run.blind is None else run.blind
     return run
 
@@ -130,15 +131,6 @@ def folder_name(variant):
     remember=1,4 -> eval-remember1-4, nothing -> eval."""
     words = variant.replace("=", "").replace("/", "_").translate(str.maketrans(":, ", "---"))
     return f"eval-{words}" if words else "eval"
-
-
-def load_model(folder, rule=None, choices=None):
-    """The trained model, on this rank's GPU in bfloat16, or on the CPU in float32."""
-    model = load_variant(folder, rule, choices)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        model = model.to("cuda", torch.bfloat16)
-    return model.eval()
 
 
 def model_mark(folder, variant=""):
@@ -290,6 +282,7 @@ def main(argv=None):
                                 f"--preset {run.preset} (tiny needs no download)")
     rule, choices = read_variant(run, run.model)
     run.variant = rule or described(choices)
+    run.out = run.out or run.model / folder_name(run.variant)
     run.mark = model_mark(run.model, run.variant)
     results = run.out / "results.json"
     earlier = read_results(results, run.mark, run.fresh)

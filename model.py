@@ -26,7 +26,7 @@ from clip import CLIPConfig, CLIPVision
 from compared import interactions, projectors
 from compared.graft import graft
 from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config
-from sela import JOINS, Insertions, Memory, Sizes, VisionRemember, flat_index
+from sela import Insertions, Memory, Sizes, VisionRemember, flat_index
 from storage.records import stands_for_picture
 from storage.weights import check_fingerprint, fingerprint, load_weights, read_config, save_weights
 
@@ -50,27 +50,25 @@ class AAP(nn.Sequential):
         pooled = F.adaptive_avg_pool2d(grid, self.sizes.side)            # (t, C, p, p)
         return self.project(pooled.flatten(2).transpose(1, 2))           # (t, p*p, d)
 
-    def project(self, features):
-        """The MLP alone, on each feature: (..., C) -> (..., d)."""
-        return super().forward(features)
+    project = nn.Sequential.forward         # the MLP alone, on each feature: (..., C) -> (..., d)
 
 
-# A new one is a class and a row. Projectors are called with sela.Sizes, and interactions with
-# (decoder layers, sizes, window, join).
+# Add yours in compared/ (docs/extending.md). A projector is built from Sizes, an interaction from
+# (decoder layers, Sizes, window, join).
 PROJECTORS = {"aap": AAP, **projectors.PROJECTORS}
 INTERACTIONS = {"sela": partial(Insertions, VisionRemember), **interactions.INTERACTIONS}
 
 
 @dataclass
 class LLaVAVRConfig:
-    """What joins the parts, by default as in the paper (Sec. 5.1). ValueError where it cannot."""
+    """How parts are joined, as in the paper (Sec. 5.1) by default. ValueError if they cannot be."""
     vision: CLIPConfig
     text: Qwen2Config
     levels: tuple = (13, 18, 23)    # hidden states of the ViT to remember; the deepest is projected
     projector: str = "aap"          # of PROJECTORS; "mlp" keeps all tokens: LLaVA-NeXT
     side: int = 12                  # p; 24 -> 12 is the paper's ratio of 1/4
     remember: tuple = (1, 4)        # 0-based decoder layers to remember before; () is off
-    interaction: str = "sela"       # of INTERACTIONS: how
+    interaction: str = "sela"       # of INTERACTIONS: how tokens look back
     window: int = 2                 # tokens along a side of a window; paper silent (see sela.py)
     saliency: str = "sigmoid"       # Eq. 3; see clip.saliency_from
     join: str = "residual"          # of sela.JOINS: what is remembered is added to the tokens
@@ -79,21 +77,21 @@ class LLaVAVRConfig:
     def __post_init__(self):
         self.levels, self.remember = tuple(self.levels), tuple(self.remember)   # JSON has lists
         for name in ("levels", "remember"):
-            if not all(isinstance(number, int) for number in getattr(self, name)):
-                raise ValueError(f"{name} {getattr(self, name)}: give whole numbers")
+            numbers = getattr(self, name)
+            if not all(isinstance(number, int) for number in numbers):
+                raise ValueError(f"{name} {numbers}: give whole numbers")
+            if list(numbers) != sorted(set(numbers)):
+                raise ValueError(f"{name} {numbers}: name each layer once, the deepest last")
         for name in ("side", "window"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} {value!r}: give a whole number above 0")
-        if list(self.levels) != sorted(set(self.levels)):
-            raise ValueError(f"levels {self.levels}: list each hidden layer once, the deepest last")
         for layer in self.remember:
             if not 0 <= layer < self.text.num_hidden_layers:
                 raise ValueError(f"remember {layer} is out of range: the decoder has layers 0 to "
                                  f"{self.text.num_hidden_layers - 1}")
-        choices = {"projector": PROJECTORS, "interaction": INTERACTIONS, "join": JOINS,
-                   "image_mode": data.MODES}
-        for name, known in choices.items():
+        allowed = {"projector": PROJECTORS, "interaction": INTERACTIONS, "image_mode": data.MODES}
+        for name, known in allowed.items():
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(known)}")
@@ -114,9 +112,9 @@ class LLaVAVRConfig:
         try:
             parts = {name: {"path": part["path"], "files": part["files"]}
                      for name, part in parts.items()}
-            sizes = CLIPConfig(**stored.pop("vision")), Qwen2Config(**stored.pop("text"))
-            return cls(*sizes, **{**stored, **changes}), parts
-        except (KeyError, TypeError) as error:
+            towers = CLIPConfig(**stored.pop("vision")), Qwen2Config(**stored.pop("text"))
+            return cls(*towers, **{**stored, **changes}), parts
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}/config.json does not describe a LLaVA-VR model ({error}); "
                              "was it edited?") from None
 
@@ -176,7 +174,7 @@ class LLaVAVR(nn.Module):
         self.vision_remember.check(self.mm_projector)
         self.language_model = text or Qwen2(config.text)
         self.parts = {}             # folders that frozen parts were read from, see save_pretrained
-        self.fresh = []             # what from_pretrained did not find
+        self.untrained = []         # parts that from_pretrained found no weights for
 
     def forward(self, batch, denominator=None):
         """A data.Batch -> the loss (Eq. 2): cross-entropy of all trained tokens / denominator.
@@ -204,9 +202,9 @@ class LLaVAVR(nn.Module):
         x = x.masked_scatter(is_image.unsqueeze(-1), tokens.to(x.dtype))         # (B, T, d)
         places = is_image.flatten().nonzero().squeeze(1)                 # (I,)
         is_vision = cells[:, 0] >= 0                                     # (I,) newlines bypass
-        memory = Memory(features, saliency, cells[is_vision], places[is_vision], batch, x,
-                        self.mm_projector)
-        return x, partial(self.remember, memory=self.vision_remember.read(memory))
+        memory = Memory(features, saliency, cells[is_vision], places[is_vision], self.mm_projector)
+        memory = self.vision_remember.prepare(memory, batch, x)
+        return x, partial(self.remember, memory=memory)
 
     def remember(self, layer, x, memory):
         """Before decoder layer `layer` vision tokens look back at a Memory (Sec. 4.3).
@@ -216,8 +214,6 @@ class LLaVAVR(nn.Module):
         if layer not in self.config.remember:
             return x
         module = self.vision_remember[str(layer)]
-        if self.language_model.recompute and torch.is_grad_enabled():
-            module = partial(recomputed, module)
         flat = x.flatten(0, 1)                                           # (B*T, d)
         new = module(flat[memory.places], memory)                        # (n, d)
         return flat.index_copy(0, memory.places, new.to(x.dtype)).view_as(x)     # (B, T, d)
@@ -292,8 +288,7 @@ class LLaVAVR(nn.Module):
 
         What ends with a picture is read first, once for all prompts that share it; then the rest.
         """
-        whole = self.vision_remember.reads_question
-        prefixes, owners, rests = shared_prefixes(samples, whole)
+        prefixes, owners, rests = shared_prefixes(samples, self.vision_remember.reads_question)
         device = self.image_newline.device
         prefix = data.collate(prefixes, pad_id).to(device)
         rest = data.collate(rests, pad_id).to(device)
@@ -357,29 +352,27 @@ class LLaVAVR(nn.Module):
         """Read a folder of `save_pretrained`, casting to `dtype`.
 
         changes override config.json: projector="aap", side=12, remember=(1, 4) put compression and
-        Vision Remember on an uncompressed model. What these need and the folder lacks starts fresh
-        and is named in `model.fresh`; what fits is kept.
+        Vision Remember on an uncompressed model. What fits is kept; parts that the folder lacks
+        start fresh and are named in `model.untrained`.
         Raises as storage/weights.py does, also for a part that was moved or changed since.
         """
         config, parts = LLaVAVRConfig.read(folder, changes)
         with torch.device("meta"):                                       # shapes only
-            vision = CLIPVision(config.vision, config.levels, config.saliency)
-            text = Qwen2(config.text)
-        with torch.device("cpu" if changes else "meta"):
-            model = cls(config, vision, text).to(dtype)
-        for part in (vision, text) if changes else (model,):
-            part.to_empty(device="cpu")
-        text.tie()
+            vision = CLIPVision(config.vision, config.levels, config.saliency).to(dtype)
+            text = Qwen2(config.text).to(dtype)
+        vision.to_empty(device="cpu")
+        text.to_empty(device="cpu").tie()
+        model = cls(config, vision, text).to(dtype)
         for name, part in parts.items():
             mend = f"bring it back, or correct parts.{name}.path in {folder}/config.json"
             check_fingerprint(part["path"], part["files"], f"the {name} of {folder}", mend)
             module = getattr(model, name)
             load_weights(module, part["path"], module.rename)
-        rename = None
+        rename = str                                                     # a key is its own name
         if changes:
-            model.fresh, rename = graft(model, folder)
-        elsewhere = [f"{name}." for name in [*parts, *model.fresh]]
-        load_weights(model, folder, rename or str, skip=elsewhere)
+            model.untrained, rename = graft(model, folder)
+        elsewhere = [f"{name}." for name in [*parts, *model.untrained]]
+        load_weights(model, folder, rename, skip=elsewhere)
         model.read_tokenizer(folder)
         model.parts = parts
         return model.eval()
@@ -407,18 +400,20 @@ class LLaVAVR(nn.Module):
         save_weights(folder, tensors, config, files)
 
 
-def shared_prefixes(samples, whole=False):
+def shared_prefixes(samples, with_question=False):
     """Cut each prompt behind its last picture -> (prefixes, owners, rests).
 
     Each prefix is listed once; owners (B,) says with which of them a prompt begins. Most benchmarks
     ask several questions about a picture, and blind all pictures of a size are one: the model then
-    reads it once, which is most of what a short answer costs. whole: cut before the last token.
+    reads it once, which is most of what a short answer costs.
+    with_question: the prefix is all but the last token of a prompt.
     """
     prefixes, owners, rests = {}, [], []
     for sample in samples:
         ids, labels = sample["input_ids"], sample["labels"]
         cut = max((place for place, token in enumerate(ids) if token == data.IMAGE), default=0) + 1
-        cut = len(ids) - 1 if whole else cut
+        if with_question:
+            cut = len(ids) - 1
         key = (tuple(ids[:cut]), sample["tiles"].tobytes())
         prefixes.setdefault(key, {**sample, "input_ids": ids[:cut], "labels": labels[:cut]})
         owners.append(list(prefixes).index(key))

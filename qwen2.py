@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from storage.weights import load_weights, read_config
 
@@ -290,7 +289,6 @@ class Qwen2(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = False           # True: keep only what enters each layer for backward
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -331,12 +329,8 @@ class Qwen2(nn.Module):
         for index, layer in enumerate(self.model.layers):
             if hook is not None:
                 x = hook(index, x)                                       # (B, T, d)
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, scope, use_reentrant=False,
-                               preserve_rng_state=False)
-            else:
-                write = partial(cache.write, index) if cache else None
-                x = layer(x, cos, sin, scope, write)                     # (B, T, d)
+            write = partial(cache.write, index) if cache else None
+            x = layer(x, cos, sin, scope, write)                         # (B, T, d)
         x = self.model.norm(x)
         if keep is not None:
             x = x[keep]                                                  # (R, d)
@@ -345,11 +339,7 @@ class Qwen2(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32):
         """Read a weights folder, casting to `dtype`. Raises as storage/weights.py does."""
-        config = read_config(folder)
-        try:
-            config = Qwen2Config.from_dict(config)
-        except ValueError as error:
-            raise ValueError(f"{folder}/config.json: {error}") from None
+        config = read_config(folder, Qwen2Config.from_dict)
         with torch.device("meta"):       # shapes only: no time spent on numbers soon overwritten
             model = cls(config).to(dtype)
         model.to_empty(device="cpu").tie()

@@ -10,20 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 
 from compared.choices import add_choices, add_name, folder_of
-from compared.variants import load_variant, read_variant
+from compared.variants import load_model, read_variant
 from data import load_image
 from model import PRESETS
-
-
-def load_model(folder, rule=None, choices=None):
-    """The trained model, on the GPU in bfloat16 if there is one, else on the CPU in float32."""
-    model = load_variant(folder, rule, choices)
-    if torch.cuda.is_available():
-        model = model.to("cuda", torch.bfloat16)
-    return model.eval()
 
 
 def show(row, piece):

@@ -11,7 +11,6 @@ was pooled from.
     p   tokens along a side of a tile (12)                g   features along it (24), N = g*g
     s   tokens along a side of a window (2)               r   features along it (4), w windows
 """
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,15 @@ class Sizes(NamedTuple):
     side: int               # p
     feature_side: int       # g
 
+    def reach(self, window):
+        """Features along a side of a window of so many tokens. ValueError if windows do not tile
+        both."""
+        p, g = self.side, self.feature_side
+        if p % window or window * g % p:
+            raise ValueError(f"windows of {window}x{window} tokens do not tile {p}x{p} tokens over "
+                             f"{g}x{g} features; use a divisor of {p}")
+        return window * g // p
+
 
 class Memory(NamedTuple):
     """What vision tokens can look back at. SELA reads the first three."""
@@ -36,38 +44,39 @@ class Memory(NamedTuple):
     saliency: torch.Tensor  # (t, N)
     cells: torch.Tensor     # (n, 3) the tile, row and column that each vision token comes from
     places: torch.Tensor | None = None      # (n,) where they stand in the batch, rows end to end
-    batch: object = None                    # the data.Batch
-    embedded: torch.Tensor | None = None    # (B, T, d) what the first decoder layer reads
     projector: nn.Module | None = None      # the model's own
 
 
 class Insertions(nn.ModuleDict):
-    """One module for each decoder layer to remember before, under the layer's number.
+    """The modules of Vision Remember, under the numbers of the decoder layers they stand before.
 
-    kind(*choices) -> a module that is called with x (n, d) and a Memory, and returns x (n, d).
+    module_class(*arguments) builds one. It maps vision tokens x (n, d) and a Memory to x (n, d).
     """
-    reads_question = False  # True: what comes after a picture must be at hand when it is read
+    reads_question = False  # True: picture and question must be read together, also in answering
 
-    def __init__(self, kind, layers, *choices):
-        super().__init__({str(layer): kind(*choices) for layer in layers})
+    def __init__(self, module_class, layers, *arguments):
+        super().__init__({str(layer): module_class(*arguments) for layer in layers})
 
     def check(self, projector):
         """ValueError if these insertions cannot work with the model's projector."""
 
-    def read(self, memory):
-        """Called once for each batch, before all layers: here goes what insertions share."""
+    def prepare(self, memory, batch, embedded):
+        """Called once for each data.Batch, with its embeddings (B, T, d), before the first layer.
+
+        A subclass computes here what its modules share. -> what they get as their Memory
+        """
         return memory
 
 
 class VisionRemember(nn.Module):
     """One insertion of Vision Remember: normalise, widen, attend in the own window, narrow, add.
 
-    The paper gives the attention and leaves out norms, residual, initialisation and sizes.
-    Paper silent: we take a residual; a last linear of zeros, so that the model starts as if the
-    module were not there; RMSNorm on tokens, as the decoder does; LayerNorm on each ViT level,
-    whose scales differ; attention as wide as the features, which fits the paper's sizes (0.9B and
-    2.0B); windows of 2x2 tokens on 4x4 features; heads of width 64; and a learned bias for where
-    in the window query and feature stand, zero at first.
+    The paper gives the attention and leaves out the rest. Paper silent: we take
+        a residual, and a last linear of zeros: the model starts as if the module were not there
+        RMSNorm on tokens, as the decoder does, and LayerNorm on each ViT level: scales differ
+        attention as wide as the features, which fits the paper's sizes (0.9B and 2.0B)
+        windows of 2x2 tokens on 4x4 features, and heads of width 64
+        a learned bias for each pair of places in a window, zero at first
 
     join: "residual", or "replace": tokens are overwritten, and the last linear starts as torch's.
     Raises ValueError if windows do not tile tokens and features, or heads do not divide E.
@@ -76,23 +85,20 @@ class VisionRemember(nn.Module):
     def __init__(self, sizes, window=2, join="residual", head_width=64):
         super().__init__()
         d, C, L, p, g = sizes
-        full, reach = L * C, window * g // p                             # E, r
-        if p % window or window * g % p:
-            raise ValueError(f"windows of {window}x{window} tokens do not tile {p}x{p} tokens over "
-                             f"{g}x{g} features; use a divisor of {p}")
-        if full % head_width:
+        E, r = L * C, sizes.reach(window)
+        if E % head_width:
             raise ValueError(f"{L} levels of width {C} do not divide into heads of width "
                              f"{head_width}")
         self.side = p
         self.norm = nn.RMSNorm(d, eps=1e-6)
         self.level_norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(L))
-        self.up = nn.Sequential(nn.Linear(d, full), nn.GELU(), nn.Linear(full, full))
-        square = (nn.Linear(full, full, bias=False) for _ in range(4))
+        self.up = nn.Sequential(nn.Linear(d, E), nn.GELU(), nn.Linear(E, E))
+        square = (nn.Linear(E, E, bias=False) for _ in range(4))
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = square
         self.token_windows = Windows(p, window, head_width)
-        self.feature_windows = Windows(g, reach, head_width)
-        self.position_bias = nn.Parameter(torch.zeros(full // head_width, window**2, reach**2))
-        self.down = Join(full, d, join)
+        self.feature_windows = Windows(g, r, head_width)
+        self.position_bias = nn.Parameter(torch.zeros(E // head_width, window**2, r**2))
+        self.down = Join(E, d, join)
 
     def forward(self, x, memory):
         """Vision tokens x (n, d) and a Memory -> x (n, d), with what they remember."""
@@ -107,10 +113,8 @@ class VisionRemember(nn.Module):
         k = self.feature_windows(self.k_proj(f))                         # (w, A, r*r, D)
         v = saliency.to(f.dtype).unsqueeze(-1) * self.v_proj(f)          # (t, N, E)  S * V, Eq. 3
         v = self.feature_windows(v)                                      # (w, A, r*r, D)
-        bias = self.position_bias                                        # (A, s*s, r*r) or None
-        bias = None if bias is None else bias.to(q.dtype)
-        # softmax(QK' / sqrt(D) + bias) V, each window by itself
-        o = F.scaled_dot_product_attention(q, k, v, bias)                # (w, A, s*s, D)
+        # softmax(QK' / sqrt(D) + bias (A, s*s, r*r)) V, each window by itself
+        o = F.scaled_dot_product_attention(q, k, v, self.position_bias)  # (w, A, s*s, D)
         o = self.token_windows.undo(o)[index]                            # (n, E)
         return self.down(x, self.o_proj(o))                              # (n, d)  x + ..., see Join
 
@@ -138,17 +142,17 @@ class Windows(nn.Module):
 
     def __init__(self, side, s, head_width):
         super().__init__()
-        self.sizes = side // s, s, head_width                            # m windows a side, s, D
+        self.layout = side // s, s, head_width                           # m windows a side, s, D
 
     def forward(self, x):
         """(t, side*side, E), or the places of all tiles end to end -> (w, A, s*s, D)."""
-        m, s, D = self.sizes
+        m, s, D = self.layout
         x = x.view(-1, m, s, m, s, x.shape[-1] // D, D)                  # (t, m, s, m, s, A, D)
         return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
 
     def undo(self, x):
         """(w, A, s*s, D) -> (t*side*side, E)."""
-        m, s, D = self.sizes
+        m, s, D = self.layout
         x = x.view(-1, m, m, x.shape[1], s, s, D)                        # (t, m, m, A, s, s, D)
         return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(0, 4).flatten(1)
 
@@ -166,14 +170,14 @@ def shape_walk():
     x, saliency = torch.randn(720, 896), torch.rand(5, 576)
     features = torch.randn(3, 5, 576, 1024).unbind()
 
-    def report(name, *tensors):
-        print(f"{name:34}{tuple(tensors[-1].shape)}")
+    def report(name, tensor):
+        print(f"{name:34}{tuple(tensor.shape)}")
 
     report("vision tokens x", x)
     report("three levels, each", features[0])
     report("saliency S", saliency)
     for name, part in module.named_children():
-        part.register_forward_hook(partial(report, name))                # the output comes last
+        part.register_forward_hook(lambda _, inputs, out, name=name: report(name, out))
     with torch.no_grad():
         y = module(x, Memory(features, saliency, cells))
     report("x after remembering", y)

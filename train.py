@@ -4,7 +4,7 @@
     python train.py --preset 0.5b --phase 1 --micro 16   # one GPU: the same batch, accumulated
     torchrun --nproc_per_node=8 train.py --phase 2       # eight GPUs: the paper's second phase
     torchrun --nproc_per_node=8 train.py --phase si --preset 7b --shard --recompute    # Table 3's
-    python train.py --preset tiny --projector mlp --remember none --name mlp    # compared: no AAP
+    python train.py --preset tiny --projector mlp --remember none --name mlp    # no compression
     python train.py --preset tiny --resume               # goes on where a stopped run was saved
 
 Without --phase, 1 and 2 run one after the other. runs/<preset>/phase1 and phase2 hold the finished
@@ -23,6 +23,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +37,7 @@ from tqdm import tqdm
 
 import data
 from compared import choices
-from model import PRESETS, LLaVAVR
+from model import PRESETS, LLaVAVR, recomputed
 from storage import checkpoint, records
 from storage.log import Log, step_line
 from storage.places import check_places, default_data
@@ -125,12 +126,12 @@ class Run:
     partial: Path                # what there is until then: the log and checkpoints
     start: Path | None           # the finished phase it goes on from
     paths: dict                  # of "clip", "llm" and "data"
-    chosen: dict                 # of the architecture, what is not the preset's
+    architecture: dict           # fields of LLaVAVRConfig to set in phase 1; later they are read
 
 
 def make_run(flags, phase, rank, world, device):
     """The command line -> the Run of one phase. Raises ValueError for a number of ranks that cannot
-    share a batch, and for an architecture that cannot be."""
+    share a batch, and for an architecture whose parts do not fit."""
     changes = ("batch", "micro", "lr", "vision_lr", "epochs")
     changed = {name: value for name, value in vars(flags).items() if name in changes and value}
     recipe = replace(recipe_of(flags.preset, phase), **changed)
@@ -138,14 +139,15 @@ def make_run(flags, phase, rank, world, device):
         raise ValueError(f"{world} ranks do not divide a global batch of {recipe.batch}: start a "
                          "number of ranks that does, or give another --batch")
     folder = Path(flags.out) / choices.folder_of(flags)
-    partial = folder / f"{recipe.folder}.partial"
     start = folder / recipe.start if recipe.start else None
     preset = PRESETS[flags.preset]
     paths = {"clip": flags.clip or preset.clip, "llm": flags.llm or preset.llm,
              "data": flags.data or default_data(phase, preset.drawn)}
-    chosen = {} if start else choices.for_training(flags, partial / "choices.json")
-    return Run(flags, phase, recipe, rank, world, device, folder / recipe.folder, partial, start,
-               paths, chosen)
+    out, architecture = folder / recipe.folder, {}
+    if start is None:
+        architecture = choices.for_training(flags, paths, out)
+    return Run(flags, phase, recipe, rank, world, device, out, choices.partial_of(out), start,
+               paths, architecture)
 
 
 def summed(run, **values):
@@ -167,12 +169,16 @@ def build_model(run):
         model = LLaVAVR.from_pretrained(run.start)
     else:
         model = LLaVAVR.from_parts(run.paths["clip"], run.paths["llm"], flags.preset,
-                                   **run.chosen)
+                                   **run.architecture)
     if run.recipe.template == "chat":
         model.config.image_mode = run.recipe.mode                   # prompts see the same tiling
     freeze(model, trains)
-    model.language_model.recompute = flags.recompute
-    model.vision_tower.recompute = flags.recompute and "vision_tower" in trains
+    if flags.recompute:
+        blocks = [*model.language_model.model.layers, *model.vision_remember.values()]
+        if "vision_tower" in trains:
+            blocks += model.vision_tower.encoder.layers
+        for block in blocks:                                        # keep only what enters each
+            block.forward = partial(recomputed, block.forward)
     return model.train().to(run.device)
 
 
@@ -426,9 +432,7 @@ def start_log(run, model, order, first):
     print(f"phase {run.phase} of preset {run.flags.preset} on {run.world} x {run.device.type}, "
           f"{run.flags.precision}\n  {recipe}\n  {order.steps:,} steps over {order.samples:,} "
           f"records, training {trained / 1e6:,.1f} M parameters", flush=True)
-    log = Log(run.partial, first, run.flags.wandb, asdict(recipe))
-    choices.keep(run.partial / "choices.json", model.config)
-    return log
+    return Log(run.partial, first, run.flags.wandb, asdict(recipe))
 
 
 def train(run, stop):
@@ -451,6 +455,8 @@ def train(run, stop):
                                   flags.accept_changes)
     checkpoint.agree(checkpoint=first, recipe_or_data=checkpoint.digest(identity),
                      index_of_the_data=checkpoint.digest(order.lengths))
+    if run.rank == 0:
+        choices.write(run.partial / "choices.json", model.config)
     log = start_log(run, model, order, first) if run.rank == 0 else None
     clock, asked = time.perf_counter(), False
 

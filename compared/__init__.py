@@ -1,1 +1,4 @@
-"""What the paper compares its own way with. Each file stands alone; training needs none of them."""
+"""What the paper compares itself with, and the flags that choose it.
+
+To follow the paper's own model you need none of it.
+"""

@@ -3,18 +3,21 @@
     python train.py --preset tiny --projector mlp --remember none --name mlp        # uncompressed
     python train.py --preset tiny --interaction global --join replace --name global
 
-The flags are named like the fields of model.LLaVAVRConfig that they set, and are kept in the
-model's config.json. So a later phase, a resumed run and the evaluation need none of them.
+The flags are named like the fields of model.LLaVAVRConfig that they set. A finished model keeps
+them in its config.json, a run in progress in choices.json. So phase 2, --resume and the evaluation
+need only --preset and --name.
 """
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from clip import SALIENCY
-from model import INTERACTIONS, PRESETS, PROJECTORS, LLaVAVR
+from clip import SALIENCY, CLIPConfig
+from model import INTERACTIONS, PRESETS, PROJECTORS, LLaVAVR, LLaVAVRConfig
+from qwen2 import Qwen2Config
 from sela import JOINS
 from storage.weights import read_config
 
@@ -62,25 +65,55 @@ def given(args):
     return {name: value for name, value in values.items() if value is not None}
 
 
-def for_training(args, begun):
+def for_training(args, paths, out):
     """{field: value} for a phase that starts from pre-trained parts. Nothing heavy is loaded.
 
-    begun: the file that `keep` wrote. When a run is resumed, what it began with holds.
-    Raises ValueError for choices that do not fit together, differ from those of the resumed run, or
-    have no name of their own.
+    paths: folders of "clip" and "llm". out: that of the finished phase. A resumed run keeps what it
+    began with.
+    Raises ValueError for choices that do not fit together, or have no name of their own; and where
+    they differ from those of the resumed run, or of a finished one that would be replaced.
     """
-    chosen, config = given(args), PRESETS[args.preset].config
-    if chosen.get("projector") == "mlp":
-        chosen.setdefault("side", config.feature_side)
+    config = sized(PRESETS[args.preset].config, paths)
+    chosen, unfinished = with_side(given(args), config), partial_of(out)
+    begun = unfinished / "choices.json"
     if args.resume and begun.exists():
-        kept = json.loads(begun.read_text(encoding="utf-8"))
-        refuse_others(chosen, kept, f"the run in {begun.parent} was begun with")
+        kept = read(begun)
+        refuse_others(chosen, kept, f"the run in {unfinished} was begun with")
         chosen = kept
+    elif args.resume and unfinished.exists() and args.name and not chosen:
+        raise ValueError(f"{begun} is missing: type the flags of the architecture again")
     elif chosen and args.name is None:
         raise ValueError(f"--{next(iter(chosen))}: another architecture than the preset's needs a "
                          "--name, so that it does not take the place of the preset's own runs")
+    config = replace(config, **chosen)
     with torch.device("meta"):                                       # shapes only
-        LLaVAVR(replace(config, **chosen))
+        LLaVAVR(config)
+    if (out / "config.json").exists():
+        if args.resume:
+            check(args, out)
+        else:
+            refuse_to_replace(of(config), out)
+    return chosen
+
+
+def partial_of(out):
+    """The folder of a run in progress: runs/0.5b/phase1 -> runs/0.5b/phase1.partial."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def sized(config, paths):
+    """A config with the sizes of the ViT and the decoder in these folders, where they are there."""
+    kinds = {"clip": ("vision", CLIPConfig), "llm": ("text", Qwen2Config)}
+    sizes = {field: read_config(paths[name], kind.from_dict)
+             for name, (field, kind) in kinds.items()
+             if name in paths and Path(paths[name], "config.json").exists()}
+    return replace(config, **sizes)
+
+
+def with_side(chosen, config):
+    """The same choices; the uncompressed projector brings its side, that of the features."""
+    if chosen.get("projector") == "mlp":
+        return {"side": config.feature_side, **chosen}
     return chosen
 
 
@@ -89,21 +122,42 @@ def of(config):
     return {name: getattr(config, name) for name in FIELDS}
 
 
-def keep(path, config):
-    """Write all choices of a model that begins to train, as JSON."""
-    Path(path).write_text(json.dumps(of(config)), encoding="utf-8")
+def write(path, config):
+    """Write all choices of a model that begins to train, as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(of(config)), encoding="utf-8")
+    os.replace(new, path)
+
+
+def read(path):
+    """The choices that `write` wrote. ValueError where they were damaged."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return {name: kept[name] for name in FIELDS}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: remove {path.parent} to begin anew") from None
 
 
 def check(args, folder):
     """ValueError where a flag asks for another architecture than the model in a folder has."""
-    refuse_others(given(args), read_config(folder), f"{folder} has")
+    refuse_others(given(args), of(LLaVAVRConfig.read(folder, {})[0]), f"{folder} has")
+
+
+def refuse_to_replace(chosen, folder):
+    """ValueError where a finished model has another architecture than the one that would replace
+    it."""
+    for name, kept in of(LLaVAVRConfig.read(folder, {})[0]).items():
+        if chosen[name] != kept:
+            raise ValueError(f"{folder} holds a model with --{name} {typed(kept)}, and this run "
+                             f"with --{name} {typed(chosen[name])} would replace it: give another "
+                             "--name, or remove it")
 
 
 def refuse_others(chosen, kept, who):
     """ValueError for the first choice that differs from what is kept."""
     for name, value in chosen.items():
-        ours = list(value) if isinstance(value, tuple) else value
-        if name in kept and ours != kept[name]:
+        if typed(value) != typed(kept[name]):
             raise ValueError(f"--{name} {typed(value)}: {who} --{name} {typed(kept[name])}; leave "
                              "it out, or train under another --name from phase 1 on")
 

@@ -8,32 +8,38 @@ fit adaptive average pooling. A part that differs in any name or shape starts fr
 """
 from storage.weights import read_tensors
 
-JOINTS = ("mm_projector", "vision_remember")    # parts that join the ViT and the decoder
+BETWEEN = ("mm_projector", "vision_remember")   # parts between the ViT and the decoder
 
 
 def graft(model, folder):
     """How a folder of weights fits a model of another architecture -> (fresh, rename).
 
-    fresh: names of the model's joining parts ("mm_projector", "vision_remember.4") that the folder
-        does not hold in this form. rename: for storage.weights.load_weights; None for their keys,
-        for parts that the model lacks, and for blocks of the ViT above the deepest level.
+    fresh: the projector and insertions ("mm_projector", "vision_remember.4") that the folder lacks
+        or holds in another shape.
+    rename(key): the key itself, or None for what is not loaded: fresh parts, parts that this model
+        lacks, and blocks of the ViT above the deepest level.
     """
+    blocks = "vision_tower.encoder.layers"
     own = {name: parameter.shape for name, parameter in model.named_parameters()}
     stored = {key: tensor.shape for _, key, tensor in read_tensors(folder)}
-    differ = [name for name in own | stored if own.get(name) != stored.get(name)]
-    differ = {part_of(name) for name in differ if name.startswith(JOINTS)}
-    fresh = sorted(differ & {part_of(name) for name in own})
+    differ = {piece_of(name) for name in own | stored
+              if name.startswith(BETWEEN) and own.get(name) != stored.get(name)}
+    fresh = sorted(differ & {piece_of(name) for name in own})
+    too_deep = [name for name in own if name.startswith(blocks) and name not in stored]
+    if too_deep and any(name.startswith(blocks) for name in stored):
+        raise ValueError(f"{folder} has a ViT without {too_deep[0]}: give levels that are not "
+                         "deeper than those it was saved with")
 
     def rename(key):
         tower = "vision_tower."
         if key.startswith(tower) and model.vision_tower.rename(key.removeprefix(tower)) is None:
             return None
-        return None if part_of(key) in differ else key
+        return None if piece_of(key) in differ else key
 
     return fresh, rename
 
 
-def part_of(name):
+def piece_of(name):
     """vision_remember.4.down.weight -> vision_remember.4, mm_projector.0.bias -> mm_projector."""
     part, *others = name.split(".")
     return f"{part}.{others[0]}" if part == "vision_remember" else part

@@ -36,16 +36,6 @@ def heads_of(width, head_width):
     return width // head_width
 
 
-def reach_of(sizes, window):
-    """Features along a side of a window of window*window tokens. ValueError if these do not tile
-    tokens and features, as in SELA."""
-    p, g = sizes.side, sizes.feature_side
-    if p % window or window * g % p:
-        raise ValueError(f"windows of {window}x{window} tokens do not tile {p}x{p} tokens over "
-                         f"{g}x{g} features; use a divisor of {p}")
-    return window * g // p
-
-
 def only_adds(name, join):
     """ValueError for a join that overwrites tokens."""
     if join != "residual":
@@ -69,7 +59,8 @@ class Global(VisionRemember):
 
     def __init__(self, sizes, window=None, join="residual", head_width=64):
         p, g = sizes.side, sizes.feature_side
-        smallest = p // math.gcd(p, g)          # window, so that the unused bias is small
+        # VisionRemember makes windows and a bias, which are replaced below: the smallest that tile
+        smallest = p // math.gcd(p, g)
         super().__init__(sizes, smallest, join, head_width)
         self.position_bias = None
         self.token_windows = Windows(p, p, head_width)
@@ -77,7 +68,9 @@ class Global(VisionRemember):
 
 
 class Deformable(nn.Module):
-    """Deformable attention (Table 4a, rows 1 and 2): a token reads few points and learns where.
+    """Deformable attention: a token reads few points and learns where.
+
+    Table 4a's "Vision Resample", and with all levels its "Multi-level Fusion".
 
     The points start around the token's own place, which is the centre of the features it was pooled
     from; see projectors.DeformableAttention. Saliency is not used: the paper's table adds it with
@@ -94,15 +87,15 @@ class Deformable(nn.Module):
         super().__init__()
         d, C, L, p, g = sizes
         self.side = p
-        self.read = L if every_level else 1                              # so many, the deepest
+        self.levels_read = L if every_level else 1      # counted from the deepest
         self.norm = nn.RMSNorm(d, eps=1e-6)
-        self.level_norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(self.read))
+        self.level_norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(self.levels_read))
         self.up = two_layers(d, C)
-        self.attention = DeformableAttention(C, g, self.read, heads)
+        self.attention = DeformableAttention(C, g, self.levels_read, heads)
         self.down = Join(C, d, join)
 
     def forward(self, x, memory):
-        levels = memory.features[-self.read:]                            # each (t, N, C)
+        levels = memory.features[-self.levels_read:]                            # each (t, N, C)
         levels = [norm(level) for norm, level in zip(self.level_norms, levels)]
         tiles, tokens = len(levels[0]), self.side**2                     # t, p*p
         index = flat_index(memory.cells, self.side)                      # (n,)
@@ -124,7 +117,7 @@ class WindowKeys(nn.Module):
         self.level_norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(L))
         self.k_proj = nn.Linear(L * C, C, bias=False)
         self.v_proj = nn.Linear(L * C, C, bias=False)
-        self.windows = Windows(sizes.feature_side, reach_of(sizes, window), head_width)
+        self.windows = Windows(sizes.feature_side, sizes.reach(window), head_width)
 
     def forward(self, features, saliency=None):
         """Features L x (t, N, C) -> keys and values, each (w, A, r*r, D).
@@ -152,7 +145,7 @@ class WindowAttention(nn.Module):
         self.q_proj = nn.Linear(C, C, bias=False)
         self.o_proj = nn.Linear(C, C, bias=False)
         self.windows = Windows(sizes.side, window, head_width)
-        places = window**2, reach_of(sizes, window)**2                   # s*s, r*r
+        places = window**2, sizes.reach(window)**2                   # s*s, r*r
         self.position_bias = nn.Parameter(torch.zeros(heads, *places))
 
     def forward(self, u, cells, keys, values):
@@ -199,7 +192,7 @@ class NarrowInsertions(Insertions):
         if layers:
             self["shared"] = WindowKeys(sizes, window, head_width)
 
-    def read(self, memory):
+    def prepare(self, memory, batch, embedded):
         """A Memory -> the same with keys and values, each (w, A, r*r, D), as its features."""
         if not self:
             return memory
@@ -211,10 +204,9 @@ class NarrowInsertions(Insertions):
 class DeepStack(nn.Module):
     """DeepStack: add features that pooling left out, through the model's own projector.
 
-    Each token stands for k*k features of the deepest level. Group i of a tile are the features at
-    place i of each token's own, row by row. It has the layout of the tokens, and the MLP of the
-    projector takes it to their width. No parameters, and no zero start: what is added is there from
-    the first step on.
+    A token stands for k*k features of the deepest level. Group i takes the i-th of them from every
+    token: p*p features, one for each token. The MLP of the projector maps them to width d, and they
+    are added. No parameters, and no zero start.
 
     MengLcool/DeepStack-VL llava/model/deepstack_arch.py, llava/model/language_model/
     custom_llama.py. There, groups are of a larger picture's features, and newlines are added to,
@@ -242,10 +234,9 @@ class DeepStackInsertions(Insertions):
     """
 
     def __init__(self, layers, sizes, window=None, join="residual"):
-        super().__init__(None, ())
         only_adds("deepstack", join)
-        for number, layer in enumerate(sorted(layers)):
-            self[str(layer)] = DeepStack(sizes, number)
+        modules = {str(layer): DeepStack(sizes, n) for n, layer in enumerate(sorted(layers))}
+        nn.ModuleDict.__init__(self, modules)
 
     def check(self, projector):
         if self and not hasattr(projector, "project"):
@@ -404,15 +395,14 @@ class BidirectionalInsertions(Insertions):
     """Bidirectional before each layer. Questions are read once, and prompts whole."""
     reads_question = True
 
-    def read(self, memory):
+    def prepare(self, memory, batch, embedded):
         """A Memory -> a GuidedMemory."""
         if not self:
             return memory
-        batch = memory.batch
         ids = by_sample(batch.input_ids, batch)
         labels = by_sample(batch.labels, batch)
-        embedded = by_sample(memory.embedded, batch)
-        questions = [question_mean(*sample) for sample in zip(ids, labels, embedded)]
+        words = by_sample(embedded, batch)
+        questions = [question_mean(*sample) for sample in zip(ids, labels, words)]
         is_vision = torch.zeros_like(batch.input_ids, dtype=torch.bool).flatten()        # (B*T,)
         is_vision = is_vision.index_fill(0, memory.places, True).view_as(batch.input_ids)
         counts = [part.sum() for part in by_sample(is_vision, batch)]
@@ -430,15 +420,14 @@ def by_sample(tensor, batch):
 def question_mean(ids, labels, embedded):
     """Ids and labels (T,) of a sample, embedded (T, d) -> the mean of its question (d,), or zeros.
 
-    The question is the text between the first picture and the next trained token. A prompt to
-    answer has no labels: there it is all text after the first picture, of all turns. The last of
-    these tokens, a line break, is left out, for `generate` reads it apart. So training and
-    answering take the mean of the same tokens.
+    The question is the text between the first picture and the next trained token: earlier answers
+    are trained ones, in a prompt, too. The last of its tokens, a line break, is left out, because
+    `generate` reads it apart. So training and answering take the mean of the same tokens.
     """
     is_image = ids < 0                                                   # (T,) data.IMAGE
     begun = is_image.cumsum(0) > 0
     trained = begun & (labels >= 0)                                      # data.IGNORE is below 0
-    told = F.pad(trained[1:], (0, 1))                                    # by the token before
+    told = F.pad(trained[1:], (0, 1))                        # by the token before
     asks = begun & ~is_image & (told.cumsum(0) == 0)                     # (T,)
     total = (embedded * asks.unsqueeze(1)).sum(0)                        # (d,)
     return total / asks.sum().clamp(min=1)

@@ -62,9 +62,7 @@ class MLP(nn.Sequential):
     def forward(self, levels):
         return self.project(levels[-1])
 
-    def project(self, features):
-        """The MLP on each feature: (..., C) -> (..., d)."""
-        return super().forward(features)
+    project = nn.Sequential.forward         # the MLP on each feature: (..., C) -> (..., d)
 
 
 class PixelShuffle(nn.Module):
@@ -198,8 +196,8 @@ class DeformableAttention(nn.Module):
     def forward(self, query, places, levels):
         """Queries (t, p*p, C), their places (p*p, 2), levels L x (t, N, C) -> (t, p*p, C).
 
-        Any other number of queries does, too, with as many places. Places are (x, y), from 0 to 1
-        over the tile, see token_places. In bfloat16, sampling is in the dtype of the places.
+        Any number of queries works, with one place each. Places are (x, y), from 0 to 1 over the
+        tile, see token_places. In bfloat16, sampling is in the dtype of the places.
         """
         (A, L, points), g = self.pattern, self.feature_side
         offsets = self.sampling_offsets(query)                           # (t, p*p, A*L*points*2)
@@ -257,22 +255,22 @@ class Deformable(nn.Module):
     def __init__(self, sizes, every_level=False, heads=8):
         super().__init__()
         d, C, L, _, g = sizes
-        self.read = L if every_level else 1                              # so many, the deepest
+        self.levels_read = L if every_level else 1      # counted from the deepest
         self.blocks = Blocks(sizes)
         self.norm_query = nn.LayerNorm(C)
         self.norm_features = nn.LayerNorm(C)
-        self.attention = DeformableAttention(C, g, self.read, heads)
+        self.attention = DeformableAttention(C, g, self.levels_read, heads)
         self.mlp = two_layers(C, d)
 
     def forward(self, levels):
         x = self.blocks(levels[-1]).mean(2)                              # (t, p*p, C)
         places = token_places(self.blocks.p, x)                          # (p*p, 2)
-        features = [self.norm_features(level) for level in levels[-self.read:]]
+        features = [self.norm_features(level) for level in levels[-self.levels_read:]]
         x = x + self.attention(self.norm_query(x), places, features)     # (t, p*p, C)
         return self.mlp(x)                                               # (t, p*p, d)
 
 
-# A new one is a class and a row here, or beside the paper's own in model.py. 16 heads for several
+# A new one is a class and a row here. 16 heads for several
 # levels are MMFuser's (yuecao0119/MMFuser).
 PROJECTORS = {
     "mlp": MLP,

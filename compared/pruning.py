@@ -190,7 +190,8 @@ def refuse_remembering(layers):
     """ValueError where a model remembers before some layers: its windows need every token."""
     if layers:
         raise ValueError("pruning is for models without Vision Remember, and this one remembers "
-                         f"before layers {', '.join(map(str, layers))}: train one with remember=()")
+                         f"before layers {', '.join(map(str, layers))}: train one with "
+                         "--remember none")
 
 
 # ---------------------------------------------------------------------------------------- decoder

@@ -8,6 +8,7 @@
 tiles, so that it makes as many vision tokens as a compressed model's. That is the baseline of
 VTC-Bench (arXiv:2510.07143), and beats many a pruning rule.
 """
+import os
 import re
 from dataclasses import replace
 
@@ -16,18 +17,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from compared.choices import given, typed
+from compared.choices import given, typed, with_side
 from compared.graft import graft
 from compared.pruning import PrunedLLaVAVR, read_rule
 from model import LLaVAVR, LLaVAVRConfig
-from storage.weights import read_config
 
 
 class ResizedLLaVAVR(LLaVAVR):
     """An uncompressed model that sees each picture smaller: `side` features along a side of a tile.
 
-    The picture is resized first, so it is cut into the same grid of tiles as before. The ViT reads
-    smaller tiles with its learned positions interpolated. Paper silent: bicubic for both.
+    The picture is resized first, so it is cut into the same grid of tiles as before, but for a few
+    sizes that lie between two grids. The ViT reads smaller tiles with its learned positions
+    interpolated. Paper silent: bicubic for both.
     """
 
     @classmethod
@@ -68,16 +69,16 @@ class ResizedLLaVAVR(LLaVAVR):
 def read_side(rule, folder):
     """resize or resize:side=8 -> features along a side of a tile. ValueError in one line, also for
     a model that compresses."""
-    config = read_config(folder)
-    if config.get("projector") != "mlp" or config.get("remember"):
-        raise ValueError(f"--prune {rule}: is for uncompressed models, and {folder} has "
-                         f"--projector {config.get('projector')}: train one with --projector mlp "
-                         "--remember none")
+    config, _ = LLaVAVRConfig.read(folder, {})
+    if config.projector != "mlp" or config.remember:
+        raise ValueError(f"--prune {rule} is for models trained with --projector mlp --remember "
+                         f"none, and {folder} has --projector {config.projector} --remember "
+                         f"{typed(config.remember)}")
     found = re.fullmatch(r"resize(?::side=([0-9]+))?", rule)
-    side = int(found[1] or config["side"] // 2) if found else 0
-    if not 1 <= side <= config["side"]:
+    side = int(found[1] or config.side // 2) if found else 0
+    if not 1 <= side <= config.side:
         raise ValueError(f"--prune {rule}: give resize, or resize:side=N with N from 1 to "
-                         f"{config['side']}, the features along a side of a tile")
+                         f"{config.side}, the features along a side of a tile")
     return side
 
 
@@ -87,8 +88,7 @@ def read_variant(args, folder):
     Nothing heavy is loaded. The rule comes with all its numbers. ValueError in one line for one
     that does not fit the model, and for choices that would need training.
     """
-    choices = given(args)
-    rule = args.prune
+    rule, choices = args.prune, given(args)
     if rule is not None:
         if choices:
             raise ValueError(f"--prune and --{next(iter(choices))} exclude each other: give one")
@@ -97,7 +97,10 @@ def read_variant(args, folder):
         else:
             rule = str(read_rule(rule, folder))
     if choices:
-        config, _ = LLaVAVRConfig.read(folder, choices)
+        config, _ = LLaVAVRConfig.read(folder, {})
+        choices = with_side(choices, config)
+        refuse_untrained(choices, config, folder)
+        config = replace(config, **choices)
         with torch.device("meta"):                                       # shapes only
             fresh, _ = graft(LLaVAVR(config), folder)
         if fresh:
@@ -106,12 +109,33 @@ def read_variant(args, folder):
     return rule, choices
 
 
-def load_variant(folder, rule=None, choices=None):
-    """The trained model in a folder, on the CPU, asked by a rule or with other choices."""
+def refuse_untrained(choices, config, folder):
+    """ValueError for choices that would give the weights of a trained model another meaning."""
+    remember = choices.get("remember", config.remember)
+    for name in ("join", "interaction"):
+        kept = getattr(config, name)
+        if remember and choices.get(name, kept) != kept:
+            raise ValueError(f"{name}={choices[name]} needs training: {folder} was trained with "
+                             f"--{name} {kept}")
+    if config.interaction == "deepstack" and remember != config.remember[:len(remember)]:
+        raise ValueError(f"remember={typed(remember)} needs training: deepstack adds another group "
+                         f"at each of --remember {typed(config.remember)}; leave out the last ones")
+
+
+def load_model(folder, rule=None, choices=None):
+    """The trained model in a folder, asked by a rule or with other choices: on this rank's GPU in
+    bfloat16, or on the CPU in float32."""
     if rule is None:
-        return LLaVAVR.from_pretrained(folder, **(choices or {}))
-    kind = ResizedLLaVAVR if rule.startswith("resize") else PrunedLLaVAVR
-    return kind.from_pretrained(folder, rule)
+        model = LLaVAVR.from_pretrained(folder, **(choices or {}))
+    elif rule.startswith("resize"):
+        model = ResizedLLaVAVR.from_pretrained(folder, rule)
+    else:
+        model = PrunedLLaVAVR.from_pretrained(folder, rule)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        model = model.to(device, torch.bfloat16)
+    return model.eval()
 
 
 def described(choices):

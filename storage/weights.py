@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 # ---------------------------------------------------------------------------------------- reading
 
 
-def read_config(folder):
-    """folder/config.json as a dict. Raises FileNotFoundError (no folder, no file) or ValueError
-    (not a JSON object)."""
+def read_config(folder, parse=dict):
+    """folder/config.json as `parse` makes it of the dict that it holds. Raises FileNotFoundError
+    (no folder, no file) or ValueError (not a JSON object, or refused by `parse`)."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; download the weights there, or correct "
@@ -31,7 +31,11 @@ def read_config(folder):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; {folder} is not a weights folder, or its "
                                 "download is incomplete")
-    return _read_object(path)
+    content = _read_object(path)
+    try:
+        return parse(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 @torch.no_grad()

@@ -1,12 +1,16 @@
 """Flags that choose an architecture: what they set, and what is refused before anything is loaded."""
 import argparse
 import json
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 import train
-from compared.choices import FIELDS, add_choices, check, folder_of, for_training, given, keep, of, typed
+from compared.choices import FIELDS, add_choices, check, folder_of, for_training, given, of, typed, write
 from model import PRESETS, LLaVAVRConfig
+
+NOWHERE = Path("nowhere/phase1")
 
 
 def parse(*words):
@@ -31,7 +35,7 @@ def test_each_flag_sets_the_field_of_its_name(tmp_path):
 
 def test_the_uncompressed_projector_brings_its_side():
     """24 x 24 features are 24 x 24 tokens; nobody should have to know."""
-    assert for_training(parse("--projector", "mlp"), None) == {"projector": "mlp", "side": 24}
+    assert for_training(parse("--projector", "mlp"), {}, NOWHERE) == {"projector": "mlp", "side": 24}
 
 
 @pytest.mark.parametrize("words, complaint", [
@@ -40,7 +44,8 @@ def test_the_uncompressed_projector_brings_its_side():
     (["--side", "5", "--remember", "none", "--projector", "pixelshuffle"], "24x24 features do not divide into 5x5 tokens"),
     (["--side", "0"], "side 0: give a whole number above 0"),
     (["--levels", "13,25"], "layer 25 is out of range: hidden layers are 0 to 24"),
-    (["--levels", "23,13"], "the deepest last"),
+    (["--levels", "23,13"], "the deepest last"), (["--remember", "4,1"], "name each layer once"),
+    (["--remember", "1,1"], "name each layer once"),
     (["--levels", "none"], "name no block"),
     (["--remember", "24"], "remember 24 is out of range: the decoder has layers 0 to 23"),
     (["--projector", "mlp", "--side", "12"], "the mlp projector keeps all tokens: set side=24, not 12"),
@@ -50,7 +55,7 @@ def test_the_uncompressed_projector_brings_its_side():
 def test_what_does_not_fit_is_one_line_before_anything_loads(words, complaint):
     """A run of hours must not end at the first forward. No weights are there, so nothing can have been loaded."""
     with pytest.raises(ValueError, match=complaint) as caught:
-        for_training(parse(*words), None)
+        for_training(parse(*words), {}, NOWHERE)
     assert "\n" not in str(caught.value)
 
 
@@ -68,7 +73,7 @@ def test_another_architecture_needs_a_name():
     args = parse("--remember", "none")
     args.name = None
     with pytest.raises(ValueError, match="--remember: another architecture than the preset's needs a --name"):
-        for_training(args, None)
+        for_training(args, {}, NOWHERE)
 
 
 @pytest.mark.parametrize("name, folder", [(None, "tiny"), ("mlp", "tiny-mlp"), ("a.b_c-1+2", "tiny-a.b_c-1+2")])
@@ -90,19 +95,19 @@ def test_a_name_stays_inside_its_folder(name):
 def test_a_resumed_run_goes_on_with_what_it_began_with(tmp_path):
     """choices.json lies beside the log; a flag may repeat it, and may not differ."""
     config = LLaVAVRConfig(PRESETS["0.5b"].config.vision, PRESETS["0.5b"].config.text, window=4, remember=(2,))
-    keep(tmp_path / "choices.json", config)
+    write(tmp_path / "phase1.partial/choices.json", config)
     args = parse("--window", "4")
     args.resume = True
-    choices = for_training(args, tmp_path / "choices.json")
+    choices = for_training(args, {}, tmp_path / "phase1")
     assert LLaVAVRConfig(config.vision, config.text, **choices) == config
     args.remember = (1, 4)
     with pytest.raises(ValueError, match="--remember 1,4: the run in .* was begun with --remember 2"):
-        for_training(args, tmp_path / "choices.json")
+        for_training(args, {}, tmp_path / "phase1")
 
 
 def test_a_later_phase_is_told_of_another_choice(tmp_path):
     """Its architecture is that of the phase before; a flag that differs would be silently ignored otherwise."""
-    (tmp_path / "config.json").write_text(json.dumps(of(PRESETS["0.5b"].config)))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_vr", **asdict(PRESETS["0.5b"].config)}))
     check(parse("--projector", "aap", "--remember", "1,4"), tmp_path)
     with pytest.raises(ValueError, match="--remember none: .* has --remember 1,4; leave it out, or train under another"):
         check(parse("--remember", "none"), tmp_path)
@@ -116,3 +121,72 @@ def test_train_refuses_a_bad_choice_before_it_looks_for_weights(monkeypatch, tmp
     with pytest.raises(FileNotFoundError, match="phase 1 --name seven"):
         train.main(["--preset", "0.5b", "--phase", "2", "--name", "seven"])
     assert not list(tmp_path.iterdir())
+
+
+def finished(folder, **changes):
+    """A folder with the config.json of a finished phase of preset 0.5b."""
+    folder.mkdir(parents=True)
+    config = replace(PRESETS["0.5b"].config, **changes)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava_vr", **asdict(config)}))
+    return folder
+
+
+def test_a_finished_model_is_not_replaced_by_another_architecture(tmp_path):
+    """One name, one architecture: the name is there so that nothing is buried. The same may be trained again."""
+    out = finished(tmp_path / "phase1", interaction="global")
+    assert for_training(parse("--interaction", "global"), {}, out) == {"interaction": "global"}
+    with pytest.raises(ValueError, match="holds a model with --interaction global, and this run with --interaction sela would"):
+        for_training(parse("--remember", "1"), {}, out)
+
+
+def test_a_finished_phase_and_another_flag_do_not_go_unnoticed(tmp_path):
+    """With --resume it is left as it is; a flag that asks for something else must not be dropped."""
+    args = parse("--side", "8")
+    args.resume = True
+    with pytest.raises(ValueError, match="--side 8: .*phase1 has --side 12; leave it out"):
+        for_training(args, {}, finished(tmp_path / "phase1"))
+
+
+def test_folders_from_before_a_field_was_there_have_its_default(tmp_path):
+    """`interaction` and `join` are younger than the first models, and levels were called layers."""
+    out = finished(tmp_path / "phase1")
+    stored = json.loads((out / "config.json").read_text())
+    del stored["interaction"], stored["join"]
+    stored["layers"] = stored.pop("levels")
+    (out / "config.json").write_text(json.dumps(stored))
+    check(parse("--interaction", "sela", "--levels", "13,18,23"), out)
+    for words in (["--interaction", "global"], ["--levels", "12,18,23"], ["--join", "replace"]):
+        with pytest.raises(ValueError, match=f"{words[0]} {words[1]}: "):
+            check(parse(*words), out)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"projector": "ml', "3", '{"projector": "aap"}'])
+def test_damaged_choices_are_named(tmp_path, text):
+    """By a crash or an editor; the run cannot guess what it was."""
+    (tmp_path / "phase1.partial").mkdir()
+    (tmp_path / "phase1.partial/choices.json").write_text(text)
+    args = parse()
+    args.resume = True
+    with pytest.raises(ValueError, match="choices.json is damaged: remove .*phase1.partial to begin anew") as caught:
+        for_training(args, {}, tmp_path / "phase1")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_named_run_without_its_choices_asks_for_the_flags(tmp_path):
+    """It would go on as the preset's own architecture otherwise."""
+    (tmp_path / "phase1.partial").mkdir()
+    args = parse()
+    args.resume = True
+    with pytest.raises(ValueError, match="choices.json is missing: type the flags"):
+        for_training(args, {}, tmp_path / "phase1")
+
+
+def test_sizes_are_those_of_the_folders_that_are_read(tmp_path):
+    """Another CLIP has another grid: its side is the uncompressed one."""
+    vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+              "image_size": 224, "patch_size": 14}
+    (tmp_path / "config.json").write_text(json.dumps(vision))
+    assert for_training(parse("--projector", "mlp"), {"clip": tmp_path}, NOWHERE)["side"] == 16
+    assert for_training(parse("--side", "8"), {"clip": tmp_path}, NOWHERE) == {"side": 8}
+    with pytest.raises(ValueError, match="16x16"):
+        for_training(parse("--side", "12"), {"clip": tmp_path}, NOWHERE)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from compared.graft import part_of
+from compared.graft import piece_of
 from helpers import picture, randomise, tiny_model
 from model import LLaVAVR
 from sela import Sizes
@@ -20,17 +20,17 @@ def test_an_uncompressed_model_gains_compression_and_vision_remember(uncompresse
     """The MLP is kept under the pooling, everything else too; only Vision Remember is new, and starts as if not there."""
     before = LLaVAVR.from_pretrained(uncompressed)
     model = LLaVAVR.from_pretrained(uncompressed, projector="aap", side=4, remember=(1, 2))
-    assert model.fresh == ["vision_remember.1", "vision_remember.2"] and before.fresh == []
+    assert model.untrained == ["vision_remember.1", "vision_remember.2"] and before.untrained == []
     old, new = before.state_dict(), model.state_dict()
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert all(new[name].isfinite().all() for name in new)
     pooled = LLaVAVR.from_pretrained(uncompressed, projector="aap", side=4)
-    assert pooled.fresh == [] and pooled.config.remember == ()
+    assert pooled.untrained == [] and pooled.config.remember == ()
     question = [picture(60, 40)], ["What is it?"], 8
     assert model.generate(*question) == pooled.generate(*question) != before.generate(*question)
     model.save_pretrained(tmp_path / "both")
     again = LLaVAVR.from_pretrained(tmp_path / "both")
-    assert again.config == model.config and again.fresh == []
+    assert again.config == model.config and again.untrained == []
     assert all(torch.equal(again.state_dict()[name], new[name]) for name in new)
 
 
@@ -44,7 +44,7 @@ def test_what_fits_is_kept_and_the_rest_is_named(uncompressed, changes, fresh):
     """A part is kept as a whole or not at all: half of a projector is none."""
     torch.manual_seed(0)
     model = LLaVAVR.from_pretrained(uncompressed, **changes)
-    assert model.fresh == fresh
+    assert model.untrained == fresh
     assert torch.isfinite(torch.stack([parameter.sum() for parameter in model.parameters()])).all()
     assert len(model.generate([picture(60, 40)], ["What is it?"], 4)) == 1
 
@@ -57,7 +57,7 @@ def test_vision_remember_can_be_taken_out(tmp_path):
     model.save_pretrained(tmp_path / "vr")
     without = LLaVAVR.from_pretrained(tmp_path / "vr", remember=())
     one = LLaVAVR.from_pretrained(tmp_path / "vr", remember=(2,))
-    assert without.fresh == one.fresh == [] and list(one.vision_remember) == ["2"] and not without.vision_remember
+    assert without.untrained == one.untrained == [] and list(one.vision_remember) == ["2"] and not without.vision_remember
     assert torch.equal(one.vision_remember["2"].k_proj.weight, model.vision_remember["2"].k_proj.weight)
 
 
@@ -82,5 +82,5 @@ def test_a_choice_that_does_not_fit_is_one_line(uncompressed):
 
 def test_part_names_are_those_of_the_keys():
     """vision_remember has a part for each insertion."""
-    assert part_of("vision_remember.4.down.weight") == "vision_remember.4" and part_of("mm_projector.0.bias") == "mm_projector"
-    assert part_of("image_newline") == "image_newline" and Sizes._fields[0] == "width"
+    assert piece_of("vision_remember.4.down.weight") == "vision_remember.4" and piece_of("mm_projector.0.bias") == "mm_projector"
+    assert piece_of("image_newline") == "image_newline" and Sizes._fields[0] == "width"

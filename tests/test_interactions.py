@@ -6,6 +6,7 @@ the LLM, n vision tokens, N = g*g features of a tile.
 import math
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from compared.interactions import INTERACTIONS, by_sample, question_mean
 from data import IGNORE, IMAGE, pack, plan_image
 from helpers import randomise
-from sela import Insertions, Memory, Sizes, VisionRemember
+from sela import Insertions, Sizes, VisionRemember
 
 SIDE, FEATURES, WINDOW, WIDTH, LEVEL = 4, 8, 2, 12, 128                 # p, g, s, d, C; k = 2
 SIZES = Sizes(WIDTH, LEVEL, levels=2, side=SIDE, feature_side=FEATURES)
@@ -33,6 +34,17 @@ PARAMETERS = {                                                          # d = 89
 NAMES = list(INTERACTIONS)
 LEARNED = [name for name in NAMES if name != "deepstack"]
 REPLACING = [name for name in LEARNED if name != "sva"]
+
+
+class Memory(NamedTuple):
+    """sela.Memory and what `prepare` is given beside it."""
+    features: list
+    saliency: torch.Tensor
+    cells: torch.Tensor
+    places: torch.Tensor = None
+    batch: object = None
+    embedded: torch.Tensor = None
+    projector: nn.Module = None
 
 
 class Projector(nn.Linear):
@@ -104,7 +116,7 @@ def memory_of(samples=SAMPLES, packed=False, seed=0):
 
 
 def remember(made, x, memory, layer=1):
-    return made[str(layer)](x, made.read(memory))
+    return made[str(layer)](x, made.prepare(memory, memory.batch, memory.embedded))
 
 
 # ---- slow, from the equations
@@ -331,7 +343,7 @@ def test_tokens_that_were_unpadded_away_change_nothing_for_the_others(name):
 def test_gradients_reach_every_parameter(name):
     """DDP waits for each one; the projector that DeepStack borrows learns from it, too."""
     made, (x, memory) = build(name), memory_of()
-    read = made.read(memory)
+    read = made.prepare(memory, memory.batch, memory.embedded)
     (made["4"](made["1"](x, read), read)**2).sum().backward()
     trained = dict(made.named_parameters())
     if name == "deepstack":
@@ -343,7 +355,7 @@ def test_gradients_reach_every_parameter(name):
 def test_no_layers_is_off(name):
     """remember=(): no parameters, and a Memory passes as it is."""
     made, memory = build(name, layers=()), memory_of()[1]._replace(projector=None, batch=None)
-    assert not len(made) and made.read(memory) is memory
+    assert not len(made) and made.prepare(memory, memory.batch, memory.embedded) is memory
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -385,7 +397,7 @@ def gmacs(build, width):
         cells = torch.empty(144, 3, dtype=torch.long)
         memory = Memory([torch.empty(1, 576, 1024)] * 3, torch.empty(1, 576), cells)
         with FlopCounterMode(display=False) as counter:
-            read = made.read(memory)
+            read = made.prepare(memory, memory.batch, memory.embedded)
             for layer in ("1", "4"):
                 made[layer](torch.empty(144, width), read)
     return round(counter.get_total_flops() / 2e9, 1)
@@ -408,7 +420,7 @@ def test_narrow_computes_keys_once_for_all_insertions():
     for name, part in made.named_modules():
         if name.endswith(("k_proj", "v_proj")):
             part.register_forward_hook(lambda *_, name=name: calls.append(name))
-    read = made.read(memory)
+    read = made.prepare(memory, memory.batch, memory.embedded)
     first, second = made["1"](x, read), made["4"](x, read)
     assert calls == ["shared.k_proj", "shared.v_proj"]
     assert not torch.allclose(first, second), "each asks in its own way"

@@ -176,8 +176,8 @@ def test_points_of_a_curve_are_over_the_same_benchmarks(tmp_path, capsys):
 def test_the_number_of_tokens_may_be_given(tmp_path):
     """Where the model's folder is gone, or its layers see another number than the projector makes."""
     gone = results_file(tmp_path / "gone", 12, whole(40), known=False)
-    pruned = results_file(tmp_path / "pruned", 24, {"chartqa": entry("chartqa", 30, prune="fastv:K=2,R=0.5")})
-    for path, reason in ((gone, "the config.json of its model does not tell"), (pruned, "is of a pruned model")):
+    pruned = results_file(tmp_path / "pruned", 24, {"chartqa": entry("chartqa", 30, variant="fastv:K=2,R=0.5")})
+    for path, reason in ((gone, "the config.json of its model does not tell"), (pruned, "is of a model asked in another way")):
         with pytest.raises(ValueError, match=f"{reason}.*give the vision tokens of a tile, as in 144={path}") as caught:
             plot.read_sweep([path])
         assert "\n" not in str(caught.value)

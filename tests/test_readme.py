@@ -258,4 +258,4 @@ def test_the_rows_of_the_papers_tables_are_there():
 def test_each_row_of_the_papers_tables_can_be_typed(preset, flags):
     """Its flags are known and fit each other at that size."""
     args = train.arguments(["--preset", preset, "--name", "row", *flags.split()])
-    assert for_training(args, Path("nowhere"))
+    assert for_training(args, {}, Path("nowhere"))

@@ -28,7 +28,7 @@ ARROWS = {
     "storage": {"storage"},
     "compared": {"clip", "compared", "qwen2", "sela"},
     "compared.pruning": {"data", "model", "qwen2", "storage.weights"},       # wraps the whole model
-    "compared.choices": {"clip", "model", "sela", "storage.weights"},        # its flags
+    "compared.choices": {"clip", "model", "qwen2", "sela", "storage.weights"},      # its flags
     "compared.graft": {"storage.weights"},
     "compared.variants": {"compared", "data", "model", "storage.weights"},   # how it is asked
     "benchmarks": {"benchmarks", "data"},

@@ -6,7 +6,7 @@ import torch
 
 from compared.choices import FIELDS
 from compared.pruning import PrunedLLaVAVR
-from compared.variants import ResizedLLaVAVR, described, load_variant, read_variant
+from compared.variants import ResizedLLaVAVR, described, load_model, read_variant
 from data import plan_image
 from helpers import batch_of, picture, tiny_model, wake
 from model import LLaVAVR
@@ -29,7 +29,7 @@ SIZES = [(32, 32), (64, 64), (61, 33), (40, 100), (9, 300), (1, 1), (31, 30)]
 @pytest.mark.parametrize("size", SIZES)
 def test_resized_pictures_make_a_quarter_of_the_tokens_in_the_same_grid(size, uncompressed):
     """The budget of 4x compression, spent on a smaller picture instead of on pooled tokens."""
-    model = load_variant(uncompressed, "resize:side=4")
+    model = load_model(uncompressed, "resize:side=4")
     assert isinstance(model, ResizedLLaVAVR)
     sample = model.encode_prompt(picture(*size), "What?")
     whole = plan_image(size, model.config.image_mode, 8, 32)
@@ -42,7 +42,7 @@ def test_resized_pictures_make_a_quarter_of_the_tokens_in_the_same_grid(size, un
 
 def test_resizing_to_the_full_side_is_the_plain_model(uncompressed):
     """Nothing else may be changed on the way: positions, plans, pictures. Bit for bit."""
-    plain, resized = load_variant(uncompressed), load_variant(uncompressed, "resize:side=8")
+    plain, resized = load_model(uncompressed), load_model(uncompressed, "resize:side=8")
     samples = [plain.encode_prompt(picture(60, 40), "What?"), resized.encode_prompt(picture(60, 40), "What?")]
     (x, _), (y, _) = (model.embed(batch_of(model, one)) for model, one in zip((plain, resized), samples))
     assert torch.equal(x, y)
@@ -79,7 +79,7 @@ def test_wrong_sides_are_told_in_one_line(rule, complaint, uncompressed):
 def test_a_compressed_model_is_not_resized(tmp_path):
     """Its budget would be that of both."""
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is for uncompressed models, and .* has --projector aap"):
+    with pytest.raises(ValueError, match="is for models trained with --projector mlp --remember none, and .* has --projector aap --remember 1,2"):
         read_variant(asked("resize"), tmp_path)
 
 
@@ -88,14 +88,14 @@ def test_rules_come_back_with_all_their_numbers(uncompressed):
     assert read_variant(asked("resize"), uncompressed) == ("resize:side=4", {})
     assert read_variant(asked("fastv:R=0.50,K=1"), uncompressed) == ("fastv:K=1,R=0.5", {})
     assert read_variant(asked(), uncompressed) == (None, {})
-    assert isinstance(load_variant(uncompressed, "fastv:K=1,R=0.5"), PrunedLLaVAVR)
+    assert isinstance(load_model(uncompressed, "fastv:K=1,R=0.5"), PrunedLLaVAVR)
 
 
 def test_a_choice_that_needs_no_training_is_asked_and_one_that_does_is_refused(uncompressed):
     """Pooling fits the uncompressed MLP; another projector has no weights."""
     rule, choices = read_variant(asked(projector="aap", side=4), uncompressed)
     assert rule is None and described(choices) == "projector=aap side=4"
-    assert load_variant(uncompressed, rule, choices).config.side == 4
+    assert load_model(uncompressed, rule, choices).config.side == 4
     with pytest.raises(ValueError, match="remember=1,2 needs training: .* has no weights for vision_remember.1, vision_re"):
         read_variant(asked(remember=(1, 2)), uncompressed)
     with pytest.raises(ValueError, match="--prune and --side exclude each other"):
@@ -106,6 +106,27 @@ def test_taking_vision_remember_out_changes_the_answers_of_a_model_that_uses_it(
     """Else the comparison would compare a thing with itself."""
     model = wake(tiny_model(levels=(1, 2, 3)))
     model.save_pretrained(tmp_path)
-    without = load_variant(tmp_path, *read_variant(asked(remember=()), tmp_path))
+    without = load_model(tmp_path, *read_variant(asked(remember=()), tmp_path))
     question = [picture(70, 50)], ["What is it?"], 12
     assert model.eval().generate(*question) != without.generate(*question)
+
+
+def test_weights_are_not_given_another_meaning(tmp_path):
+    """Names and shapes would fit: a residual that overwrites, SELA's folder asked with DeepStack, its groups renumbered."""
+    tiny_model(levels=(1, 2, 3)).save_pretrained(tmp_path / "sela")
+    for choice, kept in ((dict(join="replace"), "residual"), (dict(interaction="deepstack"), "sela")):
+        with pytest.raises(ValueError, match=f"needs training: .* was trained with --.* {kept}"):
+            read_variant(asked(**choice), tmp_path / "sela")
+    assert read_variant(asked(join="replace", remember=()), tmp_path / "sela")[1]["remember"] == ()
+    tiny_model(levels=(1, 2, 3), interaction="deepstack", remember=(0, 1, 2)).save_pretrained(tmp_path / "deepstack")
+    assert read_variant(asked(remember=(0, 1)), tmp_path / "deepstack")[1] == {"remember": (0, 1)}
+    with pytest.raises(ValueError, match="deepstack adds another group at each of --remember 0,1,2; leave out the last"):
+        read_variant(asked(remember=(2,)), tmp_path / "deepstack")
+
+
+def test_levels_deeper_than_the_folder_s_vit_are_told(tmp_path):
+    """Its upper blocks were never saved; the download is complete."""
+    model = tiny_model(levels=(1, 2))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has a ViT without vision_tower.encoder.layers.2.*: give levels that are not deeper"):
+        LLaVAVR.from_pretrained(tmp_path, levels=(1, 3), remember=())

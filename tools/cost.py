@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from compared.choices import FIELDS, add_choices, given, typed
+from compared.choices import FIELDS, add_choices, given, typed, with_side
 from model import INTERACTIONS, PRESETS, PROJECTORS, LLaVAVR
 from storage.log import read
 from tools.shapes import added_parameters, kept_by_a_tile
@@ -187,7 +187,7 @@ def activations(config, trains, setup):
               (max(config.levels) if "vision_tower" in trains else 0,
                features * 4 * C, features * block)]
     if setup.recompute:
-        kept = sum(count * given for count, given, _ in blocks)
+        kept = sum(count * entering for count, entering, _ in blocks)
         kept += max(inside if count else 0 for count, _, inside in blocks)
     else:
         kept = sum(count * inside for count, _, inside in blocks)
@@ -201,9 +201,7 @@ def activations(config, trains, setup):
 def choose(preset, choices):
     """The LLaVAVRConfig of a preset with other choices: {field of compared.choices: value}."""
     config = PRESETS[preset].config
-    if choices.get("projector") == "mlp":
-        choices = {"side": config.feature_side, **choices}
-    return replace(config, **choices)
+    return replace(config, **with_side(choices, config))
 
 
 def table(preset, phase, setup, micro=None, choices=None, rule=None):

@@ -35,7 +35,8 @@ from benchmarks.answers import write
 from benchmarks.rows import count_rows, open_row, rows_of
 from benchmarks.task import mean_and_error
 from compared.pruning import Rows, last_row
-from eval import Run, load_model, prepare
+from compared.variants import load_model
+from eval import Run, prepare
 from model import PRESETS
 from storage.weights import read_config
 

@@ -31,9 +31,10 @@ from PIL import Image
 
 import data
 from benchmarks.answers import write
+from compared.choices import add_name, folder_of
+from compared.variants import load_model
 from eval import GREY
 from model import PRESETS
-from sample import load_model
 from sela import Windows, flat_index
 from tools.density import densities
 
@@ -121,7 +122,7 @@ def weights_of(module, q, k, cells):
         scores = scores + module.position_bias.float()
     weights = scores.softmax(-1)
     heads, features = weights.shape[1], weights.shape[3]                 # A, r*r
-    s = module.token_windows.sizes[1]
+    s = module.token_windows.layout[1]
     rows = Windows(module.side, s, features).undo(weights)               # (t*p*p, A*r*r)
     return rows[flat_index(cells, module.side)].unflatten(1, (heads, features))
 
@@ -323,11 +324,12 @@ def main(argv=None):
     add("question", nargs="?", default="", help="about the picture")
     add("--image", type=Path, action="append", default=[], help="the picture, one only")
     add("--preset", default="0.5b", choices=PRESETS, help="the model is runs/<preset>/phase2")
+    add_name(parser)
     add("--model", type=Path, help="folder of another trained model")
     add("--out", type=Path, default=Path("look.html"), help="the page to write")
     add("--max-new-tokens", type=int, default=64, help="of each answer")
     args = parser.parse_args(argv)
-    folder = args.model or Path("runs") / args.preset / "phase2"
+    folder = args.model or Path("runs") / folder_of(args) / "phase2"
     if not args.question.strip():
         raise ValueError('no question: give one, as in "What is on the table?"')
     if len(args.image) != 1:

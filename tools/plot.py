@@ -165,8 +165,8 @@ def read_sweep(texts):
 def tokens_of_a_tile(results, entries, path):
     """p*p of the model that a results.json names. ValueError where that does not tell."""
     mend = f"give the vision tokens of a tile, as in 144={path}"
-    if any("prune" in entry for entry in entries.values()):
-        raise ValueError(f"{path} is of a pruned model, whose layers see different numbers: {mend}")
+    if any("variant" in entry for entry in entries.values()):
+        raise ValueError(f"{path} is of a model asked in another way than it was trained: {mend}")
     try:
         return read_config(results["model_name"])["side"] ** 2
     except (*BROKEN, OSError) as error:

@@ -29,25 +29,27 @@ class Shapes:
         with torch.device("meta"):
             self.projector = PROJECTORS[config.projector](sizes)
             self.remember = insertions(config.remember, sizes, config.window, config.join)
-            self.features = list(torch.empty(sizes.levels, tiles, N, sizes.level_width))
+            self.remember.check(self.projector)
+            hidden = torch.empty(sizes.levels, tiles, 1 + N, sizes.level_width)
+            self.features = list(hidden[:, :, 1:])                       # without CLS
             self.x = torch.empty(n, d, requires_grad=bool(trains))
             saliency, cells = torch.empty(tiles, N), torch.empty(n, 3, dtype=torch.long)
         self.projector.requires_grad_("mm_projector" in trains)
         self.remember.requires_grad_("vision_remember" in trains)
+        self.memory = Memory(self.features, saliency, cells, torch.arange(1, n + 1), self.projector)
         # these have numbers: which tokens are the question depends on them
         ids = torch.tensor([[0] + n * [data.IMAGE] + [0, 0]])            # (1, T)
         labels, lengths = torch.full_like(ids, data.IGNORE), torch.tensor([n + 3])
-        batch = data.Batch(ids, labels, lengths, pixels=None, plans=[], record_ids=[])
-        self.memory = Memory(self.features, saliency, cells, torch.arange(1, n + 1), batch,
-                             torch.zeros(1, n + 3, d), self.projector)
+        self.batch = data.Batch(ids, labels, lengths, pixels=None, plans=[], record_ids=[])
+        self.embedded = torch.zeros(1, n + 3, d)                         # (1, T, d)
 
     def project(self):
         """The projector -> (t, p*p, d)."""
         return self.projector(self.features)
 
-    def read(self):
+    def prepare(self):
         """What all insertions do together -> what each of them reads, without numbers."""
-        memory = self.remember.read(self.memory)
+        memory = self.remember.prepare(self.memory, self.batch, self.embedded)
         tensors = {name: value.to("meta") for name, value in memory._asdict().items()
                    if torch.is_tensor(value)}
         return memory._replace(**tensors)
@@ -86,7 +88,7 @@ def kept_by_a_tile(config, trains):
     In float32, and attention keeps its scores here, which fused kernels do not: it is more than
     what is kept under autocast. Not counted are weights and the tapped levels.
     """
-    shapes = Shapes(config, trains)
+    shapes = Shapes(config, trains, tiles=2)                     # features of one lie without gaps
     given = [*shapes.projector.parameters(), *shapes.remember.parameters(), *shapes.features]
     given = {id(tensor.untyped_storage()) for tensor in given}
 
@@ -95,10 +97,10 @@ def kept_by_a_tile(config, trains):
         with saved_tensors_hooks(lambda t: held.append(t.untyped_storage()) or t, lambda t: t):
             function(*inputs)
         storages = {id(storage): storage for storage in held}            # each once
-        return sum(storages[name].nbytes() for name in storages.keys() - given)
+        return sum(storages[name].nbytes() for name in storages.keys() - given) // 2
 
     found = {"projector": kept(shapes.project)}
     if config.remember:
-        found["together"] = kept(shapes.read)
-        found["insertion"] = kept(shapes.insert, config.remember[0], shapes.read())
+        found["together"] = kept(shapes.prepare)
+        found["insertion"] = kept(shapes.insert, config.remember[0], shapes.prepare())
     return found

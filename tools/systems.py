@@ -249,7 +249,7 @@ def counted_projector(work):
 def counted_insertion(work):
     """FLOPs of one insertion without a formula; backward as twice forward. No tile is un-padded."""
     shapes = Shapes(work.config, tiles=work.tiles)
-    memory, together = counted(shapes.read)
+    memory, together = counted(shapes.prepare)
     _, total = counted(shapes.insert, work.layer, memory)
     if work.layer == min(work.config.remember):
         total += together

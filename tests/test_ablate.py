@@ -1,0 +1,341 @@
+"""tools.ablate: trains and asks what has no line yet, two at a time, and loses nothing to a stop or a failure.
+
+Where a stub stands for the programs, it writes what train.py and eval.py would.
+"""
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import eval as evaluate
+import train
+from benchmarks import TASKS
+from compared import choices
+from helpers import ROOT, tiny_model
+from tools import ablate, plan, tables
+from tools.cost import choose
+
+ENTRY = {"scores": {"overall": {"score": 40.0, "stderr": 2.0, "n": 4}}, "rows": 4, "of": 4, "seconds": 1.5, "errors": []}
+
+
+class Stub:
+    """In the place of Programs.call. Notes each program; those whose words hold `fails` fail, `stops` end early."""
+
+    def __init__(self):
+        self.called, self.fails, self.stops = [], None, None
+
+    def __call__(self, programs, words, log):
+        self.called.append(words)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as file:
+            file.write(f"{words[0]} says hello\n")
+        if self.fails and self.fails in words:
+            raise ValueError(f"{words[0]} ended with 1: no luck (all of it: {log})")
+        {"train.py": self.train, "eval.py": self.evaluate, "-m": self.tool}[words[0]](words, log)
+
+    def train(self, words, log):
+        args = train.arguments(words[1:])
+        config = choose("tiny", choices.given(args))
+        for phase in ("phase1", "phase2"):
+            folder = Path(args.out) / choices.folder_of(args) / phase
+            folder.mkdir(parents=True, exist_ok=True)
+            steps = [json.dumps({"step": step, "seconds": 2.0}) for step in range(3)]
+            (folder / "log.jsonl").write_text("\n".join(steps))
+            if self.stops and self.stops in words and phase == "phase2":
+                folder.rename(folder.with_name("phase2.partial"))
+            else:
+                (folder / "config.json").write_text(json.dumps({"model_type": "llava_vr", **asdict(config)}))
+
+    def evaluate(self, words, log):
+        run = evaluate.arguments(words[1:])
+        entries = {task: ENTRY | {"blind": ENTRY["scores"] if run.blind else None} for task in run.tasks}
+        run.out.mkdir(parents=True, exist_ok=True)
+        (run.out / "results.json").write_text(json.dumps({**entries, "results": {}}))
+
+    def tool(self, words, log):
+        if words[1] == "tiny.standins":
+            os.makedirs(words[2])
+        if words[1] == "tools.ablate":
+            log.write_text(json.dumps({"ms": 5.0, "uncompressed_ms": 10.0, "relative": 0.5, "rounds": 3}) + "\n")
+
+    def of(self, program):
+        """The --name, or the folder of the model, of each call of a program."""
+        flag = {"train.py": "--name", "eval.py": "--out"}[program]
+        return [words[words.index(flag) + 1] for words in self.called if words[0] == program]
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    """Programs that are none, in an empty folder."""
+    made = Stub()
+    monkeypatch.setattr(ablate.Programs, "call", lambda *args: made(*args))
+    monkeypatch.setattr(ablate, "world_now", lambda: "w")
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+def lines():
+    return tables.read_lines(Path("results/ablation.jsonl"))
+
+
+# ---- what is done, and what is not done again
+
+def test_each_model_is_trained_once_and_each_row_gets_its_line(stub):
+    """Table 1 of two seeds: five models a seed, of which one is asked in six ways."""
+    ablate.main(["--table", "1", "--seeds", "2"])
+    assert len(stub.of("train.py")) == len(set(stub.of("train.py"))) == 10
+    found = {(line["flags"], line["ask"], line["seed"]): line for line in lines()}
+    assert len(found) == len(lines()) == 20
+    line = found[plan.MLP, "--prune fastv:match", 2]
+    assert line["tables"] == {"1": "FastV at the cost of 1/4"} and line["label"] == "FastV at the cost of 1/4"
+    assert line["steps"] == [3, 3] and line["seconds"] == {"training": 12.0, "evaluation": 1.5 * len(TASKS)}
+    assert line["scores"]["OCR&Chart"] == {"score": 40.0, "stderr": 1.0, "n": 16} and line["blind"] is line["ttft"] is None
+    assert line["scores"]["Avg"]["n"] == 4 * 13 and line["benchmarks"]["gqa"] == {"score": 40.0, "stderr": 2.0, "n": 4}
+    assert line["vision_tokens"] == 64 and line["vision_tokens_seen"] == pytest.approx(16, abs=0.1)
+    assert line["parameters"] == {"projector": 128 * 128 * 2 + 256, "vision_remember": 0}
+    ours, plain = found["", "", 1], found[plan.MLP, "", 1]
+    assert ours["parameters"]["vision_remember"] > 0 and ours["vision_tokens"] == 16
+    assert line["gflop"] < ours["gflop"] < plain["gflop"]
+    assert line["machine"].endswith(f"torch {ablate.torch.__version__}") and "cores" in line["machine"]
+
+
+def test_a_line_holds_the_commands_that_make_it_again(stub):
+    """Drawing, exam, training, evaluation: as they were called, but for --resume."""
+    ablate.main(["--table", "1", "--seeds", "1", "--limit", "32", "--questions", "7"])
+    line, = [line for line in lines() if line["ask"] == "--prune pdrop"]
+    start = ["OMP_NUM_THREADS=1", "python"]
+    *drawn, training, asking = [shlex.split(command) for command in line["commands"]]
+    assert drawn == [[*start, "-m", "tiny.draw", "--out", "data/tiny"],
+                     [*start, "-m", "tiny.standins", "data/tiny/exam-w-7", "7"]]
+    assert [*training[2:], "--resume"] in stub.called and asking[2:] in stub.called
+    args, run = train.arguments(training[3:]), evaluate.arguments(asking[3:])
+    assert (args.limit, args.seed, args.out, args.remember) == (32, 1, "runs/ablation-limit32", ())
+    assert run.model == Path("runs/ablation-limit32") / choices.folder_of(args) / "phase2"
+    assert (str(run.data), run.prune, run.blind, run.draws) == ("data/tiny/exam-w-7", "pdrop", False, False)
+
+
+def test_what_is_done_is_not_done_again(stub):
+    """Neither a line that is there, nor a finished model of which a line is missing; another table shares both."""
+    ablate.main(["--table", "4b", "--seeds", "1"])
+    before = lines()
+    stub.called.clear()
+    ablate.main(["--table", "4b", "--seeds", "1"])
+    assert stub.of("train.py") == stub.of("eval.py") == [] and lines() == before
+    Path("results/ablation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before[1:]))
+    ablate.main(["--table", "4a", "4b", "--seeds", "1"])
+    assert sorted(stub.of("train.py")) == ["interaction-deformable-s1", "remember-none-s1"]
+    assert len(stub.of("eval.py")) == 3
+    added = {"--remember none", "--interaction deformable"}
+    assert {line["flags"] for line in lines()} == {line["flags"] for line in before} | added
+
+
+def test_a_stopped_training_is_resumed_and_not_asked(stub, capsys):
+    """A model without its second phase is none. train.py ends without an error where it was told to stop."""
+    stub.stops = "remember-none-s1"
+    with pytest.raises(ValueError, match="1 of 3 models failed"):
+        ablate.main(["--table", "5", "--seeds", "1"])
+    assert "remember-none-s1: failed: train.py was stopped before its end" in capsys.readouterr().out
+    stub.stops = None
+    stub.called.clear()
+    for left in Path("runs/ablation/tiny-remember-none-s1/phase2.partial").iterdir():
+        left.unlink()
+    os.rmdir("runs/ablation/tiny-remember-none-s1/phase2.partial")
+    ablate.main(["--table", "5", "--seeds", "1"])
+    assert stub.of("train.py") == ["remember-none-s1"] and len(lines()) == 3
+    assert all("--resume" in words for words in stub.called if words[0] == "train.py")
+
+
+def test_blind_scores_and_times_are_added_to_lines_that_lack_them(stub):
+    """--time asks nothing again, --blind does, and neither loses what the other brought."""
+    ablate.main(["--table", "5", "--seeds", "1"])
+    stub.called.clear()
+    ablate.main(["--table", "5", "--seeds", "1", "--time"])
+    assert not stub.of("eval.py") and {line["ttft"]["relative"] for line in lines()} == {0.5}
+    ablate.main(["--table", "5", "--seeds", "1", "--blind"])
+    assert len(stub.of("eval.py")) == 3 and not stub.of("train.py")
+    assert {(line["ttft"]["relative"], line["blind"]["OCR&Chart"]["score"]) for line in lines()} == {(0.5, 40.0)}
+    stub.called.clear()
+    ablate.main(["--table", "5", "--seeds", "1", "--blind", "--time"])
+    assert [words[1] for words in stub.called] == ["tiny.draw"]
+
+
+def test_a_row_of_ones_own_is_trained_like_any_other(stub):
+    """And no table with it, unless one is named."""
+    ablate.main(["--set", "--window 4 --lr 1e-3", "--seeds", "1"])
+    line, = lines()
+    assert line["tables"] == {"own": "--lr 1e-3 --window 4"} and line["flags"] == "--lr 1e-3 --window 4"
+
+
+def test_quick_stays_out_of_the_results(stub):
+    """Its scores mean nothing, so they lie with its models."""
+    ablate.main(["--table", "5", "--quick"])
+    assert not Path("results").exists() and len(tables.read_lines(Path("runs/ablation-limit48/ablation.jsonl"))) == 3
+    assert all(words[words.index("--limit") + 1] == "48" for words in stub.called if words[0] == "train.py")
+
+
+# ---- what goes wrong
+
+def test_a_failing_model_is_told_in_one_line_and_the_others_go_on(stub, capsys):
+    """A night's work must not end at its first error; nor may it end as if there were none."""
+    stub.fails = "projector-mlp-remember-none-s1"
+    with pytest.raises(ValueError, match="^1 of 3 models failed; the others are done$"):
+        ablate.main(["--table", "5", "--seeds", "1"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
+    log = "runs/ablation/logs/projector-mlp-remember-none-s1.log"
+    assert said == [f"projector-mlp-remember-none-s1: failed: train.py ended with 1: no luck (all of it: {log})"]
+    assert len(lines()) == 2 and os.path.exists(log)
+
+
+def test_models_of_another_world_are_refused(stub, monkeypatch):
+    """Other drawings or parts make other models under the same names."""
+    ablate.main(["--table", "5", "--seeds", "1"])
+    monkeypatch.setattr(ablate, "world_now", lambda: "v")
+    with pytest.raises(ValueError, match="runs/ablation holds models of world w, all records, and now it is world v"):
+        ablate.main(["--table", "5", "--seeds", "1"])
+    ablate.main(["--table", "5", "--seeds", "1", "--runs", "runs/v"])
+    assert {line["world"] for line in lines()} == {"w", "v"} and len(lines()) == 6
+
+
+def test_two_at_a_time_in_one_folder_are_refused(tmp_path):
+    """They would train the same models into each other's files."""
+    with ablate.alone_in(tmp_path), pytest.raises(ValueError, match="another tools.ablate works there"):
+        with ablate.alone_in(tmp_path):
+            pass
+    with ablate.alone_in(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("words, complaint", [(["--seeds", "0"], "--seeds 0: must be at least 1"), (["--limit", "-1"], "--limit"),
+                                              (["--table", "6"], "--table 6: there are"), (["--set", "--window 3"], "3x3")])
+def test_bad_values_are_one_line_before_anything_runs(words, complaint, stub):
+    """Nothing is drawn, nothing is written."""
+    with pytest.raises(ValueError, match=complaint) as caught:
+        ablate.main(words)
+    assert "\n" not in str(caught.value) and not stub.called and not os.listdir()
+
+
+# ---- programs
+
+def test_a_program_that_fails_is_named_with_its_last_line_and_its_log(tmp_path):
+    """What was printed before stays in the log. One thread, and a session of its own: a terminal's Ctrl-C must not reach a
+    program beside what is passed on to it."""
+    log = tmp_path / "logs/one.log"
+    with ablate.Programs() as programs:
+        programs.call(["-c", "import os; print(os.environ['OMP_NUM_THREADS'], os.getsid(0) == os.getpid())"], log)
+        with pytest.raises(ValueError, match=f"^-c ended with 3: the reason .all of it: {log}.$"):
+            programs.call(["-c", "import sys; print('the reason'); sys.exit(3)"], log)
+    assert log.read_text() == "1 True\nthe reason\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_programs_once_and_no_other_begins(number, tmp_path):
+    """train.py saves at the first signal and ends at once at a second."""
+    waits = ("import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(0))); "
+             "print('begun', flush=True); time.sleep(60); print('slept')")
+    logs, stopped = [tmp_path / f"{i}.log" for i in range(2)], []
+
+    def run(log):
+        try:
+            programs.call(["-c", waits], log)
+        except ablate.Stopped:
+            stopped.append(log)
+
+    with ablate.Programs() as programs:
+        threads = [threading.Thread(target=run, args=(log,)) for log in logs]
+        for thread in threads:
+            thread.start()
+        while not all(log.exists() and log.read_text() for log in logs):
+            time.sleep(0.02)
+        signal.raise_signal(number)
+        for thread in threads:
+            thread.join(20)
+        assert [log.read_text() for log in logs] == ["begun\nsaved\n"] * 2 and sorted(stopped) == logs
+        with pytest.raises(ablate.Stopped):
+            programs.call(["-c", "print('late')"], logs[0])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and "late" not in logs[0].read_text()
+
+
+def test_a_stop_leaves_the_rest_undone_and_says_so(stub, monkeypatch):
+    """What is done has its lines, and the same command goes on."""
+    plain = Stub.evaluate
+    monkeypatch.setattr(Stub, "evaluate", lambda *args: (plain(*args), signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr(ablate, "ThreadPoolExecutor", lambda jobs: Alone())
+
+    def call(programs, words, log):
+        if programs.stopped:
+            raise ablate.Stopped
+        stub(programs, words, log)
+
+    monkeypatch.setattr(ablate.Programs, "call", call)
+    with pytest.raises(ablate.Stopped):
+        ablate.main(["--table", "5", "--seeds", "1"])
+    assert len(lines()) == 1
+    monkeypatch.setattr(Stub, "evaluate", plain)
+    ablate.main(["--table", "5", "--seeds", "1"])
+    assert len(lines()) == len(stub.of("train.py")) == len(stub.of("eval.py")) == 3
+
+
+class Alone:
+    """A pool without threads: signals reach the main thread only."""
+
+    map = staticmethod(map)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+# ---- for real
+
+def test_the_first_token_is_timed_beside_an_uncompressed_model(tmp_path, monkeypatch):
+    """Both read the same prompt, round by round; the ratio is that of the rounds, so a machine that slows down slows both."""
+    tiny_model(remember=(1, 2), image_mode="a4").save_pretrained(tmp_path)
+    lengths = {}
+
+    def timed(ways, rounds, device):
+        for name, way in ways.items():
+            logits, _ = way()
+            assert logits.shape[0] == 1 and logits.isfinite().all()
+            lengths[name] = len(way.args[0][0]["input_ids"])
+        return {"model": [0.1, 0.2, 0.6], "plain": [0.1, 0.4, 0.8]}
+
+    monkeypatch.setattr(ablate, "timed", timed)
+    found = ablate.first_token(tmp_path, "--remember none", rounds=3)
+    assert found == {"ms": 200.0, "uncompressed_ms": 400.0, "relative": 0.75, "rounds": 3}
+    assert 3 < (lengths["plain"] - 40) / (lengths["model"] - 40) < 4.5 and ablate.torch.get_num_threads() == 1
+
+
+def test_another_world_is_told_by_its_drawings(monkeypatch, tmp_path):
+    """And no world where nothing is drawn."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ablate, "DRAWN", tmp_path)
+    assert ablate.world_now() is None
+    (tmp_path / "drawn.json").write_text('{"version": 6}')
+    six = ablate.world_now()
+    (tmp_path / "drawn.json").write_text('{"version": 7}')
+    assert len(six) == 8 and six != ablate.world_now()
+
+
+@pytest.mark.slow
+def test_the_sweep_of_figure_1a_runs_from_nothing_to_its_table(tmp_path):
+    """Six models of a few steps, each asked all thirteen benchmarks, in some two minutes; once more, and nothing is done."""
+    command = [sys.executable, "-m", "tools.ablate", "--table", "fig1a", "--quick", "--runs", str(tmp_path / "runs")]
+    for expected in (6, 0):
+        out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert out.returncode == 0, out.stdout + out.stderr
+        assert out.stdout.count(": trained in ") == expected, out.stdout
+    found = tables.read_lines(tmp_path / "runs/ablation.jsonl")
+    assert len(found) == 6 and all(line["steps"] == [3, 3] and len(line["benchmarks"]) == 13 for line in found)
+    assert sorted(line["vision_tokens"] for line in found) == [1, 4, 4, 16, 16, 64]
+    shown = subprocess.run([*command, "--print"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert shown.count("\n| A.A.P") == 5 and "| no compression | 1 |" in shown

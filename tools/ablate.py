@@ -1,0 +1,471 @@
+"""Every table and figure of the paper at laptop scale: trains, asks, and writes down each number.
+
+    python -m tools.ablate --table fig1a --quick      # minutes: does the whole path run?
+    python -m tools.ablate --list                     # what there is to do, and what is done
+    python -m tools.ablate --table 1 2 --seeds 3      # hours; Ctrl-C stops it, the same goes on
+    python -m tools.ablate --set "--window 4 --lr 1e-3" --time      # a row of your own
+    python -m tools.ablate --table all --print        # tables as Markdown, from the results alone
+
+The rows are data in tools/plan.py. Each trains both phases at preset tiny and is then asked the
+exam, all in programs of one thread, two of them side by side. Rows with the same flags share a
+model. All rows train for equally many steps; equal wall-clock time is still to come.
+
+A line of results/ablation.jsonl is one model of one seed, asked in one way. A line that is there is
+not made again, a finished model is not trained again, and a stopped one goes on where it was.
+Lines and models belong to a world: the drawings, and the pre-trained parts in tiny/.
+
+--time measures the time to the first token beside that of an uncompressed model, in turn, so that
+both see the same load of the machine.
+
+The ViT is frozen, and yet every model computes its features again. They could be computed once and
+kept: train.Samples would return them in place of tiles, and LLaVAVR.embed would take them.
+"""
+import argparse
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import platform
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import TASKS
+from benchmarks.answers import write
+from compared.variants import load_model, read_variant
+from eval import arguments as ask_arguments
+from eval import folder_name
+from model import PRESETS, LLaVAVR, LLaVAVRConfig
+from storage.log import read as read_log
+from storage.weights import fingerprint
+from tiny import draw
+from tools import plan
+from tools.bench import timed
+from tools.cost import parameters
+from tools.plan import PRESET
+from tools.systems import resized, seen_by_layers, system_flops
+from tools.tables import (
+    TEXT, TILES, last_world, lines_of, listing, markdown, minutes, put, scores)
+
+DRAWN = Path("data/tiny")
+EXAM_TASKS = "all"          # of eval.py: the stand-ins of the thirteen benchmarks
+QUICK = {"limit": 48, "questions": 4, "seeds": 1}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM."""
+
+
+# ------------------------------------------------------------------------------------- programs
+
+class Programs:
+    """Programs that run side by side. While it is entered, Ctrl-C or SIGTERM stops all of them:
+    train.py then saves."""
+
+    def __init__(self):
+        self.running, self.stopped, self.lock = set(), False, threading.RLock()
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.stop)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def stop(self, number, frame):
+        """The handler. A second signal is passed on as well, and ends train.py at once."""
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                process.terminate()
+
+    def call(self, words, log):
+        """Run a program of this project to its end, with what it prints added to `log`.
+
+        words: what follows "python". Raises ValueError, in one line, if it fails, and Stopped.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with self.lock:
+            if self.stopped:
+                raise Stopped
+            with open(log, "a") as file:                # in a session of its own: a terminal's
+                process = subprocess.Popen(             # Ctrl-C would reach it twice
+                    [sys.executable, *words], stdout=file, stderr=file,
+                    env=os.environ | ENVIRONMENT, start_new_session=True)
+            self.running.add(process)
+            if self.stopped:
+                process.terminate()
+        code = process.wait()
+        with self.lock:
+            self.running.discard(process)
+        if self.stopped:
+            raise Stopped
+        if code:
+            name = words[words[0] == "-m"]
+            raise ValueError(f"{name} ended with {code}: {last_line(log)} (all of it: {log})")
+
+
+def last_line(path):
+    """The last line of a log that is not empty."""
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Raises ValueError where another process works in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another tools.ablate works there; wait for it, or give "
+                             "--runs another folder") from None
+        yield
+    finally:
+        os.close(place)                                             # gives the lock back
+
+
+# ------------------------------------------------------------------------------------- the world
+
+def world_now():
+    """Eight digits that tell drawings and pre-trained parts from others. None: nothing is drawn."""
+    drawn, preset = DRAWN / "drawn.json", PRESETS[PRESET]
+    if not drawn.exists():
+        return None
+    parts = [fingerprint(folder) for folder in (preset.clip, preset.llm)]
+    text = drawn.read_text() + json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def exam_folder(args):
+    """Where the questions lie."""
+    return DRAWN / f"exam-{args.world}-{args.questions}"
+
+
+def exam_words(args):
+    """What draws the exam: what follows "python"."""
+    return ["-m", "tiny.standins", str(exam_folder(args)), str(args.questions)]
+
+
+def prepare(args, programs):
+    """Draw pictures and exam where they are not there yet, before anything runs side by side, and
+    set args.world.
+
+    Raises ValueError where the models in args.runs are of another world, or of more records.
+    """
+    log = args.runs / "logs/drawing.log"
+    programs.call(["-m", "tiny.draw", "--out", str(DRAWN)], log)
+    args.world = world_now()
+    now, kept = f"world {args.world}, {args.limit or 'all'} records", args.runs / "world"
+    if kept.exists() and kept.read_text() != now:
+        raise ValueError(f"{args.runs} holds models of {kept.read_text()}, and now it is {now}: "
+                         "give --runs another folder, or remove it")
+    write(kept, now)
+    folder = exam_folder(args)
+    if not folder.exists():
+        unfinished = folder.with_name(folder.name + ".partial")
+        command, _, count = exam_words(args)[1:]
+        programs.call(["-m", command, str(unfinished), count], log)
+        unfinished.rename(folder)
+
+
+# ----------------------------------------------------------------------------------- train and ask
+
+def folder_of(args, job):
+    """Where the phases of a job's model lie."""
+    return args.runs / f"{PRESET}-{job.name}"
+
+
+def train_words(args, job):
+    """What trains a job's model: what follows "python". Ours come last, so they hold."""
+    limit = ["--limit", str(args.limit)] if args.limit else []
+    return ["train.py", "--preset", PRESET, *shlex.split(job.flags), "--name", job.name,
+            "--seed", str(job.seed), *limit, "--out", str(args.runs), "--workers", "0"]
+
+
+def eval_words(args, job, ask):
+    """What asks it in one way."""
+    model = folder_of(args, job) / "phase2"
+    return ["eval.py", "--task", EXAM_TASKS, "--preset", PRESET, "--model", str(model),
+            "--data", str(exam_folder(args)), "--out", str(exam_out(args, job, ask)),
+            "--blind" if args.blind else "--no-blind", *shlex.split(ask)]
+
+
+def exam_out(args, job, ask):
+    """Where its answers go."""
+    return folder_of(args, job) / folder_name(f"{args.questions} {ask}".strip())
+
+
+def typed(words):
+    """Words that follow "python" -> the line to type."""
+    first = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    return f"{first} python {shlex.join(words)}"
+
+
+def is_trained(args, job):
+    """Whether a job's model is finished."""
+    folder = folder_of(args, job)
+    return (folder / "phase2/config.json").exists() and not (folder / "phase2.partial").exists()
+
+
+def lacks(args, line):
+    """Of a line, or None -> whether its model is still to be asked, and to be timed."""
+    return (line is None or args.blind and not line["blind"],
+            args.time and not (line and line["ttft"]))
+
+
+def train_and_ask(args, programs, job):
+    """Train a job's model, and ask it in every way of which there is no line yet. -> None, or the
+    line that tells what went wrong."""
+    lines, log = lines_of(args), args.runs / f"logs/{job.name}.log"
+    wanting = {}
+    for ask in job.asks:
+        line = lines.get((job.flags, ask, job.seed))
+        if any(lacks(args, line)):
+            wanting[ask] = line
+    try:
+        if wanting and not is_trained(args, job):
+            made = {"commit": commit(), "machine": machine()}
+            write(folder_of(args, job) / "made.json", json.dumps(made))
+            programs.call([*train_words(args, job), "--resume"], log)
+            if not is_trained(args, job):
+                raise ValueError(f"train.py was stopped before its end (all of it: {log})")
+            tell(f"{job.name}: trained in {minutes(sum(steps_of(args, job)[1]))}")
+        for ask, line in wanting.items():
+            measure(args, programs, job, ask, line)
+    except Stopped:
+        return None
+    except (ValueError, OSError) as error:
+        tell(f"{job.name}: failed: {error}")
+        return f"{job.name}: {error}"
+
+
+def measure(args, programs, job, ask, line):
+    """Ask in one way what a line lacks, and write the line."""
+    log = args.runs / f"logs/{job.name}.log"
+    to_ask, to_time = lacks(args, line)
+    if to_ask:
+        programs.call(eval_words(args, job, ask), log)
+        results = exam_out(args, job, ask) / "results.json"
+        entries = json.loads(results.read_text(encoding="utf-8"))
+        entries = {task: entry for task, entry in entries.items() if task in TASKS}
+        line = make_line(args, job, ask, entries) | {"ttft": line and line["ttft"]}
+    if to_time:
+        model = str(folder_of(args, job) / "phase2")
+        programs.call(["-m", "tools.ablate", "--ttft", model, f"--ask={ask}"], log)
+        line["ttft"] = json.loads(last_line(log))
+    put(args.out, line)
+    shown = ", ".join(f"{group} {part['score']:.1f}" for group, part in line["scores"].items())
+    tell(f"{job.name}{ask and ' '}{ask}: {shown}")
+
+
+def make_line(args, job, ask, entries):
+    """Entries of eval.py -> the line of one model, asked in one way."""
+    folder = folder_of(args, job)
+    steps, seconds = steps_of(args, job)
+    made = json.loads((folder / "made.json").read_text())
+    parts = {}
+    for task, entry in entries.items():
+        parts[task] = {name: entry["scores"]["overall"][name] for name in ("score", "stderr", "n")}
+    commands = [typed(["-m", "tiny.draw", "--out", str(DRAWN)]), typed(exam_words(args)),
+                typed(train_words(args, job)), typed(eval_words(args, job, ask))]
+    tables = plan.labels_of(job.flags, ask)
+    return {
+        "tables": tables, "label": next(iter(tables.values())), "flags": job.flags, "ask": ask,
+        "seed": job.seed, "limit": args.limit, "questions": args.questions,
+        "world": args.world, "steps": steps, "commands": commands,
+        "scores": scores(entries, "scores"), "benchmarks": parts,
+        "blind": scores(entries, "blind") if args.blind else None,
+        "seconds": {"training": round(sum(seconds), 1),
+                    "evaluation": round(sum(entry["seconds"] for entry in entries.values()), 1)},
+        **sizes_of(folder / "phase2", ask),
+        "commit": ", ".join(dict.fromkeys([made["commit"], commit()])),
+        "machine": made["machine"]}
+
+
+def steps_of(args, job):
+    """-> steps of both phases, and their seconds."""
+    logs = [read_log(folder_of(args, job) / f"phase{phase}/log.jsonl") for phase in (1, 2)]
+    seconds = [sum(line.get("seconds", 0) for line in log) for log in logs]
+    return [log[-1]["step"] + 1 for log in logs], seconds
+
+
+def asked(ask, model):
+    """Flags of eval.py -> (pruning rule or None, {field: value} of other choices)."""
+    return read_variant(ask_arguments(["--preset", PRESET, *shlex.split(ask)]), model)
+
+
+def sizes_of(model, ask):
+    """Parameters, vision tokens of a tile and GFLOP of a picture, of the model in a folder.
+
+    Vision tokens seen: in the mean over decoder layers, between which a pruning rule drops some.
+    """
+    rule, choices = asked(ask, model)
+    config, _ = LLaVAVRConfig.read(model, choices)
+    counts, shown = parameters(config), resized(config, rule)
+    n = TILES * shown.side**2
+    seen = [n]
+    if rule and not rule.startswith("resize"):
+        seen = seen_by_layers(config, n, rule)
+    flops = system_flops(config, TILES, TEXT, rule)
+    return {"parameters": {"projector": counts["mm_projector"],
+                           "vision_remember": counts.get("vision_remember", 0)},
+            "vision_tokens": shown.side**2,
+            "vision_tokens_seen": round(sum(seen) / len(seen) / TILES, 1),
+            "gflop": round(sum(flops.values()) / 1e9, 4)}
+
+
+def commit():
+    """The commit that runs. "+changes": some of its code is not committed. "": not in git."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                               text=True, check=True).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain", "--", "*.py", "tiny"],
+                                 capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found + ("+changes" if changes else "")
+
+
+@functools.cache
+def machine():
+    """The processor, its cores, a GPU if there is one, and PyTorch's version."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
+
+
+def tell(text):
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+def work(args, jobs):
+    """All jobs, so many side by side. Raises ValueError at the end if some failed, and Stopped."""
+    begun = time.time()
+    with alone_in(args.runs), Programs() as programs:
+        prepare(args, programs)
+        run = functools.partial(train_and_ask, args, programs)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            failures = list(filter(None, pool.map(run, jobs)))
+        if programs.stopped:
+            raise Stopped
+    if failures:
+        raise ValueError(f"{len(failures)} of {len(jobs)} models failed; the others are done")
+    tell(f"{len(jobs)} models are done, in {minutes(time.time() - begun)}: {args.out}")
+
+
+# ----------------------------------------------------------------------------------- first token
+
+@torch.inference_mode()
+def first_token(folder, ask, rounds=101):
+    """How long a model reads a fixed prompt until its first token: batch 1, one thread, float32.
+
+    -> {"ms", "uncompressed_ms", "relative", "rounds"}: medians over the rounds. In each, an
+    uncompressed model of the same parts reads it too; its weights are random, which costs the same.
+    The ViT counts; opening the picture and cutting it into tiles does not.
+    """
+    torch.set_num_threads(1)
+    model = load_model(folder, *asked(ask, folder)).eval()
+    config, _ = LLaVAVRConfig.read(folder, {})
+    plain = LLaVAVR(replace(config, projector="mlp", side=config.feature_side, remember=())).eval()
+    plain.read_tokenizer(folder)
+    drawing = draw.make_drawing(0, "test")
+    pad_id = model.tokenizer.token_to_id("<|endoftext|>")
+    ways = {}
+    for name, one in (("model", model), ("plain", plain)):
+        sample = one.encode_prompt(drawing.image, drawing.qa[0][0])
+        ways[name] = functools.partial(one.prefill, [sample], pad_id, 1)
+    seconds = timed(ways, rounds, torch.device("cpu"))
+    ratios = [ours / theirs for ours, theirs in zip(seconds["model"], seconds["plain"])]
+    return {"ms": round(1e3 * statistics.median(seconds["model"]), 3),
+            "uncompressed_ms": round(1e3 * statistics.median(seconds["plain"]), 3),
+            "relative": round(statistics.median(ratios), 4), "rounds": rounds}
+
+
+# ------------------------------------------------------------------------------ the command line
+
+def arguments(argv=None):
+    """The command line: see the top. Raises ValueError for bad values."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--table", nargs="+", default=[], help=f"of: {', '.join(plan.TABLES)}, all (default)")
+    add("--set", action="append", default=[], metavar="FLAGS",
+        help='a row of your own, by flags of train.py: --set "--window 4"')
+    add("--seeds", type=int, help="train each model from the seeds 1 to N; default 3")
+    add("--quick", action="store_true", help="a few records and questions, in a folder of its own")
+    add("--limit", type=int, help="train on so many records a phase; default: all")
+    add("--questions", type=int, help="of each benchmark; default 100")
+    add("--blind", action="store_true", help="ask with grey pictures, too")
+    add("--time", action="store_true", help="measure the time to the first token, too")
+    add("--jobs", type=int, default=2, help="programs side by side; default 2")
+    add("--runs", type=Path, help="folder of the models; default runs/ablation")
+    add("--out", type=Path, help="file of the results; default results/ablation.jsonl")
+    add("--list", action="store_true", help="print the plan instead")
+    add("--print", action="store_true", help="print the tables of the results instead")
+    add("--ttft", type=Path, metavar="FOLDER", help="only time the first token of this model")
+    add("--ask", default="", metavar="FLAGS", help="of eval.py, for --ttft")
+    args = parser.parse_args(argv)
+    defaults = {"questions": 100, "seeds": 3, **(QUICK if args.quick else {})}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    folder = f"ablation-limit{args.limit}" if args.limit else "ablation"
+    args.runs = args.runs or Path("runs") / folder
+    results = args.runs if args.quick else Path("results")
+    args.out = args.out or results / "ablation.jsonl"
+    for name in ("seeds", "limit", "questions", "jobs"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+    return args
+
+
+def main(argv=None):
+    """The command line: see the top."""
+    args = arguments(argv)
+    if args.ttft:
+        print(json.dumps(first_token(args.ttft, args.ask)))
+        return
+    tables = plan.chosen(args.table or ([] if args.set else ["all"]), args.set)
+    jobs = plan.jobs_of(tables, range(1, args.seeds + 1))
+    if args.print:
+        args.world = last_world(args.out)
+        print(*markdown(args, tables), sep="\n")
+    elif args.list:
+        args.world = world_now() or last_world(args.out)
+        trained = {job.name for job in jobs if is_trained(args, job)}
+        print(*listing(args, jobs, lines_of(args), trained), sep="\n")
+    else:
+        work(args, jobs)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Stopped:
+        sys.exit("tools.ablate: stopped and saved; the same command goes on")
+    except (ValueError, OSError) as error:
+        sys.exit(f"tools.ablate: {error}")

@@ -1,0 +1,198 @@
+"""The paper's tables and figures at laptop scale, as data. `python -m tools.ablate` makes them.
+
+TABLES holds a Row for each line of a table: the flags that train its model, those that ask it, and
+the paper's numbers. Rows with the same flags share one model, also across tables: see `jobs_of`.
+
+The sizes are those of `--preset tiny`: features of 8x8 a tile, 4x4 vision tokens where a quarter is
+kept, six decoder layers, ViT levels 2, 4 and 6. docs/paper.md has the same rows for 0.5B and 1.5B.
+"""
+import contextlib
+import io
+import re
+import shlex
+from typing import NamedTuple
+
+import torch
+
+import train
+
+PRESET = "tiny"
+OURS = ("preset", "name", "out", "seed", "phase", "limit", "resume")    # set by tools.ablate alone
+
+
+class Row(NamedTuple):
+    """One line of a table."""
+    label: str
+    flags: str = ""         # of train.py; none is the preset, which is the paper's model
+    ask: str = ""           # of eval.py: another way to ask the same model
+    paper: dict = {}        # {group, or "Avg", or "TTFT" relative to no compression: its number}
+
+
+def by_group(*scores):
+    """A line of Table 4: four groups and the average."""
+    return dict(zip(("General", "Knowledge", "OCR&Chart", "Vision-Centric", "Avg"), scores))
+
+
+MLP = "--projector mlp --remember none"
+AAP = "--remember none"
+SELA = ""
+PACKER = "--projector tokenpacker --levels 1,2,4,6 --remember none"
+
+# The paper's numbers: Tables 1, 2, 4 and 5 (arXiv 2506.03928). Table 1 is of 1.5B, with TTFT in ms,
+# and so is TTFT in Table 5(b): 83.6 without compression. The others are of 0.5B.
+TABLES = {
+    # Paper: a curve. The grid of 8x8 features allows these three ratios.
+    "fig1a": [
+        Row("no compression", MLP),
+        Row("A.A.P, 1/4", AAP),
+        Row("A.A.P + Vision Remember, 1/4", SELA),
+        Row("A.A.P, 1/16", "--side 2 --remember none"),
+        Row("A.A.P + Vision Remember, 1/16, windows of one token", "--side 2 --window 1"),
+        Row("A.A.P, 1/64", "--side 1 --remember none"),
+    ],
+    "1": [
+        Row("no compression", MLP),
+        Row("FastV", MLP, "--prune fastv", {"Avg": 51.0, "TTFT": 63.56 / 83.6}),
+        Row("PDrop", MLP, "--prune pdrop", {"Avg": 51.3, "TTFT": 75.76 / 83.6}),
+        Row("FastV at the cost of 1/4", MLP, "--prune fastv:match"),
+        Row("PDrop at the cost of 1/4", MLP, "--prune pdrop:match"),
+        Row("the picture resized to as many tokens", MLP, "--prune resize"),
+        Row("DeCo", AAP, "", {"Avg": 50.4, "TTFT": 48.48 / 83.6}),
+        Row("TokenPacker", PACKER, "", {"Avg": 51.2, "TTFT": 51.95 / 83.6}),
+        Row("TokenPacker on our three levels", "--projector tokenpacker --remember none"),
+        Row("ours", SELA, "", {"Avg": 52.3, "TTFT": 52.12 / 83.6}),
+    ],
+    "2": [
+        Row("A.A.P", AAP, "", {"Avg": 44.8}),
+        Row("A.A.P + Vision Remember", SELA, "", {"Avg": 47.1}),
+        Row("PixelShuffle", "--projector pixelshuffle --remember none", "", {"Avg": 43.7}),
+        Row("PixelShuffle + Vision Remember", "--projector pixelshuffle", "", {"Avg": 46.2}),
+        Row("Defor Attn", "--projector deformable --remember none", "", {"Avg": 44.1}),
+        Row("Defor Attn + Vision Remember", "--projector deformable", "", {"Avg": 46.3}),
+        Row("LDPv2", "--projector ldpv2 --remember none", "", {"Avg": 43.3}),
+        Row("LDPv2 + Vision Remember", "--projector ldpv2", "", {"Avg": 45.9}),
+    ],
+    "4a": [
+        Row("baseline", AAP, "", by_group(57.3, 42.6, 39.7, 46.1, 44.8)),
+        Row("+ Vision Resample, one level", "--interaction deformable", "",
+            by_group(57.7, 44.0, 40.4, 45.2, 45.3)),
+        Row("+ multi-level fusion", "--interaction deformable-multi", "",
+            by_group(57.9, 43.4, 43.7, 45.2, 46.1)),
+        Row("+ SELA", SELA, "", by_group(58.6, 43.4, 45.7, 46.2, 47.1)),
+    ],
+    # Open in the paper: whether tokens are added to or overwritten. So both.
+    "4b": [
+        Row("Global Attn", "--interaction global", "", by_group(49.5, 41.8, 20.2, 43.4, 36.7)),
+        Row("Global Attn, tokens overwritten", "--interaction global --join replace"),
+        Row("Defor Attn", "--interaction deformable-multi", "",
+            by_group(57.9, 43.4, 43.7, 45.2, 46.1)),
+        Row("SELA", SELA, "", by_group(58.6, 43.4, 45.7, 46.2, 47.1)),
+        Row("SELA, tokens overwritten", "--join replace"),
+    ],
+    # 1,4,7 of the paper's 24 layers is 1,3,5 of six, of which 5 is the last.
+    "4c": [
+        Row("none", AAP),
+        Row("0", "--remember 0"),
+        Row("1", "--remember 1", "", by_group(58.6, 43.1, 45.3, 45.8, 46.8)),
+        Row("1,4", SELA, "", by_group(58.6, 43.4, 45.7, 46.2, 47.1)),
+        Row("1,4,7: here 1,3,5", "--remember 1,3,5", "", by_group(57.6, 42.5, 44.2, 45.2, 46.0)),
+        Row("the last", "--remember 5"),
+    ],
+    "5": [
+        Row("no compression", MLP, "", {"Avg": 47.5, "TTFT": 1}),
+        Row("baseline", AAP, "", {"Avg": 44.8, "TTFT": 48.5 / 83.6}),
+        Row("ours", SELA, "", {"Avg": 47.1, "TTFT": 52.1 / 83.6}),
+    ],
+    "beyond": [
+        Row("ours: windows of 2, sigmoid, three levels", SELA),
+        Row("ours, both modules taken out when asked", SELA, "--remember none"),
+        Row("ours, that before layer 4 taken out when asked", SELA, "--remember 1"),
+        Row("ours, that before layer 1 taken out when asked", SELA, "--remember 4"),
+        Row("windows of 1", "--window 1"),
+        Row("windows of 4", "--window 4"),
+        Row("saliency: none", "--saliency none"),
+        Row("saliency: softmax", "--saliency softmax"),
+        Row("saliency: standardised", "--saliency standardised"),
+        Row("the deepest level alone", "--levels 6"),
+        Row("narrow SELA, keys and values shared", "--interaction narrow"),
+        Row("DeepStack's addition", "--interaction deepstack --remember 1,2,3,4"),
+        Row("spatial vision aggregator (Cambrian)", "--interaction sva"),
+        Row("the paper's second version", "--interaction bidirectional"),
+        Row("tokens overwritten", "--join replace"),
+    ],
+}
+
+
+# ----------------------------------------------------------------------------------------- its runs
+
+class Job(NamedTuple):
+    """A model to train, and all the ways in which it is asked."""
+    flags: str          # of train.py, in normal form
+    seed: int
+    asks: tuple         # flags of eval.py, in normal form
+
+    @property
+    def name(self):
+        """For train.py --name: the flags, and the seed."""
+        words = re.sub(r"\s*--", " ", self.flags).split()
+        name = "-".join(words).replace(",", "+") or "ours"
+        return f"{re.sub(r'[^-+.0-9A-Za-z_]', '_', name)}-s{self.seed}"
+
+
+def normal(flags):
+    """Flags in the order of their names, so that the same flags are the same text."""
+    words = shlex.split(flags)
+    starts = [i for i, word in enumerate(words) if word.startswith("--")] + [len(words)]
+    return " ".join(sorted(shlex.join(words[a:b]) for a, b in zip(starts, starts[1:])))
+
+
+def chosen(words, own=()):
+    """Names of tables, "all" and flags of own rows -> {table: rows}, in the order of TABLES.
+
+    Own rows are a table of their own, "own". Raises ValueError for what is unknown or cannot be.
+    """
+    names = [name for word in words for name in word.split(",")]
+    for name in names:
+        if name not in TABLES and name != "all":
+            raise ValueError(f"--table {name}: there are {', '.join(TABLES)} and all")
+    found = {name: rows for name, rows in TABLES.items() if name in names or "all" in names}
+    if own:
+        for flags in own:
+            check(flags)
+        found["own"] = [Row(flags or "ours", flags) for flags in own]
+    return found
+
+
+def jobs_of(tables, seeds):
+    """{table: rows} -> [Job], the first seed of all models before the second.
+
+    So a plan that is stopped early has every row, with fewer seeds.
+    """
+    asks = {}
+    for row in [row for rows in tables.values() for row in rows]:
+        asks.setdefault(normal(row.flags), {})[normal(row.ask)] = None
+    return [Job(flags, seed, tuple(asks[flags])) for seed in seeds for flags in asks]
+
+
+def labels_of(flags, ask):
+    """Flags in normal form -> {table: label} of the rows that they make, or {"own": flags}."""
+    found = {table: row.label for table, rows in TABLES.items() for row in rows
+             if (normal(row.flags), normal(row.ask)) == (flags, ask)}
+    return found or {"own": flags}
+
+
+def check(flags):
+    """Raises ValueError, in one line, unless flags of train.py choose a model that can be."""
+    said, ours = io.StringIO(), ["--preset", PRESET, "--name", "own", "--out", "nowhere"]
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            args, plain = train.arguments([*ours, *shlex.split(flags)]), train.arguments(ours)
+        changed = [name for name in OURS if getattr(args, name) != getattr(plain, name)]
+        if changed:
+            raise ValueError(f"--{changed[0]} is set by tools.ablate: leave it out")
+        train.make_run(args, "1", 0, 1, torch.device("cpu"))
+    except SystemExit:
+        *_, reason = said.getvalue().strip().split("error: ")
+        raise ValueError(f"--set {flags!r}: {reason}") from None
+    except ValueError as error:
+        raise ValueError(f"--set {flags!r}: {error}") from None
