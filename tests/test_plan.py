@@ -46,7 +46,7 @@ def test_the_same_flags_are_one_model_and_every_other_is_another_architecture():
     assert sorted(job.flags for job in jobs) == TRAINED
     configs = [str(asdict(config_of(job.flags))) for job in jobs]
     assert len(set(configs)) == len({job.name for job in jobs}) == len(jobs)
-    assert plan.normal("--remember  none --projector mlp") == plan.normal(plan.MLP) == plan.MLP
+    assert plan.normal("--remember=none  --projector mlp") == plan.normal(plan.MLP) == plan.MLP
 
 
 def test_a_model_is_asked_once_in_each_way_whatever_tables_want_it():

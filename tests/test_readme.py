@@ -18,6 +18,7 @@ from compared import interactions, projectors, pruning
 from compared.choices import for_training
 from helpers import ROOT
 from sela import Memory, Sizes
+from tools import cost
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -151,7 +152,7 @@ def test_a_command_names_a_script_and_flags_that_exist(page, command):
         return                                                                   # its flags are lmms-eval's
     known = flags_of(script)
     for flag, value in zip(rest, [*rest[1:], None]):
-        if flag.startswith("--"):
+        if flag.startswith("--") and " " not in flag:            # what is quoted belongs to the flag before
             name, _, given = flag.partition("=")
             assert name in known, f"{page}: {script} knows no {name}"
             assert not known[name] or (given or value) in known[name], f"{page}: {flag} {value}"
@@ -259,3 +260,9 @@ def test_each_row_of_the_papers_tables_can_be_typed(preset, flags):
     """Its flags are known and fit each other at that size."""
     args = train.arguments(["--preset", preset, "--name", "row", *flags.split()])
     assert for_training(args, {}, Path("nowhere"))
+
+
+def test_the_costs_of_the_systems_are_those_that_the_tool_prints():
+    """docs/paper.md has the table as it is printed."""
+    printed = [line for line in cost.systems_table(tiles=5, text=60) if line.startswith("|")]
+    assert len(printed) > 30 and "\n".join(printed) in PAGES["docs/paper.md"]

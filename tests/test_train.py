@@ -77,12 +77,22 @@ def straight(world, tmp_path_factory):
     return out
 
 
-def check_same(out, other, phases=(1, 2), tolerance=1e-4):
-    """Two runs of the same training with sums in another order: log within 1e-4 of its value, weights within 1e-4.
+def check_weights(ours, theirs, tolerance=1e-3):
+    """Weights of two runs with sums in another order: 1e-6 in the mean, and none by more than half a step.
 
     Adam divides by the size of the gradient: where a gradient is all but 0, its last bits decide a step of up to lr =
-    2e-3, so 1e-4 is a twentieth of one step (2e-5 seen). For the same reason weights alone would not show a loss scaled
-    by the number of processes; the logged norm does. `tokens` is left out: it counts the pad of an empty micro-batch.
+    2e-3. Seen: 4e-4 at most and 2e-8 in the mean on a machine with AMX, 2e-5 and 4e-9 on one without.
+    """
+    assert ours.keys() == theirs.keys()
+    apart = torch.cat([(ours[key] - theirs[key]).abs().flatten() for key in ours])
+    assert apart.max() < tolerance and apart.mean() < 1e-6, f"at most {apart.max()}, {apart.mean()} in the mean"
+
+
+def check_same(out, other, phases=(1, 2), tolerance=1e-3):
+    """Two runs of the same training with sums in another order: log within 1e-4 of its value, weights see above.
+
+    Weights alone would not show a loss scaled by the number of processes, for Adam takes the scale out; the logged norm
+    does. `tokens` is left out: it counts the pad of an empty micro-batch.
     """
     for phase in phases:
         (ours, log), (theirs, other_log) = result(out, phase), result(other, phase)
@@ -91,9 +101,7 @@ def check_same(out, other, phases=(1, 2), tolerance=1e-4):
             assert all(line[name] == same[name] for name in ("step", "trained_tokens", "skipped", "lr"))
             assert line.get("loss", 0) == pytest.approx(same.get("loss", 0), rel=1e-4)
             assert line["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-4, abs=1e-4)
-        assert ours.keys() == theirs.keys()
-        worst = max((ours[key] - theirs[key]).abs().max().item() for key in ours)
-        assert worst < tolerance, f"phase {phase}: weights differ by {worst}"
+        check_weights(ours, theirs, tolerance)
 
 
 # ---- the pure pieces

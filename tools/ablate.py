@@ -373,7 +373,7 @@ def work(args, jobs):
             raise Stopped
     if failures:
         raise ValueError(f"{len(failures)} of {len(jobs)} models failed; the others are done")
-    tell(f"{len(jobs)} models are done, in {minutes(time.time() - begun)}: {args.out}")
+    tell(f"all is done, in {minutes(time.time() - begun)}: {args.out}")
 
 
 # ----------------------------------------------------------------------------------- first token

@@ -5,15 +5,15 @@
     python -m tools.plot density.json       # a curve for each model
 
     B   rows of a batch                     N_v   vision tokens of a row, without newlines
-    T   tokens of a row, padded right       rho   attention density of a row in a layer
+    T   tokens of a row, with padding       rho   attention density of a row in a layer
     d   width of the LLM                    D     width of an attention head
 
-    rho = (T / N_v) * (the attention that vision tokens get)                               Eq. 1
+    rho = (length / N_v) * (the attention that vision tokens get)                          Eq. 1
 
 Uniform attention has rho = 1, however many vision tokens there are. So models that compress more
 or less can be compared. Paper silent: we take the attention of the last prompt token, in the mean
-over heads, as FastV does. It may look at all T tokens. Newlines of a picture are no vision tokens:
-they count in T alone.
+over heads, as FastV does. It sees the whole prompt. Newlines of a picture are no vision tokens: they
+count in the length of the prompt alone.
 
 Each prompt is read once and nothing is answered. The attention is computed beside the layers, from
 what enters them: no layer gives up its fast kernel.
@@ -68,7 +68,7 @@ def densities(model, batch):
     looked at. The model is left as it was.
     """
     is_vision = vision_mask(batch)                                       # (B, T)
-    # `generate` reads the last token apart, so what remembers with the question does not see it
+    # only "bidirectional" reads lengths: in `generate` it never sees the prompt's last token
     without_last = replace(batch, lengths=batch.lengths - 1)
     x, remember = model.embed(without_last)                              # (B, T, d) all tokens
     places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)    # (B, T)
@@ -111,7 +111,7 @@ def shown_questions(task, rows, skipped):
 
 
 def measure(model, questions, batch, bar):
-    """Questions with pictures -> rho (rows, layers), N_v (rows,), T (rows,).
+    """Questions with pictures -> rho (rows, layers), N_v (rows,), lengths (rows,).
 
     Of eight batches at a time those of like size are read together: that wastes little on padding.
     Raises ValueError where there is no question.

@@ -141,7 +141,9 @@ class Job(NamedTuple):
 
 def normal(flags):
     """Flags in the order of their names, so that the same flags are the same text."""
-    words = shlex.split(flags)
+    words = []
+    for word in shlex.split(flags):
+        words += word.split("=", 1) if word.startswith("--") else [word]    # --window=4, too
     starts = [i for i, word in enumerate(words) if word.startswith("--")] + [len(words)]
     return " ".join(sorted(shlex.join(words[a:b]) for a, b in zip(starts, starts[1:])))
 
