@@ -85,6 +85,11 @@ class Run:
     rank: int = int(os.environ.get("RANK", 0))              # as torchrun says
     world: int = int(os.environ.get("WORLD_SIZE", 1))
 
+    @property
+    def row(self):
+        """The preset whose scores in the paper stand beside ours; None for another system."""
+        return None if self.name or self.variant else self.preset
+
 
 def arguments(argv):
     """The command line -> Run. Raises ValueError for bad values."""
@@ -306,10 +311,9 @@ def main(argv=None):
         dist.destroy_process_group()
     if run.rank > 0:
         return None
-    print("\n" + summary(entries, run.preset) if len(run.tasks) > 1
-          else beside(entries, run.preset))
+    print("\n" + summary(entries, run.row) if len(run.tasks) > 1 else beside(entries, run.row))
     if run.report:
-        write(run.out / "report.html", page(entries, cards, run.preset))
+        write(run.out / "report.html", page(entries, cards, run.row))
         print(f"report in {run.out / 'report.html'}")
     return entries if len(run.tasks) > 1 else entries[run.tasks[0]]
 

@@ -90,6 +90,9 @@ class LLaVAVRConfig:
             if not 0 <= layer < self.text.num_hidden_layers:
                 raise ValueError(f"remember {layer} is out of range: the decoder has layers 0 to "
                                  f"{self.text.num_hidden_layers - 1}")
+        if self.side > self.feature_side:
+            raise ValueError(f"side {self.side}: the ViT has only {self.feature_side} features "
+                             "along a side of a tile")
         allowed = {"projector": PROJECTORS, "interaction": INTERACTIONS, "image_mode": data.MODES}
         for name, known in allowed.items():
             value = getattr(self, name)

@@ -431,7 +431,7 @@ def start_log(run, model, order, first):
     recipe, trained = run.recipe, sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"phase {run.phase} of preset {run.flags.preset} on {run.world} x {run.device.type}, "
           f"{run.flags.precision}\n  {recipe}\n  {order.steps:,} steps over {order.samples:,} "
-          f"records, training {trained / 1e6:,.1f} M parameters", flush=True)
+          f"records, training {trained:,} parameters", flush=True)
     return Log(run.partial, first, run.flags.wandb, asdict(recipe))
 
 

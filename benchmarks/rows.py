@@ -116,8 +116,8 @@ def _not_found(task, data, config):
         f"no {spec.files.replace('|', ' or ')} for {task} in {homes} or their {inner} "
         f"({data} holds {holds}); get it with: "
         f"hf download --repo-type dataset {spec.repo} --local-dir data/eval/{spec.folders[0]}   "
-        "or try the drawn data: python train.py --preset tiny, then "
-        f"python eval.py --task {task} --preset tiny")
+        "or add --preset tiny to ask a tiny model about drawn data; one is trained by python "
+        f"train.py --preset tiny and asked by python eval.py --task {task} --preset tiny")
 
 
 # -------------------------------------------------------------------------------------- reading

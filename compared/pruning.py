@@ -147,10 +147,12 @@ def parse_rule(text, layers):
     """
     method, colon, given = text.partition(":")
     if method not in RULES:
-        raise ValueError(f"pruning rule {text!r} is unknown: give fastv, fastv:K=2,R=0.5, pdrop, "
-                         "pdrop:layers=7/14/21,ratios=0.5/0.25/0.125, fastv:match or pdrop:match")
+        raise ValueError(f"pruning rule {text!r} is unknown: give {', '.join(RULES)} or resize, as "
+                         "in fastv:K=2,R=0.5 or pdrop:match")
     kind = RULES[method]
     try:
+        if given == "match" and not hasattr(kind, "matched"):
+            raise ValueError("has no form that matches 4x compression")
         rule = kind.matched(layers) if given == "match" else kind.default(layers)
         if colon and given != "match":
             rule = replace(rule, **_read_pairs(given, kind.reads))

@@ -74,8 +74,8 @@ def resume(folder, model, optimizer, run, accept_changes=False):
     path, facts, tensors = found
     changes = _changes(facts["run"], json.loads(json.dumps(run)))   # tuples come back as lists
     if changes and not accept_changes:
-        raise ValueError(f"{path} is of another run ({'; '.join(changes)}); undo the changes, "
-                         "accept them or begin a new run")
+        raise ValueError(f"{path} is of another run ({'; '.join(changes)}); give the "
+                         "same flags again, --accept-changes, or remove it to begin anew")
     trained = _trained(model)
     _check_fit(path, tensors, trained)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

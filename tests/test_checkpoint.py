@@ -201,7 +201,7 @@ def test_a_changed_recipe_is_refused_with_all_differences_unless_accepted(two):
     with pytest.raises(ValueError) as error:
         checkpoint.resume(two[0], *other, changed)
     assert str(error.value) == (f"{two[0]}/step-00000005 is of another run (batch: 256 then, 128 now; data: 12 records then, "
-                                "absent now; seed: absent then, 4 now); undo the changes, accept them or begin a new run")
+                                "absent now; seed: absent then, 4 now); give the same flags again, --accept-changes, or remove it to begin anew")
     assert same(everything(*other), before)
     assert checkpoint.resume(two[0], *other, changed, accept_changes=True) == 5
 

@@ -373,7 +373,7 @@ def test_budgets_are_those_that_were_computed_by_hand():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "pruning rule '' is unknown: give fastv, fastv:K=2,R=0.5, pdrop"), ("sparse", "'sparse' is unknown"),
+    ("", "pruning rule '' is unknown: give fastv, pdrop or resize, as in fastv:K=2,R=0.5"), ("sparse", "'sparse' is unknown"),
     ("FastV", "'FastV' is unknown"), ("fastv:", "'' is not understood, give K, R once each"),
     ("fastv:k=2", "'k=2' is not understood"), ("fastv:K=2,K=3", "'K=3' is not understood"), ("fastv:K=two", "'two'"),
     ("fastv:R=half", "'half'"), ("fastv:K=0", "K must be from 1 to 5"), ("fastv:K=6", "K must be from 1 to 5"),

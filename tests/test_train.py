@@ -169,7 +169,7 @@ def test_a_run_says_what_it_trains_and_how_to_see_its_curve(world, tmp_path, cap
     first, recipe, steps, done, curve = capsys.readouterr().out.splitlines()
     assert first == "phase 1 of preset tiny on 1 x cpu, fp32"
     assert recipe == f"  {replace(train.recipe_of('tiny', '1'), batch=BATCH)}"
-    assert re.fullmatch(r"  3 steps over 9 records, training \d\.\d M parameters", steps)
+    assert re.fullmatch(r"  3 steps over 9 records, training [\d,]+ parameters", steps)
     assert done == f"phase 1: done, {tmp_path}/tiny/phase1 holds the model; 2 records skipped"
     assert curve.endswith(f"python -m tools.plot {tmp_path}/tiny/phase1/log.jsonl")
 

@@ -820,7 +820,7 @@ def write_chartqa(folder, count, seed=0, scale=1):
 
 
 def write_all(folder, pretrain=3600, finetune=4400, test=300, scale=1):
-    """The three sets of `--preset tiny` in one folder, drawn on all cores.
+    """The three sets of `--preset tiny` in one folder, drawn on all cores. -> whether it had to.
 
     `drawn.json` is written last. It says that all is there; then nothing is drawn again.
     """
@@ -829,13 +829,14 @@ def write_all(folder, pretrain=3600, finetune=4400, test=300, scale=1):
     wanted = {"pretrain": pretrain, "finetune": finetune, "test": test, "scale": scale,
               "version": 6}              # to be raised whenever other pictures are drawn
     if finished.exists() and json.loads(finished.read_text()) == wanted:
-        return
+        return False
     with ProcessPoolExecutor() as pool:
         mapper = partial(pool.map, chunksize=32)
         write_llava_json(folder / "pretrain", pretrain, scale=scale, mapper=mapper)
         write_parquet(folder / "finetune", finetune, seed=1_000_000, scale=scale, mapper=mapper)
     write_chartqa(folder / "eval" / "ChartQA", test, scale=scale)
     finished.write_text(json.dumps(wanted))
+    return True
 
 
 def sheet(count, scale=2, seed=0):
@@ -869,11 +870,13 @@ def arguments(argv=None):
 def main(argv=None):
     """Draw what the command line asks for."""
     args = arguments(argv)
+    wrote = True
     if args.show:
         sheet(args.show).save(args.out)
     else:
-        write_all(args.out, scale=args.scale)
-    print(f"tiny.draw: wrote {args.out}")
+        wrote = write_all(args.out, scale=args.scale)
+    print(f"tiny.draw: {'wrote' if wrote else 'nothing to draw,'} {args.out}"
+          f"{'' if wrote else ' is there'}")
 
 
 if __name__ == "__main__":

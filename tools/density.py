@@ -12,8 +12,8 @@
 
 Uniform attention has rho = 1, however many vision tokens there are. So models that compress more
 or less can be compared. Paper silent: we take the attention of the last prompt token, in the mean
-over heads, as FastV does. It sees the whole prompt. Newlines of a picture are no vision tokens: they
-count in the length of the prompt alone.
+over heads, as FastV does. It sees the whole prompt. Newlines of a picture are no vision tokens:
+they count in the length of the prompt alone.
 
 Each prompt is read once and nothing is answered. The attention is computed beside the layers, from
 what enters them: no layer gives up its fast kernel.
