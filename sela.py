@@ -47,27 +47,6 @@ class Memory(NamedTuple):
     projector: nn.Module | None = None      # the model's own
 
 
-class Insertions(nn.ModuleDict):
-    """The modules of Vision Remember, under the numbers of the decoder layers they stand before.
-
-    module_class(*arguments) builds one. It maps vision tokens x (n, d) and a Memory to x (n, d).
-    """
-    reads_question = False  # True: picture and question must be read together, also in answering
-
-    def __init__(self, module_class, layers, *arguments):
-        super().__init__({str(layer): module_class(*arguments) for layer in layers})
-
-    def check(self, projector):
-        """ValueError if these insertions cannot work with the model's projector."""
-
-    def prepare(self, memory, batch, embedded):
-        """Called once for each data.Batch, with its embeddings (B, T, d), before the first layer.
-
-        A subclass computes here what its modules share. -> what they get as their Memory
-        """
-        return memory
-
-
 class VisionRemember(nn.Module):
     """One insertion of Vision Remember: normalise, widen, attend in the own window, narrow, add.
 
@@ -161,6 +140,27 @@ def flat_index(cells, side):
     """Cells (n, 3) of (tile, row, column) -> their places (n,) among all tokens of all tiles."""
     tile, row, column = cells.unbind(1)
     return (tile * side + row) * side + column
+
+
+class Insertions(nn.ModuleDict):
+    """The modules of Vision Remember, under the numbers of the decoder layers they stand before.
+
+    module_class(*arguments) builds one. It maps vision tokens x (n, d) and a Memory to x (n, d).
+    """
+    reads_question = False  # True: picture and question must be read together, also in answering
+
+    def __init__(self, module_class, layers, *arguments):
+        super().__init__({str(layer): module_class(*arguments) for layer in layers})
+
+    def check(self, projector):
+        """ValueError if these insertions cannot work with the model's projector."""
+
+    def prepare(self, memory, batch, embedded):
+        """Called once for each data.Batch, with its embeddings (B, T, d), before the first layer.
+
+        A subclass computes here what its modules share. -> what they get as their Memory
+        """
+        return memory
 
 
 def shape_walk():

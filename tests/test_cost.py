@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+from compared import choices
 from helpers import batch_of, picture, sample
 from model import INTERACTIONS, PRESETS, PROJECTORS
 from test_systems import ODD, built, counted, system
@@ -129,11 +130,111 @@ def test_the_table_prints(preset, phase, capsys):
     assert ("gathered" in printed) == (phase == "2")
 
 
-def test_a_wrong_number_is_one_line(capsys):
+FLAGS = ["--projector mlp --remember none", *(f"--projector {name}" for name in PROJECTORS if name not in ("aap", "mlp")),
+         *(f"--interaction {name}" for name in INTERACTIONS if name != "sela"), "--projector tokenpacker --levels 1,2,4,6",
+         "--side 8 --remember 1 --window 1", "--saliency none --join replace"]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_every_system_has_its_table(flags, capsys):
+    """In phases that train the ViT and in those that do not, sharded and recomputing. The table repeats what was chosen."""
+    for more in (["--phase", "2"], ["--phase", "si", "--shard", "--recompute"]):
+        cost.main(["--preset", "tiny", *more, *flags.split()])
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"tiny, {flags.removeprefix('--').replace(' --', ', ')}, phase {more[1]}, 8 devices")
+        assert "in all" in printed and "activations" in printed and "counted" not in printed
+
+
+def parts_of_the_prompt(flags, capsys):
+    """{part: its GFLOP} of the section about the prompt."""
+    cost.main(flags.split())
+    section = capsys.readouterr().out.split("its prompt of ")[1].split("\n\n")[0].splitlines()
+    units = {"FLOP": 1e-9, "MFLOP": 1e-3, "GFLOP": 1, "TFLOP": 1e3}
+    return {part: float(number) * units[unit] for number, unit, part, *_ in map(str.split, section[1:])}
+
+
+def test_a_prompt_can_be_pruned(capsys):
+    """Then its decoder is cheaper, and all else is as before. A picture resized to half a side is a quarter of everything."""
+    flags = "--preset 1.5b --projector mlp --remember none"
+    whole = parts_of_the_prompt(flags, capsys)
+    pruned, resized = (parts_of_the_prompt(f"{flags} --prune {rule}", capsys) for rule in ("pdrop", "resize"))
+    assert [whole[part] == pruned[part] for part in ("vit", "projector", "remember", "decoder")] == [True, True, True, False]
+    assert pruned["decoder"] < 0.6 * whole["decoder"]
+    assert resized["projector"] == pytest.approx(whole["projector"] / 4, rel=0.02) and resized["vit"] < whole["vit"] / 4
+    assert whole["in"] == pytest.approx(sum(whole.values()) / 2, rel=0.02)       # "in all"
+
+
+def numbers(row):
+    """The numeric cells of a row of Markdown; 576 (312) is 576."""
+    return [float(cell.split()[0].replace(",", "")) for cell in row.strip("| ").split(" | ")[1:]]
+
+
+@pytest.fixture(scope="module")
+def table_of_systems():
+    return cost.systems_table(5, 60)
+
+
+def test_the_table_of_systems_is_markdown(table_of_systems):
+    """As it is printed it goes into the documentation: a line that says what is assumed, and a row of equally many cells."""
+    assumed, empty, head, ruler, *rows = table_of_systems
+    assert "5 tiles and 60 tokens of text" in assumed and "|" not in assumed and empty == ""
+    assert len({row.count("|") for row in (head, ruler, *rows)}) == 1 and set(ruler) <= set("|-: ")
+    names = [row.split("|")[1].strip() for row in rows]
+    assert len(set(names)) == len(names) == len(cost.systems())
+    text = " ".join(names)
+    assert all(name in text for name in (*PROJECTORS, *INTERACTIONS, *cost.PRUNING)) and "counted" not in text
+
+
+def test_the_table_of_systems_has_the_numbers_of_its_systems(table_of_systems):
+    """Three of them by their arithmetic, in 1e9 FLOP: ViT of 23 blocks 366 a tile, then what the reference tables have."""
+    rows = {row.split("|")[1].strip(): numbers(row) for row in table_of_systems[4:]}
+    vit = 5 * 2 * 183
+    for name, side, millions, own, decoder in (("mlp, uncompressed", 24, 1.7, 9.91, 1238), ("aap 1/4", 12, 1.7, 2.48, 292),
+                                               ("aap + sela", 12, 107.1, 317, 292)):
+        tokens, *parameters_, small, middle, large, alone = rows[name]
+        assert tokens == side ** 2 and parameters_[0] == millions and alone == pytest.approx(own, rel=0.005)
+        assert small == pytest.approx(vit + own + 2 * decoder, rel=0.005) and small < middle < large
+    assert rows["mlp, fastv:match"][4] == pytest.approx(rows["aap 1/4"][4], rel=0.02)          # the same budget
+    assert [rows[f"aap 1/{share}"][0] for share in (4, 9, 16, 36)] == [144, 64, 36, 16]
+    assert any("| 576 (144) |" in row for row in table_of_systems)
+
+
+def test_a_system_without_a_formula_says_that_it_was_counted(monkeypatch, capsys):
+    """A visitor's projector: in the table of systems, before a run, and after it."""
+    monkeypatch.setitem(PROJECTORS, "mine", PROJECTORS["aap"])
+    cost.main(["--preset", "tiny", "--projector", "mine"])
+    assert "counted by PyTorch, without a formula: projector mine" in capsys.readouterr().out
+    monkeypatch.setattr(cost, "systems", lambda: [("plain", {}, None), ("new", {"projector": "mine"}, None)])
+    plain, new = cost.systems_table(1, 20, ["tiny"])[4:]
+    assert new.startswith("| new, counted |") and numbers(new) == numbers(plain)
+
+
+@pytest.mark.parametrize("number, text", [(12_345.6, "12,300"), (100, "100"), (23, "23.0"), (1.1, "1.10"), (0.4973, "0.497")])
+def test_numbers_of_the_table_have_three_digits(number, text):
+    """More would be noise beside what is left out."""
+    assert cost.three_digits(number) == text
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--world 0", "--world 0: must be above 0"), ("--tiles 3", "of the picture of --systems"),
+    ("--systems --projector mlp", "leave yours out"), ("--systems --preset 7b", "leave yours out"),
+    ("--log some/log.jsonl --prune pdrop", "nothing is pruned")])
+def test_a_wrong_flag_is_one_line(flags, message, capsys):
     """As in the other scripts."""
     with pytest.raises(SystemExit):
-        cost.main(["--world", "0"])
-    assert "--world 0: must be above 0" in capsys.readouterr().err
+        cost.main(flags.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--window 5", "windows of 5x5 tokens do not tile"), ("--projector mlp --side 12", "set side=24"),
+    ("--interaction deepstack --projector ldpv2", "deepstack needs a projector"), ("--prune pdrop", "without Vision Remember"),
+    ("--projector pixelshuffle --side 7", "set side to a divisor of 24"), ("--remember 24", "remember 24 is out of range")])
+def test_choices_that_do_not_fit_are_one_line(flags, message):
+    """Those of the parts themselves, before anything is counted."""
+    with pytest.raises(ValueError, match=message) as caught:
+        cost.main(flags.split())
+    assert "\n" not in str(caught.value)
 
 
 def written(folder, steps=3):
@@ -165,6 +266,17 @@ def test_the_log_of_phase_1_has_a_tile_a_sample(tmp_path, capsys):
     assert cost.report(log, world=2, peak=1e9)[1].endswith(" 1 tiles")
     rate = [float(line.split("%")[0]) for world in (1, 2) for line in cost.report(log, world=world, peak=1e9) if "(MFU)" in line]
     assert rate[0] == pytest.approx(2 * rate[1], abs=0.1)
+
+
+def test_the_log_of_another_architecture_is_counted_as_that(tmp_path):
+    """The folder has the preset's name and its own; beside the log lie the choices, also of a run that goes on."""
+    config = system(PRESETS["tiny"].config, "mlp", remember=())
+    expected = f"{cost.short(flops(config, [100], 1, 7, RECIPES['2'].trains), 'FLOP')}  a sample"
+    for folder, file in (("tiny-mlp/phase2", "config.json"), ("tiny-mlp/phase2.partial", "choices.json")):
+        log = written(tmp_path / folder)
+        choices.write(log.parent / file, config)
+        assert any(expected in line for line in cost.report(log))
+        assert not any(expected in line for line in cost.report(log, choices={"remember": (1,)}))
 
 
 def test_a_log_of_nothing_known_is_refused(tmp_path):

@@ -23,7 +23,7 @@ from train import RECIPES
 ODD = LLaVAVRConfig(CLIPConfig(64, 72, num_hidden_layers=4, num_attention_heads=4, image_size=60, patch_size=10),
                     Qwen2Config(1200, 60, 100, 5, 3, 1), levels=(1, 3), side=3, remember=(2, 3), window=3)
 TRAINS = {"phase 1": RECIPES["1"].trains, "phase 2": RECIPES["2"].trains, "all": PARTS,
-          "remembering": ("vision_remember",), "decoder": ("language_model",), "none": ()}
+          "remembering": ("vision_remember",), "decoder": ("language_model",), "ViT": ("vision_tower",), "none": ()}
 
 
 def system(config, projector="aap", **choices):
@@ -40,8 +40,8 @@ ALONE = {name: system(FEW, name, remember=()) for name in PROJECTORS}
 TOGETHER = {f"aap + {name}": system(FEW, interaction=name) for name in INTERACTIONS}
 TOGETHER |= {"aap + sela, window 1": system(FEW, window=1), "mlp + deepstack": system(FEW, "mlp", interaction="deepstack")}
 CASES = [*((config, name, trains) for name, config in CONFIGS.items() for trains in TRAINS),
-         *((config, name, trains) for name, config in ALONE.items() for trains in ("phase 1", "all")),
-         *((config, name, trains) for name, config in TOGETHER.items() for trains in ("phase 1", "all", "remembering")
+         *((config, name, trains) for name, config in ALONE.items() for trains in ("phase 1", "all", "ViT")),
+         *((config, name, trains) for name, config in TOGETHER.items() for trains in TRAINS if trains not in ("phase 2", "none")
            if trains != "remembering" or "deepstack" not in name)]             # it has nothing that trains
 
 

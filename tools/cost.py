@@ -1,4 +1,4 @@
-"""What training costs, by formula: floating-point operations, bytes per device, days.
+"""What training and answering cost, by formula: floating-point operations, bytes per device, days.
 
     python -m tools.cost --preset 0.5b --phase 1                  # before a run: numbers only
     python -m tools.cost --preset 7b --phase 2 --world 8 --shard  # divided over eight devices
@@ -277,9 +277,10 @@ def systems_table(tiles, text, presets=("0.5b", "1.5b", "7b")):
     heads = ["system", "vision tokens a tile", *(f"M parameters, {size}" for size in sizes),
              *(f"GFLOP, {size}" for size in sizes), f"of these its own, {sizes[0]}"]
     lines = [f"One picture of {tiles} tiles and {text} tokens of text, forward, up to the first "
-             "token of the answer; no un-padding and no newlines, and a multiply-add is 2 FLOP. "
-             "Parameters are those of projector and Vision Remember, and so is what is a system's "
-             f"own. In brackets: tokens that a layer sees in the mean, {sizes[0]}.",
+             "token of the answer: ViT, projector, Vision Remember and decoder. Nothing is "
+             "un-padded, there are no newlines, and a multiply-add is 2 FLOP. Parameters and the "
+             "last column are of projector and Vision Remember alone. In brackets: tokens that a "
+             f"decoder layer sees in the mean, {sizes[0]}.",
              "", row_of(heads), row_of(["---", *["---:"] * (len(heads) - 1)])]
     for name, choices, rule in systems():
         configs = [choose(preset, choices) for preset in presets]
@@ -306,16 +307,16 @@ def tokens_of(config, tiles, rule):
 
 
 def three_digits(number):
-    """12_345.6 -> "12,300", 0.4973 -> "0.497"."""
+    """12_345.6 -> "12,300", 1.1 -> "1.10", 0.4973 -> "0.497"."""
     rounded = float(f"{number:.3g}")
-    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:#.3g}"
 
 
 def report(path, preset=None, phase=None, world=1, peak=A100, choices=None):
     """The lines that are printed of a run's log: what it computed by formula, and how fast.
 
     Preset and phase are those of its folder, runs/<preset>-<NAME>/<phase>, unless they are given.
-    The architecture's choices are those that lie beside the log, unless they are given. The log
+    The architecture's choices are those kept beside the log, but for those that are given. The log
     does not tell how many tiles its samples had: of each, as many are assumed as fit its tokens
     less PHASES' text, or less half of them. Raises ValueError for a log without steps.
     """
@@ -329,7 +330,7 @@ def report(path, preset=None, phase=None, world=1, peak=A100, choices=None):
     lines = [line for line in read(path) if line.get("seconds")]
     if not lines:
         raise ValueError(f"{path}: no line with a step and its seconds; is it the log of a run?")
-    config = choose(preset, choices or kept_choices(folder))
+    config = choose(preset, {**kept_choices(folder), **(choices or {})})
     trains = recipe_of(preset, phase).trains
     tokens, trained = (sum(line[key] for line in lines) for key in ("tokens", "trained_tokens"))
     seconds = sum(line["seconds"] for line in lines)
@@ -393,6 +394,8 @@ def arguments(argv=None):
             parser.error(f"--{name} {value}: must be above 0")
     if (args.tiles or args.text) and not args.systems:
         parser.error("--tiles and --text are of the picture of --systems: add it")
+    if args.log and args.prune:
+        parser.error("--log is of training, where nothing is pruned: leave --prune out")
     if args.systems and (args.preset or args.prune or args.log or given(args)):
         parser.error("--systems has presets, choices and rules of its own: leave yours out")
     return args
