@@ -309,7 +309,7 @@ def pretrain_joint(args):
         pixels, target = batch
         features, _ = model.vision_tower(pixels)                       # L x (t, N, C)
         shown, known = in_words(target, vectors)                       # (t, N, d), (t, N)
-        projected = model.mm_projector(features[-1])                   # (t, N, d)
+        projected = model.mm_projector(features)                       # (t, N, d)
         return F.mse_loss(projected[known], shown[known]) / spread, {}
 
     fit(args, "align", model, 2e-3, partial(tile_batch, args.seed, kinds=READING), align_loss)
