@@ -1,0 +1,298 @@
+"""What the tiny parts learn from in the world of tiny/world.py, where compression costs something.
+
+As tiny/lessons.py: a lesson is a pure function of its number, all of it from the training split.
+The stages that learn these lessons are in tiny/pretrain.py, under --world.
+
+In that world print stands at any pixel and in lines of 11 or 14, so a patch of 14 x 14 pixels cuts
+texts and may see two lines. Hence every patch answers for its upper and for its lower half, 14 x 7
+pixels each. This is what is asked of a half:
+
+word, number    the one whose middle lies in it. Lines are more than 7 pixels apart, numbers beside
+                each other 14, so there is at most one. Of a text higher than a patch (titles and
+                signs) also every half that it covers by half
+owner, column   the name of the row that this text belongs to, and the head of its column
+value, paint    the number and the colour that belong to it
+colour, thing   of the bar, slice, stripe or shape that covers the half by half in both directions;
+                also its value and its owner. Of what is smaller: the half where most of it lies
+
+Of the whole patch only the glyphs are asked whose middles lie in it, without their order. So every
+text is asked for in one place, and it is known to the pixel which; what a patch merely touches is
+left to its neighbour. The CLS token says which words and colours the picture holds.
+
+    t  tiles of a batch     N  patches of a tile, 8 * 8, 2N halves: patch by patch, upper first
+    p  tokens along a side of a tile
+"""
+import random
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+import data
+from tiny import draw, kinds, world
+from tiny.lessons import (COLOURS, COPY_STEPS, GLYPHS, PATCH, RECALL_STEPS, SIDE, TILE, collate,
+                          copy_drill, digits, drill_sample, numbers_of, recall_drill)
+
+TILES = 16                   # pictures of a batch for the ViT alone; three quarters are fine
+SIDES = (8, 4, 2)            # p: all tokens, pooled 2 x 2, pooled 4 x 4
+HALF = PATCH // 2            # pixels
+FINE, COARSE = tuple(kinds.FINE), tuple(kinds.COARSE)
+TITLES = "Receipt Bill Shop Form Ticket Letter Invoice Total".split()
+WORDS = list(dict.fromkeys(["", *draw.NAMES, *draw.THEMES, *kinds.FIELDS, *TITLES]))
+THINGS = ["", "box", "slice", *(f"{size} {kind}" for size in ("small", "large")
+                                for kind in draw.SHAPES)]
+DIGITS = ("number", "value")                             # targets of three digits
+CLASSES = {"word": len(WORDS), "number": 3 * 11, "owner": len(WORDS), "column": len(WORDS),
+           "value": 3 * 11, "paint": len(COLOURS), "colour": len(COLOURS), "thing": len(THINGS)}
+
+
+def print_of(content):
+    """-> "small" or "large", the print of a fine draw.Content; "coarse" for a coarse one."""
+    if content.kind in COARSE:
+        return "coarse"
+    return "small" if content.paint.__self__.print == kinds.SMALL else "large"
+
+
+# ---- what each half of a patch shows -------------------------------------------------------------
+
+def targets_of(annotations):
+    """Annotations of one tile -> {name: array}: of halves (2N,) or (2N, 3), see the file's top.
+
+    "glyphs" is of patches (N, glyphs), "tile" of the whole (words + colours,).
+    """
+    target = {name: np.zeros((2 * SIDE * SIDE, *((3,) if name in DIGITS else ())), np.int64)
+              for name in CLASSES}
+    target["glyphs"] = np.zeros((SIDE * SIDE, len(GLYPHS)), np.float32)
+    target["tile"] = np.zeros(len(WORDS) + len(COLOURS), np.float32)
+    for one in annotations:
+        is_text = one.kind == "text"
+        halves = text_halves(one.box) if is_text else covered_halves(one.box)
+        if one.name:
+            target["owner"][halves] = WORDS.index(one.name)
+        if one.value is not None:
+            target["value"][halves] = digits(str(one.value))
+        if is_text:
+            fill_text(target, one, halves)
+        else:
+            target["colour"][halves] = COLOURS.index(one.colour)
+            target["thing"][halves] = THINGS.index(name_of_thing(one))
+            target["tile"][len(WORDS) + COLOURS.index(one.colour)] = 1
+    return target
+
+
+def fill_text(target, text, halves):
+    """A text: its glyphs, and what it says. A colon is not part of a word."""
+    _, top, _, bottom = text.box
+    for character, left, right in text.glyphs:
+        patch = half_at((left + right) / 2, (top + bottom) / 2) // 2
+        target["glyphs"][patch, GLYPHS.index(character)] = 1
+    said = text.text.rstrip(":")
+    if said.isdigit():
+        target["number"][halves] = digits(said)
+    else:
+        target["word"][halves] = WORDS.index(said)
+        target["tile"][WORDS.index(said)] = 1
+    if text.colour:
+        target["paint"][halves] = COLOURS.index(text.colour)
+    column = getattr(text, "column", "")
+    if column in WORDS:                                  # the months of a table
+        target["column"][halves] = WORDS.index(column)
+
+
+def half_at(x, y):
+    """Index (of 2N) of the half in which a point lies. One beyond the border counts as on it."""
+    column = int(min(max(x, 0), TILE - 1)) // PATCH
+    row = int(min(max(y, 0), TILE - 1)) // HALF
+    return 2 * (row // 2 * SIDE + column) + row % 2
+
+
+def text_halves(box):
+    """Indices (of 2N) of the halves that are asked for a text."""
+    x0, y0, x1, y1 = box
+    halves = [half_at((x0 + x1) / 2, (y0 + y1) / 2)]
+    if y1 - y0 > PATCH:
+        halves = [*halves, *covered_halves(box)]
+    return halves
+
+
+def covered_halves(box):
+    """Indices (of 2N) of the halves of which a box covers 50 % of the width and of the height.
+
+    A box that is narrower than a half has to have 50 % of itself there.
+    """
+    x0, y0, x1, y1 = box
+    lefts, tops = np.arange(SIDE) * PATCH, np.arange(2 * SIDE) * HALF
+    wide = np.minimum(x1, lefts + PATCH) - np.maximum(x0, lefts)             # (8,)
+    high = np.minimum(y1, tops + HALF) - np.maximum(y0, tops)                # (16,)
+    columns = wide >= 0.5 * min(PATCH, x1 - x0)
+    rows = high >= 0.5 * min(HALF, y1 - y0)
+    is_covered = np.outer(rows, columns).reshape(SIDE, 2, SIDE)              # row, half, column
+    return np.flatnonzero(is_covered.transpose(0, 2, 1))
+
+
+def name_of_thing(one):
+    """"box", "slice", or "small circle" and the like; a shape above 29 pixels is large."""
+    if one.kind not in draw.SHAPES:
+        return one.kind
+    return f"{'large' if one.box[2] - one.box[0] > 29 else 'small'} {one.kind}"
+
+
+def tile_batch(drawings):
+    """draw.Drawing s of one tile -> (pixels (t, 3, P, P) float32, {name: target (t, 2N, ...)})."""
+    found = [targets_of(drawing.annotations) for drawing in drawings]
+    targets = {name: torch.from_numpy(np.stack([target[name] for target in found]))
+               for name in found[0]}
+    return data.normalise(np.stack([np.asarray(drawing.image) for drawing in drawings])), targets
+
+
+def reading_batch(seed, step):
+    """Twelve fine pictures and four coarse ones: `tile_batch` of them."""
+    numbers = range(seed + TILES * step, seed + TILES * (step + 1))
+    return tile_batch([world.make_drawing(number, kinds=COARSE if number % 4 == 0 else FINE)
+                       for number in numbers])
+
+
+@lru_cache(maxsize=None)
+def reading_test(count):
+    """-> {"small", "large", "coarse": `tile_batch` of `count` pictures of the test split}."""
+    groups = {"small": [], "large": [], "coarse": []}
+    number = 0
+    while min(map(len, groups.values())) < count:
+        wanted = COARSE if len(groups["coarse"]) < count else FINE
+        content = world.compose(number, "test", wanted)
+        number += 1
+        group = groups[print_of(content)]
+        if len(group) < count:
+            sheet = content.paint(1)
+            group.append(draw.Drawing(sheet.image, content.kind, "", [], sheet.annotations))
+    return {name: tile_batch(group) for name, group in groups.items()}
+
+
+# ---- lessons for the decoder ---------------------------------------------------------------------
+
+def texts(seed, count):
+    """All that is said about `count` drawings."""
+    for number in range(seed, seed + count):
+        content = world.compose(number)
+        yield content.caption
+        for question in content.qa:
+            yield world.prompt(question)
+            yield question.answer
+
+
+def text_talk(tokenizer, number):
+    """A conversation in which the caption stands in for the picture; often it is repeated first."""
+    rng, content = random.Random(number), world.compose(number)
+    turns = world.conversation(content)
+    if rng.random() < 0.3:
+        question = turns[0]["value"].removeprefix(f"{data.MARK}\n")
+        turns = [{"from": "human", "value": f"{data.MARK}\nSay what the picture shows."},
+                 {"from": "gpt", "value": content.caption},
+                 {"from": "human", "value": question}, *turns[1:]]
+    turns[0]["value"] = turns[0]["value"].replace(data.MARK, content.caption)
+    ids, labels = data.encode_chat(tokenizer, turns, [])
+    return {"id": f"text-{number}", "input_ids": ids, "labels": labels, "tiles": [], "plans": []}
+
+
+def language_batch(tokenizer, seed, step):
+    """Text alone: the drills of lessons.language_batch, then 8 conversations about captions."""
+    numbers = numbers_of(seed, step)
+    if step < COPY_STEPS + RECALL_STEPS:
+        drill = copy_drill if step < COPY_STEPS else recall_drill
+        samples = [drill(tokenizer, number)
+                   for number in range(4 * numbers.start, 4 * numbers.stop)]
+    else:
+        samples = [text_talk(tokenizer, number) for number in numbers]
+    return collate(tokenizer, samples)
+
+
+def facts_of(drawing):
+    """-> sorted [(what is looked up, what stands there)] of a fine drawing, such as
+    ("Apple", "47"), ("Apple Jan", "47"), ("amount Rice", "3"), ("colour Rome", "red")."""
+    facts = set()
+    for note in drawing.annotations:
+        if note.kind != "text" or not note.name:
+            continue
+        said = note.text.rstrip(":")
+        prefix = "amount " if note.column == "amount" else ""
+        suffix = f" {note.column}" if note.column in WORDS[1:] else ""
+        if said not in (note.name, note.column):
+            facts.add((f"{prefix}{note.name}{suffix}", said))
+        if note.colour:
+            facts.add((f"colour {note.name}", note.colour))
+    return sorted(facts)
+
+
+def picture_drill(tokenizer, number, side):
+    """A fine picture, then up to 24 facts: what is looked up and what stands there.
+
+    Where only one thing has it, half of the time it is the other way round.
+    """
+    rng = random.Random(number)
+    drawing = world.make_drawing(number, kinds=FINE)
+    facts = facts_of(drawing)
+    said = [fact for _, fact in facts]
+    parts = []
+    for key, fact in rng.sample(facts, min(24, len(facts))):
+        if rng.random() < 0.5 and said.count(fact) == 1:
+            key, fact = fact, key
+        parts += [(f" {key}", False), (f" {fact},", True)]
+    sample = drill_sample(tokenizer, number, parts)
+    plan = data.plan_image(drawing.image.size, "square", side, TILE)
+    sample["plans"], sample["tiles"] = [plan], data.cut_tiles(drawing.image, plan)
+    sample["input_ids"] = [data.IMAGE] * plan.tokens + sample["input_ids"]
+    sample["labels"] = [data.IGNORE] * plan.tokens + sample["labels"]
+    return sample
+
+
+def encode(tokenizer, name, image, turns, side):
+    """A picture of one tile with its turns -> a sample; without a question in the plain template.
+    """
+    template = "plain" if turns[0]["value"] == data.MARK else "chat"
+    record = {"id": name, "images": [image], "conversations": turns}
+    return data.encode_sample(record, tokenizer, data.SampleFormat(template, "square", side, TILE))
+
+
+def picture_caption(tokenizer, number, side):
+    """A picture with its caption, as in phase 1."""
+    drawing = world.make_drawing(number)
+    turns = [{"from": "human", "value": data.MARK}, {"from": "gpt", "value": drawing.caption}]
+    return encode(tokenizer, f"caption-{number}", drawing.image, turns, side)
+
+
+def picture_talk(tokenizer, number, side):
+    """A picture with a conversation, as in phase 2."""
+    drawing = world.make_drawing(number)
+    return encode(tokenizer, f"talk-{number}", drawing.image, world.conversation(drawing), side)
+
+
+def side_of(seed, step):
+    """The p of a step. Any three steps from 3 * i on have the three SIDES in a random order."""
+    return random.Random(f"{seed} {step // 3}").sample(SIDES, 3)[step % 3]
+
+
+def joint_batch(tokenizer, seed, step, single):
+    """Eight pictures at one granularity, drawn at random: drills, captions or conversations.
+
+    single: in the first so many steps three quarters are drills, after them three tenths. What is
+    drawn does not depend on the granularity.
+    """
+    draws = random.Random(f"lesson {seed} {step}")
+    weights = (15, 2, 3) if step < single else (6, 4, 10)
+    lesson, = draws.choices((picture_drill, picture_caption, picture_talk), weights)
+    side = side_of(seed, step)
+    samples = [lesson(tokenizer, number, side) for number in numbers_of(seed, step)]
+    return collate(tokenizer, samples)
+
+
+@lru_cache(maxsize=None)
+def exam(count):
+    """-> [(group of print_of, image, turns)]: `count` questions of the test split for each half."""
+    asked = []
+    for half in world.HALVES:
+        for number in range(count):
+            content, question = world.ask(number, world.templates_of(half))
+            turns = [{"from": "human", "value": f"{data.MARK}\n{world.prompt(question)}"},
+                     {"from": "gpt", "value": question.answer}]
+            asked.append((print_of(content), content.paint(1).image, turns))
+    return asked
