@@ -611,7 +611,11 @@ def join_ranks():
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
-        dist.init_process_group(backend, timeout=timedelta(hours=1))    # to write 94 GB of a 7B
+        timeout = timedelta(hours=1)                                # to write 94 GB of a 7B
+        # torchrun's store keeps what killed ranks said: each restart meets under its own prefix
+        store = next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")                          # rank 0 prints for all
     return rank, world, device
