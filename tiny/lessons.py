@@ -339,12 +339,20 @@ def text_talk(tokenizer, number):
     rng = random.Random(number)
     content = draw.compose(number)
     turns = draw.conversation(content, rng.randint(2, 5))
-    if rng.random() < 0.6:
+    return told_in_words(tokenizer, turns, content.caption, rng.random() < 0.6, number)
+
+
+def told_in_words(tokenizer, turns, caption, repeats, number):
+    """Turns about a picture -> a sample of text alone: the caption stands in the picture's place.
+
+    repeats: the first question then asks for the caption itself.
+    """
+    if repeats:
         question = turns[0]["value"].removeprefix(f"{data.MARK}\n")
         turns = [{"from": "human", "value": f"{data.MARK}\nSay what the picture shows."},
-                 {"from": "gpt", "value": content.caption},
+                 {"from": "gpt", "value": caption},
                  {"from": "human", "value": question}, *turns[1:]]
-    turns[0]["value"] = turns[0]["value"].replace(data.MARK, content.caption)
+    turns[0]["value"] = turns[0]["value"].replace(data.MARK, caption)
     ids, labels = data.encode_chat(tokenizer, turns, [])
     return {"id": f"text-{number}", "input_ids": ids, "labels": labels, "tiles": [], "plans": []}
 

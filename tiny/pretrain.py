@@ -196,6 +196,22 @@ def widen(module):
     return module
 
 
+def reading_loss(vision, last, early, batch):
+    """A batch of (pixels (t, 3, P, P), targets) -> (loss of both readouts, {name: number}).
+
+    last reads the deepest level. early reads letters two blocks before it, which leaves two blocks
+    to bring words where they belong.
+    """
+    pixels, target = batch
+    hidden, _ = vision.encode(pixels)                                  # {layer: (t, 1+N, C)}
+    losses, right = last(hidden[TINY.levels[-1]], target)
+    early_losses, _ = early(hidden[TINY.levels[-2]], target)
+    losses["early"] = sum(early_losses[key] for key in ("glyphs", "word", "number", "colour"))
+    notes = {f"loss {key}": loss.item() for key, loss in losses.items()}
+    notes |= {key: share.item() for key, share in right.items()}
+    return sum(losses.values()), notes
+
+
 def learn_tiles(args, name, peak, make_batch, start=None):
     """Train the ViT with its readouts, from noise or from the end of the stage `start`."""
     torch.manual_seed(args.seed)
@@ -207,17 +223,7 @@ def learn_tiles(args, name, peak, make_batch, start=None):
     if start:
         everything.load_state_dict(weights_after(args, start))
 
-    def loss_of(batch):
-        pixels, target = batch
-        hidden, _ = vision.encode(pixels)                              # {layer: (t, 1+N, C)}
-        losses, right = last(hidden[TINY.levels[-1]], target)
-        # letters are read two blocks earlier, which leaves two to bring words where they belong
-        early_losses, _ = early(hidden[TINY.levels[-2]], target)
-        losses["early"] = sum(early_losses[key] for key in ("glyphs", "word", "number", "colour"))
-        notes = {f"loss {key}": loss.item() for key, loss in losses.items()}
-        notes |= {key: share.item() for key, share in right.items()}
-        return sum(losses.values()), notes
-
+    loss_of = partial(reading_loss, vision, last, early)
     fit(args, name, everything, peak, make_batch, loss_of)
     save_clip(vision, clip_folder(args))
 
@@ -294,15 +300,7 @@ def pretrain_world_vision(args):
     last, early = (WorldReadouts(TINY.vision.hidden_size) for _ in range(2))
     everything = nn.ModuleList([vision, last, early])
 
-    def loss_of(batch):
-        pixels, target = batch
-        hidden, _ = vision.encode(pixels)                              # {layer: (t, 1+N, C)}
-        losses, right = last(hidden[TINY.levels[-1]], target)
-        # letters are read two blocks earlier, which leaves two to bring words where they belong
-        early_losses, _ = early(hidden[TINY.levels[-2]], target)
-        losses["early"] = sum(early_losses[key] for key in ("glyphs", "word", "number", "colour"))
-        notes = {f"loss {key}": loss.item() for key, loss in losses.items()}
-        return sum(losses.values()), notes | {key: share.item() for key, share in right.items()}
+    loss_of = partial(reading_loss, vision, last, early)
 
     def check():
         figures = {}

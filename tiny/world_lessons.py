@@ -31,7 +31,8 @@ import torch
 import data
 from tiny import draw, kinds, world
 from tiny.lessons import (COLOURS, COPY_STEPS, GLYPHS, PATCH, RECALL_STEPS, SIDE, TILE, collate,
-                          copy_drill, digits, drill_sample, numbers_of, recall_drill)
+                          copy_drill, digits, drill_sample, numbers_of, recall_drill,
+                          told_in_words)
 
 TILES = 16                   # pictures of a batch for the ViT alone; three quarters are fine
 SIDES = (8, 4, 2)            # p: all tokens, pooled 2 x 2, pooled 4 x 4
@@ -184,14 +185,7 @@ def text_talk(tokenizer, number):
     """A conversation in which the caption stands in for the picture; often it is repeated first."""
     rng, content = random.Random(number), world.compose(number)
     turns = world.conversation(content)
-    if rng.random() < 0.3:
-        question = turns[0]["value"].removeprefix(f"{data.MARK}\n")
-        turns = [{"from": "human", "value": f"{data.MARK}\nSay what the picture shows."},
-                 {"from": "gpt", "value": content.caption},
-                 {"from": "human", "value": question}, *turns[1:]]
-    turns[0]["value"] = turns[0]["value"].replace(data.MARK, content.caption)
-    ids, labels = data.encode_chat(tokenizer, turns, [])
-    return {"id": f"text-{number}", "input_ids": ids, "labels": labels, "tiles": [], "plans": []}
+    return told_in_words(tokenizer, turns, content.caption, rng.random() < 0.3, number)
 
 
 def language_batch(tokenizer, seed, step):
