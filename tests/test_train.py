@@ -540,12 +540,10 @@ def test_a_gradient_that_is_no_number_stops_before_the_step(world, tmp_path, mon
         train.main(flags(world, tmp_path, "--phase", "1"))
 
 
-@pytest.mark.parametrize("ranks", ("3", "5"))
+@pytest.mark.parametrize("ranks", (3, 5))
 def test_ranks_that_do_not_divide_the_batch_are_refused(ranks, world, tmp_path, monkeypatch):
     """Some would compute less than others, or nothing, for days; the message has the numbers that do."""
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(train.dist, "destroy_process_group", lambda *_: None)
-    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setattr(train, "join_ranks", lambda: (0, ranks, torch.device("cpu")))
     complaint = f"{ranks} ranks do not divide a global batch of 4: start a number of ranks that does"
     with pytest.raises(ValueError, match=complaint):
         train.main(flags(world, tmp_path, "--phase", "1"))
