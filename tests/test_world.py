@@ -149,7 +149,7 @@ def test_fine_answers_are_what_the_caption_says_and_the_only_ones(contents):
     for kind in kinds.FINE:
         for content in contents["train"][kind]:
             known = read_caption(content)
-            for text, answer, template, _ in content.qa:
+            for text, answer, template, *_ in content.qa:
                 assert known[text] == [answer], f"{content.caption} {text}"
                 seen[template] += 1
     assert set(seen) == set(world.templates_of("fine")) and min(seen.values()) >= 400, seen
@@ -191,7 +191,7 @@ def coarse_answer(question, drawing):
             r"Does the line rise\?": lambda: ["Yes" if notes[1].box[1] > notes[-1].box[1] else "No"]}.items():
         if found := re.fullmatch(pattern, text):
             answers = reply(*found.groups())
-            options = dict(re.findall(r"\n([A-D])\. (\w+)", question.text))
+            options = dict(zip(kinds.LETTERS, question.options))
             assert len(options) in (0, 4) and len(set(options.values())) == len(options)
             return [letter for letter, option in options.items() if option in answers] if options else answers
     raise AssertionError(f"the examiner does not know: {question.text}")
@@ -227,7 +227,7 @@ def blind_guessers(questions):
         by_text[question.text][question.answer] += 1
         for word in question.text.split():
             by_word[word][question.answer] += 1
-        by_option[dict(re.findall(r"\n([A-D])\. (\w+)", question.text)).get(question.answer)] += 1
+        by_option[dict(zip(kinds.LETTERS, question.options)).get(question.answer)] += 1
 
     def best(counter):
         return max(sorted(counter), key=counter.get)
@@ -237,7 +237,7 @@ def blind_guessers(questions):
         return best(max(known, key=lambda c: c[best(c)] / (sum(c.values()) + 10)))
 
     def from_options(question):
-        options = dict(re.findall(r"\n([A-D])\. (\w+)", question.text))
+        options = dict(zip(kinds.LETTERS, question.options))
         return max(options, key=lambda letter: by_option[options[letter]], default="")
     return {
         "the best constant": lambda question: best(overall),
@@ -391,7 +391,19 @@ def test_the_exam_asks_as_training_does_and_its_answers_score_full(tmp_path):
             assert prompt.endswith(task.LETTER if template.endswith("letter") else draw.SHORT)
     content, question = world.ask(1, ("kind letter",), "train")
     first = content._replace(qa=[question])
-    assert world.conversation(first)[0]["value"] == f"{data.MARK}\n{world.prompt(question)}"
+    forms = [f"{data.MARK}\n{world.prompt(question, form)}" for form in (world.lines, world.one_line, world.brackets)]
+    assert world.conversation(first)[0]["value"] in forms
+
+
+def test_options_take_the_forms_of_the_benchmarks(contents):
+    """What stands in a conversation is what AI2D, MMStar and CV-Bench print; yes and no are options, too."""
+    turns = [turn["value"] for content in contents["train"]["bars"][:200] for turn in world.conversation(content)]
+    for pattern in (r"\nA\. \w+\nB\. ", r"\nOptions: A: \w+, B: ", r"\n\(A\) \w+\n\(B\) ", r"\nA\. Yes\nB\. No\n",
+                    r"\nA\. No\nB\. Yes\n"):
+        assert sum(bool(re.search(pattern, text)) for text in turns) >= 10, pattern
+    for question, answer in zip(turns[::2], turns[1::2]):
+        if task.LETTER in question:
+            assert answer in kinds.LETTERS
 
 
 def test_there_is_no_third_half():

@@ -35,6 +35,7 @@ class Question(NamedTuple):
     answer: str
     template: str      # a key of world.TEMPLATES
     about: str         # the fact. Whoever knows one answer about it knows the others
+    options: tuple = ()     # to choose from, in order; the answer is then a letter
 
 
 class Print(NamedTuple):
@@ -388,9 +389,9 @@ def with_letters(rng, question, others):
     """The same question with four choices, whose answer is a letter. `others` are wrong answers."""
     options = [question.answer, *rng.sample(sorted(set(others) - {question.answer}), 3)]
     rng.shuffle(options)
-    listed = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options))
     letter = LETTERS[options.index(question.answer)]
-    return Question(question.text + listed, letter, f"{question.template} letter", question.about)
+    return question._replace(answer=letter, template=f"{question.template} letter",
+                             options=tuple(options))
 
 
 def both_ways(rng, question, others):

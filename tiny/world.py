@@ -31,14 +31,18 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
+from benchmarks.task import LETTER, PHRASE
 from tiny import draw
-from tiny.kinds import COARSE, FINE, TILE
+from tiny.draw import SHORT
+from tiny.kinds import COARSE, FINE, LETTERS, TILE
 
 HALVES = {"fine": tuple(FINE), "coarse": tuple(COARSE)}
 # Training shows each half equally often. Lists and tables, about which there is most to ask, stand
 # here twice. The coarse kinds are equally frequent, so that none can be guessed.
 KINDS = 3 * (*FINE, "list", "table") + 4 * tuple(COARSE)
-LETTER = "\nAnswer with the option's letter from the given choices directly."   # as in LLaVA
+
+INSTRUCTIONS = (SHORT, PHRASE)                  # of short answers, as benchmarks have them
+YES_OR_NO = ("Yes", "No")
 
 
 class Template(NamedTuple):
@@ -143,28 +147,55 @@ def make_drawing(seed, split="train", kinds=KINDS, side=TILE, scale=1):
 
 # ---- questions -----------------------------------------------------------------------------------
 
-def prompt(question):
+def lines(options):
+    """Options as ScienceQA, AI2D and MMMU print them."""
+    return "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options))
+
+
+def one_line(options):
+    """Options as MMStar prints them."""
+    named = (f"{letter}: {option}" for letter, option in zip(LETTERS, options))
+    return f"\nOptions: {', '.join(named)}"
+
+
+def brackets(options):
+    """Options as CV-Bench prints them."""
+    return "".join(f"\n({letter}) {option}" for letter, option in zip(LETTERS, options))
+
+
+def prompt(question, form=lines, short=SHORT):
     """The text of a question with its instruction, as a benchmark asks it."""
-    return question.text + (LETTER if question.template in CHOICES else draw.SHORT)
+    return question.text + (form(question.options) + LETTER if question.options else short)
 
 
 def conversation(drawing, limit=8):
     """Questions of a drawing, or of a Content, as a LLaVA conversation.
 
     The picture ("<image>") stands in the first turn. The instruction of short answers stands there
-    alone, that of letters at every question with choices. No fact is asked twice: the second
-    answer could be copied from the first question.
+    alone, that of letters at every question with options. Options and instructions take the forms
+    of the benchmarks in turn, and every third question for yes or no has these as options.
+    No fact is asked twice: the second answer could be copied from the first question.
     """
+    rng = random.Random(f"conversation {drawing.caption}")
     asked = {}                       # fact -> its first question
     for question in drawing.qa:
         asked.setdefault(question.about, question)
     turns = []
     for i, question in enumerate(list(asked.values())[:limit]):
-        is_bare = i > 0 and question.template not in CHOICES
-        text = question.text if is_bare else prompt(question)
+        if question.answer in YES_OR_NO and rng.random() < 1 / 3:
+            question = as_choice(rng, question)
+        form, short = rng.choice((lines, lines, one_line, brackets)), rng.choice(INSTRUCTIONS)
+        is_bare = i > 0 and not question.options
+        text = question.text if is_bare else prompt(question, form, short)
         turns.append({"from": "human", "value": text if i else f"<image>\n{text}"})
         turns.append({"from": "gpt", "value": question.answer})
     return turns
+
+
+def as_choice(rng, question):
+    """A question for yes or no, with these as options A and B in any order."""
+    options = tuple(rng.sample(YES_OR_NO, 2))
+    return question._replace(answer=LETTERS[options.index(question.answer)], options=options)
 
 
 def templates_of(half):

@@ -176,9 +176,8 @@ def texts(seed, count):
     for number in range(seed, seed + count):
         content = world.compose(number)
         yield content.caption
-        for question in content.qa:
-            yield world.prompt(question)
-            yield question.answer
+        for turn in world.conversation(content, limit=99):
+            yield turn["value"]
 
 
 def text_talk(tokenizer, number):
