@@ -10,7 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-
 from compared.choices import add_choices, add_name, folder_of
 from compared.variants import load_model, read_variant
 from data import load_image
