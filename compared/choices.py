@@ -39,7 +39,7 @@ def add_choices(parser):
     add("--window", type=int, metavar="S", help="vision tokens along a side of a window")
     add("--saliency", choices=SALIENCY, help="how CLS scores become the map of Eq. 3")
     add("--join", choices=JOINS, help="add what is remembered to a token, or overwrite it")
-    add("--start", choices=STARTS, help="how fresh heads look and outputs start: see interactions.start")
+    add("--start", choices=STARTS, help="of fresh modules: see compared/interactions.py, start")
 
 
 def add_name(parser):
