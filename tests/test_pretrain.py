@@ -186,3 +186,16 @@ def test_without_the_flag_all_is_as_before():
     args = pretrain.arguments([])
     assert {stage: getattr(args, f"{stage}_steps") for stage in pretrain.STEPS} == pretrain.STEPS
     assert args.out == "tiny" and args.in_bf16 == () and not args.world
+
+
+def test_a_patch_is_brought_near_to_the_words_that_it_shows():
+    """Shares sum to one; a token that is 1.5 times their mean vector has no loss, and one without its words has some."""
+    _, target = world_lessons.reading_batch(0, 0)
+    shares = pretrain.shares_of(target)
+    table = torch.randn(shares.shape[-1], 16)
+    assert torch.allclose(shares.sum(-1), torch.ones(shares.shape[:2])) and shares[..., -1].mean() > 0.3
+    word = target["word"].view(*shares.shape[:2], 2)
+    alone = (word[..., 0] > 0) & (target["owner"].view_as(word)[..., 0] == word[..., 0])
+    assert (shares[alone].gather(1, word[alone][:, :1] - 1) > 0.1).all()
+    said = 1.5 * shares @ table
+    assert pretrain.speech_loss(said, shares, table) < 1e-9 < 0.1 < pretrain.speech_loss(0 * said, shares, table)

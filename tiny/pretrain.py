@@ -24,13 +24,16 @@ With --world there are four stages, for a world in which compression costs somet
 are in tiny/world_lessons.py. They favour no way to compress:
 
 tokenizer   as above, on that world's captions, questions and answers
+language    the decoder alone, from noise. Drills to copy and to recall, then these mixed with
+            captions whose facts are asked for, and with conversations
 vision      the ViT alone, from the shipped tiny/clip or, with --start none, from noise. Every half
-            of a patch says what is printed in it and what belongs to that
-language    the decoder alone, from noise, as above
+            of a patch says what is printed in it and what belongs to that, and a linear layer
+            brings each patch near to the decoder's vectors of its words
 joint       the decoder and three projectors side by side: all 64 tokens, pooled 2 x 2 and pooled
-            4 x 4. A step takes one of them, each equally often; each has weights of its own. The
-            ViT is frozen, there is no Vision Remember, and the projectors are thrown away. Before
-            it, "align" trains the three projectors alone, on the same pictures
+            4 x 4. A step takes one of them, each equally often, at first the finest; each has
+            weights of its own. The ViT is frozen, there is no Vision Remember, and the projectors
+            are thrown away. Before it, "align" trains the three projectors alone, on the same
+            pictures
 
 The log has figures on pictures of the test split, by size of print, at every checkpoint.
 
@@ -74,7 +77,7 @@ READING = 6 * ("page",) + 2 * ("any",)
 MEASURING = 2 * ("page",) + 4 * ("chart",) + 2 * ("any",)
 
 WORLD_OUT = "runs/parts"
-WORLD_STEPS = {"vision": 20000, "language": 3500, "align": 1000, "joint": 14000}
+WORLD_STEPS = {"language": 7500, "vision": 20000, "align": 1000, "joint": 9000}
 SHIPPED_CLIP = str(Path(__file__).parent / "clip")
 
 
@@ -249,6 +252,9 @@ class WorldReadouts(nn.Module):
                                      for name, size in classes.items()})
         self.glyphs = nn.Linear(width, len(GLYPHS))
         self.tile = nn.Linear(width, len(world_lessons.WORDS) + len(COLOURS))
+        self.speech = nn.Linear(width, TINY.text.hidden_size)
+        nn.init.normal_(self.speech.weight, std=0.002)         # or its loss drowns the others
+        nn.init.zeros_(self.speech.bias)
 
     def forward(self, hidden, target):
         """hidden (t, 1+N, C), CLS first; target as of world_lessons.tile_batch.
@@ -260,12 +266,54 @@ class WorldReadouts(nn.Module):
         losses["glyphs"] = 60 * F.binary_cross_entropy_with_logits(self.glyphs(features),
                                                                    target["glyphs"])
         losses["tile"] = 5 * F.binary_cross_entropy_with_logits(self.tile(cls), target["tile"])
+        losses["speech"] = 20 * speech_loss(self.speech(features), shares_of(target), self.table)
         # What is written in the half itself is soon known; what is written elsewhere is not.
         written = {"owner": target["word"], "value": target["number"]}
         for name, head in self.halves.items():
             logits = head(features).view(*target[name].shape, -1)      # (t, 2N, [3,] classes)
             losses[name], right[name] = half_loss(logits, target[name], written.get(name))
         return losses, right
+
+
+def vocabulary(llm, tokenizer):
+    """The decoder's embeddings of all that a patch may show (classes, d), as in `one_hots`."""
+    names = [*world_lessons.WORDS[1:], *COLOURS[1:]]
+    ids = [data.text_ids(tokenizer, f" {name}")[-1] for name in names]
+    ids += [data.text_ids(tokenizer, text)[-1] for text in (*"0123456789", "\n")]
+    return llm.model.embed_tokens.weight.detach()[ids]
+
+
+def one_hots():
+    """As `word_vectors`, but with a place of its own for each class of `vocabulary`."""
+    words, colours = len(world_lessons.WORDS) - 1, len(COLOURS) - 1
+    table = torch.eye(words + colours + 11)
+    nothing = torch.zeros(1, len(table))
+    parts = table[:-1].split((words, colours, 10))
+    vectors = {name: torch.cat([nothing, part])
+               for name, part in zip(("words", "colours", "digits"), parts)}
+    return {**vectors, "blank": table[-1]}
+
+
+def shares_of(target):
+    """Targets of world_lessons.tile_batch -> how much of a patch is what (t, N, classes)."""
+    shares = world_in_words(target, one_hots())
+    return shares / shares.sum(-1, keepdim=True)
+
+
+def speech_loss(x, shares, table):
+    """Distance of tokens x (t, n, d) from the vectors of what they shall say (t, n, classes).
+
+    The target is the mean of their words' vectors in the table (classes, d), 1.5 times as long, for
+    a mean of several is short. The loss is a share of the table's power. Blank ones count a third.
+
+    A cross-entropy over dot products with the table finds the words as well, and faster. But it
+    leaves the other directions of x to noise, three times as strong as the words, and a decoder
+    then does not learn to look anything up.
+    """
+    target = 1.5 * shares @ table                                      # (t, n, d)
+    each = (x.float() - target).square().mean(-1) / table.square().mean()        # (t, n)
+    weight = 1 - 2 / 3 * shares[..., -1]
+    return (each * weight).sum() / weight.sum()
 
 
 def half_loss(logits, truth, written=None):
@@ -298,6 +346,8 @@ def pretrain_world_vision(args):
     else:
         vision = CLIPVision.from_pretrained(args.start, TINY.levels)
     last, early = (WorldReadouts(TINY.vision.hidden_size) for _ in range(2))
+    llm = Qwen2.from_pretrained(llm_folder(args))
+    last.table = early.table = vocabulary(llm, data.load_tokenizer(llm_folder(args)))
     everything = nn.ModuleList([vision, last, early])
 
     loss_of = partial(reading_loss, vision, last, early)
@@ -326,9 +376,10 @@ def pretrain_language(args):
         targets = batch.labels[:, 1:]                    # a token is predicted by the one before
         keep = F.pad(targets != data.IGNORE, (0, 1))     # (B, T)
         targets = targets[keep[:, :-1]]                  # (R,)
-        logits = llm(batch.input_ids, keep=keep)         # (R, V)
-        right = (logits.argmax(-1) == targets).float().mean()
-        return F.cross_entropy(logits, targets), {"right": right.item()}
+        logits = llm(batch.input_ids, keep=keep, packed=batch.packed)                # (R, V)
+        right = (logits.argmax(-1) == targets).float().mean().item()
+        kind = batch.record_ids[0].split("-")[0]
+        return F.cross_entropy(logits, targets), {"right": right, f"right {kind}": right}
 
     tokenizer = data.load_tokenizer(llm_folder(args))
     source = world_lessons.language_batch if args.world else language_batch
@@ -477,7 +528,7 @@ def pretrain_world_joint(args):
     """The projectors learn to speak in words; then the decoder learns, from each equally often.
 
     "align" trains all three projectors in every step, on the same pictures. A pooled token shall be
-    the mean of its patches' words, times k so that its length stays. We keep this stage because the
+    the mean of its patches' words. We keep this stage because the
     real CLIP knows words too, and because it cannot favour anyone: the decoder, the only part kept,
     is frozen in it. Without it the decoder would have to read three codes of different making.
     """
@@ -485,19 +536,16 @@ def pretrain_world_joint(args):
     models = at_every_side(args)
     whole = models[str(SIDE)]
     whole.language_model.requires_grad_(False)
-    vectors = word_vectors(whole, world_lessons.WORDS)
-    power = whole.language_model.model.embed_tokens.weight.var()
+    table = vocabulary(whole.language_model, whole.tokenizer)
 
     def align_loss(batch):
         pixels, target = batch
         features, _ = whole.vision_tower(pixels)                       # L x (t, N, C)
-        shown = world_in_words(target, vectors)                        # (t, N, d)
-        grid = shown.transpose(1, 2).unflatten(2, (SIDE, SIDE))        # (t, d, g, g)
+        grid = shares_of(target).transpose(1, 2).unflatten(2, (SIDE, SIDE))          # (t, ., g, g)
         losses = {}
         for side, model in models.items():
-            k = SIDE // int(side)
-            pooled = k * F.avg_pool2d(grid, k).flatten(2).transpose(1, 2)            # (t, p*p, d)
-            losses[side] = F.mse_loss(model.mm_projector(features), pooled) / power
+            pooled = F.avg_pool2d(grid, SIDE // int(side)).flatten(2).transpose(1, 2)
+            losses[side] = speech_loss(model.mm_projector(features), pooled, table)
         return sum(losses.values()) / 3, {f"loss {int(side) ** 2}": loss.item()
                                           for side, loss in losses.items()}
 
@@ -510,7 +558,7 @@ def pretrain_world_joint(args):
         return loss, {f"{name} {side ** 2}": value for name, value in notes.items()}
 
     make_batch = partial(world_lessons.joint_batch, whole.tokenizer, args.seed + 5_000_000,
-                         single=args.joint_steps // 5)
+                         single=args.joint_steps // 9)
     fit(args, "joint", models, 6e-4, make_batch, loss_of, partial(exam_figures, models, args.test))
     whole.to(torch.bfloat16)                             # half the size, as Qwen2 is published
     save_clip(whole.vision_tower, clip_folder(args))
@@ -689,8 +737,8 @@ STAGES = {
 }
 WORLD_STAGES = {
     "tokenizer": pretrain_tokenizer,
-    "vision": pretrain_world_vision,
     "language": pretrain_language,
+    "vision": pretrain_world_vision,
     "joint": pretrain_world_joint,
 }
 

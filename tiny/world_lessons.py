@@ -30,10 +30,11 @@ import torch
 
 import data
 from tiny import draw, kinds, world
-from tiny.lessons import (COLOURS, COPY_STEPS, GLYPHS, PATCH, RECALL_STEPS, SIDE, TILE, collate,
+from tiny.lessons import (COLOURS, GLYPHS, PATCH, SIDE, TILE, collate,
                           copy_drill, digits, drill_sample, numbers_of, recall_drill,
                           told_in_words)
 
+COPY_STEPS, RECALL_STEPS = 800, 900                              # of the stage "language"
 TILES = 16                   # pictures of a batch for the ViT alone; three quarters are fine
 SIDES = (8, 4, 2)            # p: all tokens, pooled 2 x 2, pooled 4 x 4
 HALF = PATCH // 2            # pixels
@@ -187,16 +188,34 @@ def text_talk(tokenizer, number):
     return told_in_words(tokenizer, turns, content.caption, rng.random() < 0.3, number)
 
 
+def text_drill(tokenizer, number):
+    """The caption of a fine picture, then facts as in `picture_drill`."""
+    rng = random.Random(number)
+    drawing = world.make_drawing(number, kinds=FINE)
+    return drill_sample(tokenizer, number, [(drawing.caption, False), *fact_parts(rng, drawing)])
+
+
 def language_batch(tokenizer, seed, step):
-    """Text alone: the drills of lessons.language_batch, then 8 conversations about captions."""
+    """Text alone: 32 drills to copy, later 32 to recall; at last these, text_drills and talk mixed.
+
+    Without the drills among the talk the decoder forgets how to look things up before it has
+    learned to do so in a caption.
+    """
     numbers = numbers_of(seed, step)
-    if step < COPY_STEPS + RECALL_STEPS:
-        drill = copy_drill if step < COPY_STEPS else recall_drill
-        samples = [drill(tokenizer, number)
-                   for number in range(4 * numbers.start, 4 * numbers.stop)]
+    many = range(4 * numbers.start, 4 * numbers.stop)
+    if step < COPY_STEPS:
+        return data.pack([copy_drill(tokenizer, number) for number in many])
+    lesson = "recall"
+    if step >= COPY_STEPS + RECALL_STEPS:
+        draws = random.Random(f"language {seed} {step}")
+        lesson, = draws.choices(("recall", "drill", "talk"), (3, 4, 3))
+    if lesson == "recall":
+        samples = [recall_drill(tokenizer, number) for number in many]
+    elif lesson == "drill":
+        samples = [text_drill(tokenizer, number) for number in many[:12]]
     else:
         samples = [text_talk(tokenizer, number) for number in numbers]
-    return collate(tokenizer, samples)
+    return data.pack(samples)
 
 
 def facts_of(drawing):
@@ -216,13 +235,11 @@ def facts_of(drawing):
     return sorted(facts)
 
 
-def picture_drill(tokenizer, number, side):
-    """A fine picture, then up to 24 facts: what is looked up and what stands there.
+def fact_parts(rng, drawing):
+    """-> [(text, whether it is trained)] of up to 24 facts: what is looked up, what stands there.
 
     Where only one thing has it, half of the time it is the other way round.
     """
-    rng = random.Random(number)
-    drawing = world.make_drawing(number, kinds=FINE)
     facts = facts_of(drawing)
     said = [fact for _, fact in facts]
     parts = []
@@ -230,7 +247,14 @@ def picture_drill(tokenizer, number, side):
         if rng.random() < 0.5 and said.count(fact) == 1:
             key, fact = fact, key
         parts += [(f" {key}", False), (f" {fact},", True)]
-    sample = drill_sample(tokenizer, number, parts)
+    return parts
+
+
+def picture_drill(tokenizer, number, side):
+    """A fine picture, then facts about it."""
+    rng = random.Random(number)
+    drawing = world.make_drawing(number, kinds=FINE)
+    sample = drill_sample(tokenizer, number, fact_parts(rng, drawing))
     plan = data.plan_image(drawing.image.size, "square", side, TILE)
     sample["plans"], sample["tiles"] = [plan], data.cut_tiles(drawing.image, plan)
     sample["input_ids"] = [data.IMAGE] * plan.tokens + sample["input_ids"]
@@ -259,8 +283,12 @@ def picture_talk(tokenizer, number, side):
     return encode(tokenizer, f"talk-{number}", drawing.image, world.conversation(drawing), side)
 
 
-def side_of(seed, step):
-    """The p of a step. Any three steps from 3 * i on have the three SIDES in a random order."""
+def side_of(seed, step, single):
+    """The p of a step. Of 3 * single steps the first third reads all tokens, from which a decoder
+    learns soonest to look things up, and the others p of 4 and 2 in turn. From then on any three
+    steps have the three SIDES in a random order."""
+    if step < 3 * single:
+        return SIDES[0] if step < single else SIDES[1 + step % 2]
     return random.Random(f"{seed} {step // 3}").sample(SIDES, 3)[step % 3]
 
 
@@ -271,11 +299,11 @@ def joint_batch(tokenizer, seed, step, single):
     drawn does not depend on the granularity.
     """
     draws = random.Random(f"lesson {seed} {step}")
-    weights = (15, 2, 3) if step < single else (6, 4, 10)
+    weights = (15, 2, 3) if step < 3 * single else (6, 4, 10)
     lesson, = draws.choices((picture_drill, picture_caption, picture_talk), weights)
-    side = side_of(seed, step)
+    side = side_of(seed, step, single)
     samples = [lesson(tokenizer, number, side) for number in numbers_of(seed, step)]
-    return collate(tokenizer, samples)
+    return data.pack(samples)
 
 
 @lru_cache(maxsize=None)
