@@ -126,7 +126,7 @@ def test_equal_time_is_a_table_of_its_own(results):
     """Its rows are those of the plan, its lines those with a time."""
     page = "<!-- table 5, equal time --><!-- end -->"
     assert evidence.NO_RUN in filled(page, results)
-    tables.put(results, line(plan.SELA, 1, 33.0, time=600.0, limit=77))
+    tables.put(results, line(plan.SELA, 1, 33.0, time=600.0))
     assert "| ours | 1 | 33.0 |" in filled(page, results)
     assert "33.0" not in filled("<!-- table 5 --><!-- end -->", results)
 

@@ -317,7 +317,12 @@ def examined(programs, words, log):
     programs.call(words, log)
     results = Path(words[words.index("--out") + 1]) / "results.json"
     entries = json.loads(results.read_text(encoding="utf-8"))
-    return {task: entry for task, entry in entries.items() if task in TASKS}
+    entries = {task: entry for task, entry in entries.items() if task in TASKS}
+    for task, entry in entries.items():
+        if entry.get("errors"):                                     # eval.py counts them as wrong
+            raise ValueError(f"{task}: {len(entry['errors'])} rows could not be asked, the first: "
+                             f"{entry['errors'][0]['error']}")
+    return entries
 
 
 # ------------------------------------------------------------------------ curves over the steps

@@ -32,7 +32,7 @@ FINE = "OCR&Chart"
 COLUMNS = ["Avg", *groups()]
 RESULT = ["row", "seeds", "fine half", "coarse half", "recovered", "tokens a tile", "M parameters",
           "GFLOP", "TTFT"]
-EQUAL_TIME = "equal time"   # in the place of "limit" in the key of a line that has a "time"
+EQUAL_TIME = "equal time"   # behind the name of a table on a page: of lines that have a "time"
 TILES, TEXT = 5, 60         # of the picture that GFLOP are counted for, as in tools.cost --systems
 # Student's t: 95 % of it lies within so much of 0, by degrees of freedom from 1. More than nine
 # have less, so taking that of nine makes an interval a little too wide.
@@ -64,11 +64,8 @@ def read_lines(path):
 
 
 def key_of(line):
-    """What tells a line from others. In equal time each model reads another number of records."""
-    key = [line[name] for name in KEY]
-    if line.get("time") is not None:
-        key[KEY.index("limit")] = EQUAL_TIME
-    return tuple(key)
+    """What tells a line from others: KEY, and whether its model trained for equally long."""
+    return (*(line[name] for name in KEY), line.get("time") is not None)
 
 
 def put(path, line):
@@ -85,8 +82,7 @@ def lines_of(args, equal_time=False):
 
     equal_time: those of models that trained for equally long, instead of for equally many steps.
     """
-    limit = EQUAL_TIME if equal_time else args.limit
-    wanted = (limit, args.questions, args.world)
+    wanted = (args.limit, args.questions, args.world, equal_time)
     return {key_of(line)[:3]: line for line in read_lines(args.out)
             if key_of(line)[3:] == wanted}
 
