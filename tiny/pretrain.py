@@ -30,10 +30,10 @@ vision      the ViT alone, from the shipped tiny/clip or, with --start none, fro
             of a patch says what is printed in it and what belongs to that, and a linear layer
             brings each patch near to the decoder's vectors of its words
 joint       the decoder and three projectors side by side: all 64 tokens, pooled 2 x 2 and pooled
-            4 x 4. After a ninth of the steps, which read all tokens, a step takes one of them,
-            each equally often; each has weights of its own. The ViT is frozen, there is no Vision Remember, and the projectors
-            are thrown away. Before it, "align" trains the three projectors alone, on the same
-            pictures
+            4 x 4. A ninth of the steps reads all tokens; then a step takes one of the three, each
+            equally often. Each has weights of its own. The ViT is frozen, there is no Vision
+            Remember, and the projectors are thrown away. Before it, "align" trains the three
+            projectors alone, on the same pictures
 
 The log has figures on pictures of the test split, by size of print, at every checkpoint.
 
