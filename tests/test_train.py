@@ -540,6 +540,18 @@ def test_a_gradient_that_is_no_number_stops_before_the_step(world, tmp_path, mon
         train.main(flags(world, tmp_path, "--phase", "1"))
 
 
+def test_vision_remember_learns_at_its_own_rate(world, tmp_path):
+    """--remember-lr is the peak of Vision Remember alone; without it all that trains has one rate."""
+    def peaks(*more):
+        args = train.arguments(flags(world, tmp_path, "--phase", "1", *more))
+        run = train.make_run(args, "1", 0, 1, torch.device("cpu"))
+        model = train.build_model(run)
+        rates = {id(p): group["peak"] for group in train.build_optimizer(model, run.recipe).param_groups for p in group["params"]}
+        return {train.part_of(name): rates[id(p)] for name, p in model.named_parameters() if id(p) in rates}
+    assert peaks("--remember-lr", "5e-3") == {"mm_projector": 2e-3, "vision_remember": 5e-3}
+    assert peaks() == {"mm_projector": 2e-3, "vision_remember": 2e-3}
+
+
 @pytest.mark.parametrize("ranks", (3, 5))
 def test_ranks_that_do_not_divide_the_batch_are_refused(ranks, world, tmp_path, monkeypatch):
     """Some would compute less than others, or nothing, for days; the message has the numbers that do."""

@@ -243,11 +243,15 @@ def pretrain_heights(args):
 
 
 class WorldReadouts(nn.Module):
-    """As Readouts, for the targets of world_lessons.targets_of. Thrown away after the stage."""
+    """As Readouts, for the targets of world_lessons.targets_of. Thrown away after the stage.
 
-    def __init__(self, width):
+    table: of `vocabulary`, (classes, d), near which "speech" brings the patches.
+    """
+
+    def __init__(self, width, table):
         super().__init__()
         classes = world_lessons.CLASSES
+        self.table = table
         self.halves = nn.ModuleDict({name: nn.Linear(width, 2 * size)
                                      for name, size in classes.items()})
         self.glyphs = nn.Linear(width, len(GLYPHS))
@@ -345,9 +349,9 @@ def pretrain_world_vision(args):
         nn.init.normal_(vision.embeddings.class_embedding, std=0.02)
     else:
         vision = CLIPVision.from_pretrained(args.start, TINY.levels)
-    last, early = (WorldReadouts(TINY.vision.hidden_size) for _ in range(2))
     llm = Qwen2.from_pretrained(llm_folder(args))
-    last.table = early.table = vocabulary(llm, data.load_tokenizer(llm_folder(args)))
+    table = vocabulary(llm, data.load_tokenizer(llm_folder(args)))
+    last, early = (WorldReadouts(TINY.vision.hidden_size, table) for _ in range(2))
     everything = nn.ModuleList([vision, last, early])
 
     loss_of = partial(reading_loss, vision, last, early)
@@ -405,7 +409,7 @@ def answer_loss(model, batch):
     return loss, {f"loss {kind}": loss.item()}
 
 
-def word_vectors(model, words=WORDS):
+def word_vectors(model):
     """The decoder's embeddings of what a patch may show -> {name: (classes, d)}.
 
     Class 0, nothing, is a row of zeros.
@@ -416,7 +420,7 @@ def word_vectors(model, words=WORDS):
         rows = [table[data.text_ids(model.tokenizer, f" {name}")[-1]] for name in names]
         return torch.stack([torch.zeros_like(rows[0]), *rows])
     newline, = data.text_ids(model.tokenizer, "\n")
-    return {"words": vectors(words[1:]), "colours": vectors(COLOURS[1:]),
+    return {"words": vectors(WORDS[1:]), "colours": vectors(COLOURS[1:]),
             "digits": vectors("0123456789"), "blank": table[newline]}
 
 
@@ -528,9 +532,9 @@ def pretrain_world_joint(args):
     """The projectors learn to speak in words; then the decoder learns, from each equally often.
 
     "align" trains all three projectors in every step, on the same pictures. A pooled token shall be
-    the mean of its patches' words. We keep this stage because the
-    real CLIP knows words too, and because it cannot favour anyone: the decoder, the only part kept,
-    is frozen in it. Without it the decoder would have to read three codes of different making.
+    the mean of its patches' words. We keep this stage because the real CLIP knows words too, and
+    because it cannot favour anyone: the decoder, the only part kept, is frozen in it. Without it
+    the decoder would have to read three codes of different making.
     """
     torch.manual_seed(args.seed)
     models = at_every_side(args)

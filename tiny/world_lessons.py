@@ -292,10 +292,10 @@ def side_of(seed, step, single):
 
 
 def joint_batch(tokenizer, seed, step, single):
-    """Eight pictures at one granularity, drawn at random: drills, captions or conversations.
+    """Eight pictures at one granularity, packed: drills, captions or conversations, at random.
 
-    single: in the first so many steps three quarters are drills, after them three tenths. What is
-    drawn does not depend on the granularity.
+    single: so many steps read all tokens, see `side_of`. In three times as many three quarters are
+    drills, after them three tenths. What is drawn does not depend on the granularity.
     """
     draws = random.Random(f"lesson {seed} {step}")
     weights = (15, 2, 3) if step < 3 * single else (6, 4, 10)
