@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -436,3 +437,14 @@ def test_the_sweep_of_figure_1a_runs_from_nothing_to_its_table(tmp_path):
     assert sorted(line["vision_tokens"] for line in found) == [1, 4, 4, 16, 16, 64]
     shown = subprocess.run([*command, "--print"], cwd=ROOT, capture_output=True, text=True).stdout
     assert all(f"| {row.label} | 1 |" in shown for row in plan.TABLES["fig1a"])
+
+
+def test_rows_that_could_not_be_asked_stop_a_line(tmp_path):
+    """eval.py counts them as wrong and ends well, and the score would be too low without a word."""
+    words = ["eval.py", "--out", str(tmp_path)]
+    entry = {"scores": {}, "errors": []}
+    silent = SimpleNamespace(call=lambda *_: (tmp_path / "results.json").write_text(json.dumps({"gqa": entry, "other": entry})))
+    assert ablate.examined(silent, words, tmp_path / "log") == {"gqa": entry}
+    entry["errors"] = [{"index": 3, "error": "no picture"}]
+    with pytest.raises(ValueError, match="gqa: 1 rows could not be asked, the first: no picture"):
+        ablate.examined(silent, words, tmp_path / "log")

@@ -404,6 +404,8 @@ def test_options_take_the_forms_of_the_benchmarks(contents):
     for question, answer in zip(turns[::2], turns[1::2]):
         if task.LETTER in question:
             assert answer in kinds.LETTERS
+    for instruction in (draw.SHORT, task.PHRASE):
+        assert sum(text.endswith(instruction) for text in turns) >= 10, instruction
 
 
 def test_there_is_no_third_half():
