@@ -110,9 +110,9 @@ def read_variant(args, folder):
 
 
 def refuse_untrained(choices, config, folder):
-    """ValueError for choices that would give the weights of a trained model another meaning."""
+    """ValueError for choices that would give trained weights another meaning, or none at all."""
     remember = choices.get("remember", config.remember)
-    for name in ("join", "interaction"):
+    for name in ("join", "interaction", "start"):
         kept = getattr(config, name)
         if remember and choices.get(name, kept) != kept:
             raise ValueError(f"{name}={choices[name]} needs training: {folder} was trained with "

@@ -112,9 +112,9 @@ def test_taking_vision_remember_out_changes_the_answers_of_a_model_that_uses_it(
 
 
 def test_weights_are_not_given_another_meaning(tmp_path):
-    """Names and shapes would fit: a residual that overwrites, SELA's folder asked with DeepStack, its groups renumbered."""
+    """Names and shapes would fit: a residual that overwrites, SELA's folder asked with DeepStack, a start long past."""
     tiny_model(levels=(1, 2, 3)).save_pretrained(tmp_path / "sela")
-    for choice, kept in ((dict(join="replace"), "residual"), (dict(interaction="deepstack"), "sela")):
+    for choice, kept in ((dict(join="replace"), "residual"), (dict(interaction="deepstack"), "sela"), (dict(start="even"), "own")):
         with pytest.raises(ValueError, match=f"needs training: .* was trained with --.* {kept}"):
             read_variant(asked(**choice), tmp_path / "sela")
     assert read_variant(asked(join="replace", remember=()), tmp_path / "sela")[1]["remember"] == ()
