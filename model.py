@@ -72,6 +72,7 @@ class LLaVAVRConfig:
     window: int = 2                 # tokens along a side of a window; paper silent (see sela.py)
     saliency: str = "sigmoid"       # Eq. 3; see clip.saliency_from
     join: str = "residual"          # of sela.JOINS: what is remembered is added to the tokens
+    start: str = "own"              # of interactions.STARTS: how fresh modules start
     image_mode: str = "a4"          # of prompts; training on chats sets it to its recipe's mode
 
     def __post_init__(self):
@@ -146,7 +147,7 @@ class Preset:
     config: LLaVAVRConfig       # how parts are joined; their own config.json has their sizes
     llm: str                    # folder of the decoder's weights and the tokenizer
     clip: str = "weights/clip-vit-large-patch14-336"        # folder of the ViT's weights
-    drawn: bool = False         # trained and asked on what tiny/draw.py draws, in small batches
+    drawn: bool = False         # trained and asked on what tiny/world.py draws, in small batches
 
 
 # The one list of presets: another size is one more entry here.
@@ -175,6 +176,7 @@ class LLaVAVR(nn.Module):
         insertions = INTERACTIONS[config.interaction]
         self.vision_remember = insertions(config.remember, sizes, config.window, config.join)
         self.vision_remember.check(self.mm_projector)
+        interactions.start(self.vision_remember, config.start)
         self.language_model = text or Qwen2(config.text)
         self.parts = {}             # folders that frozen parts were read from, see save_pretrained
         self.untrained = []         # parts that from_pretrained found no weights for

@@ -55,7 +55,8 @@ class VisionRemember(nn.Module):
         RMSNorm on tokens, as the decoder does, and LayerNorm on each ViT level: scales differ
         attention as wide as the features, which fits the paper's sizes (0.9B and 2.0B)
         windows of 2x2 tokens on 4x4 features, and heads of width 64
-        a learned bias for each pair of places in a window, zero at first
+        a learned bias for each pair of places in a window, so that each head starts on a feature
+        of its own, see `own_features`
 
     join: "residual", or "replace": tokens are overwritten, and the last linear starts as torch's.
     Raises ValueError if windows do not tile tokens and features, or heads do not divide E.
@@ -76,7 +77,7 @@ class VisionRemember(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = square
         self.token_windows = Windows(p, window, head_width)
         self.feature_windows = Windows(g, r, head_width)
-        self.position_bias = nn.Parameter(torch.zeros(E // head_width, window**2, r**2))
+        self.position_bias = nn.Parameter(own_features(sizes, window, E // head_width))
         self.down = Join(E, d, join)
 
     def forward(self, x, memory):
@@ -96,6 +97,21 @@ class VisionRemember(nn.Module):
         o = F.scaled_dot_product_attention(q, k, v, self.position_bias)  # (w, A, s*s, D)
         o = self.token_windows.undo(o)[index]                            # (n, E)
         return self.down(x, self.o_proj(o))                              # (n, d)  x + ..., see Join
+
+
+def own_features(sizes, window, heads):
+    """The position bias to start with, (A, s*s, r*r): 8 where a head shall look, else 0.
+
+    Each head takes one of the features that its token was pooled from, or several where heads are
+    few. With zeros all tokens of a window would be told the same mean at first.
+    """
+    p, g, r = sizes.side, sizes.feature_side, sizes.reach(window)
+    token, feature = torch.arange(window).unsqueeze(1), torch.arange(r)
+    near = (feature >= token * g // p) & (feature * p < (token + 1) * g)         # (s, r)
+    own = (near[:, None, :, None] & near[None, :, None]).view(window**2, r**2)   # (s*s, r*r)
+    number = own.cumsum(1) - 1                                           # (s*s, r*r)
+    head = torch.arange(heads).view(-1, 1, 1)                            # (A, 1, 1)
+    return 8.0 * (own & (number % heads == head % own.sum(1, keepdim=True)))
 
 
 class Join(nn.Linear):

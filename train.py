@@ -57,6 +57,7 @@ class Recipe:
     mode: str                        # how pictures become tiles: data.plan_image
     micro: int = 8                   # samples per forward on one device: as many as fit it
     vision_lr: float | None = None   # peak of the ViT, where it trains
+    remember_lr: float | None = None  # peak of Vision Remember, if it is another
     epochs: int = 1                  # LLaVA-NeXT's scripts
     warmup: float = 0.03             # share of the steps; LLaVA-NeXT's scripts
     clip: float = 1.0                # largest norm of the gradient. Paper silent: as LLaVA-NeXT
@@ -70,7 +71,8 @@ class Recipe:
 
     def peak(self, part):
         """The peak learning rate of a part of the model."""
-        return self.vision_lr if part == "vision_tower" and self.vision_lr else self.lr
+        own = {"vision_tower": self.vision_lr, "vision_remember": self.remember_lr}
+        return own.get(part) or self.lr
 
 
 ALIGN = ("mm_projector", "vision_remember")
@@ -99,10 +101,10 @@ RECIPES = {
         max_length=32768, micro=2),
 }
 
-# What drawn presets change: small batches, for many steps in minutes, and the higher rates that a
-# decoder of 128 channels bears.
+# What drawn presets change: small batches, for many steps in minutes, the higher rates that a
+# decoder of 128 channels bears, and one tile a picture.
 DRAWN = {"1": {"batch": 16, "micro": 16, "lr": 2e-3},
-         "2": {"batch": 16, "micro": 16, "lr": 1e-3},
+         "2": {"batch": 16, "micro": 16, "lr": 1e-3, "mode": "square"},
          "si": {"batch": 16, "micro": 16, "lr": 1e-3, "vision_lr": 2e-4}}
 
 def recipe_of(preset, phase):
@@ -132,7 +134,7 @@ class Run:
 def make_run(flags, phase, rank, world, device):
     """The command line -> the Run of one phase. Raises ValueError for a number of ranks that cannot
     share a batch, and for an architecture whose parts do not fit."""
-    changes = ("batch", "micro", "lr", "vision_lr", "epochs")
+    changes = ("batch", "micro", "lr", "vision_lr", "remember_lr", "epochs")
     changed = {name: value for name, value in vars(flags).items() if name in changes and value}
     recipe = replace(recipe_of(flags.preset, phase), **changed)
     if recipe.batch % world:
@@ -570,8 +572,9 @@ def arguments(argv=None):
     add("--accept-changes", action="store_true", help="resume though recipe or data differ")
     add("--batch", type=int, help="global batch, whatever the number of ranks")
     add("--micro", type=int, help="samples per forward on one device")
-    add("--lr", type=float, help="peak; of the ViT: --vision-lr")
+    add("--lr", type=float, help="peak; of the ViT and Vision Remember by the two below")
     add("--vision-lr", type=float)
+    add("--remember-lr", type=float)
     add("--epochs", type=int)
     add("--limit", type=int, help="train on the first N samples of the shuffled order")
     add("--validate", type=int, default=0, metavar="N", help="hold N back, log the loss on them")
@@ -635,8 +638,8 @@ def main(argv=None):
         if runs[0].start:
             choices.check(args, runs[0].start)
         if args.draws and rank == 0:
-            draw = Path(__file__).with_name("tiny") / "draw.py"
-            subprocess.run([sys.executable, draw, "--out", "data/tiny"], check=True)
+            draw = [sys.executable, "-m", "tiny.world", "--out", Path("data/tiny").resolve()]
+            subprocess.run(draw, cwd=Path(__file__).parent, check=True)
         if world > 1:
             dist.barrier()                                          # none reads before it is drawn
         with stop_on_signal() as stop:

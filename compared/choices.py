@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 
 from clip import SALIENCY, CLIPConfig
+from compared.interactions import STARTS
 from model import INTERACTIONS, PRESETS, PROJECTORS, LLaVAVR, LLaVAVRConfig
 from qwen2 import Qwen2Config
 from sela import JOINS
 from storage.weights import read_config
 
-FIELDS = ("projector", "side", "interaction", "remember", "levels", "window", "saliency", "join")
+FIELDS = ("projector", "side", "interaction", "remember", "levels", "window", "saliency", "join",
+          "start")
 
 
 def add_choices(parser):
@@ -37,6 +39,7 @@ def add_choices(parser):
     add("--window", type=int, metavar="S", help="vision tokens along a side of a window")
     add("--saliency", choices=SALIENCY, help="how CLS scores become the map of Eq. 3")
     add("--join", choices=JOINS, help="add what is remembered to a token, or overwrite it")
+    add("--start", choices=STARTS, help="how fresh heads look and outputs start: see interactions.start")
 
 
 def add_name(parser):

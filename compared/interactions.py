@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from compared.projectors import Blocks, DeformableAttention, token_places, two_layers
-from sela import Insertions, Join, VisionRemember, Windows, flat_index
+from sela import Insertions, Join, VisionRemember, Windows, flat_index, own_features
 
 
 def heads_of(width, head_width):
@@ -34,6 +34,26 @@ def heads_of(width, head_width):
         raise ValueError(f"width {width} does not divide into heads of width {head_width}: use a "
                          f"ViT whose width is a multiple of {head_width}")
     return width // head_width
+
+
+STARTS = ("own", "even", "small")
+
+
+@torch.no_grad()
+def start(insertions, way):
+    """How fresh modules start. own: as they are built, each head on a feature of its own, and the
+    last linear at zero. even: as own, but heads look at all features alike. small: as own, but the
+    last linear is drawn from N(0, 0.02).
+
+    Raises ValueError for another word.
+    """
+    if way not in STARTS:
+        raise ValueError(f"start {way!r} is unknown: use one of {', '.join(STARTS)}")
+    for name, parameter in insertions.named_parameters():
+        if way == "even" and name.endswith("position_bias"):
+            parameter.zero_()
+        if way == "small" and name.endswith("down.weight"):
+            parameter.normal_(std=0.02)
 
 
 def only_adds(name, join):
@@ -145,8 +165,7 @@ class WindowAttention(nn.Module):
         self.q_proj = nn.Linear(C, C, bias=False)
         self.o_proj = nn.Linear(C, C, bias=False)
         self.windows = Windows(sizes.side, window, head_width)
-        places = window**2, sizes.reach(window)**2                   # s*s, r*r
-        self.position_bias = nn.Parameter(torch.zeros(heads, *places))
+        self.position_bias = nn.Parameter(own_features(sizes, window, heads))    # (A, s*s, r*r)
 
     def forward(self, u, cells, keys, values):
         """Tokens u (n, C) of cells (n, 3), keys and values (w, A, r*r, D) -> (n, C)."""

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 
+import data
 import eval as evaluate
 import train
 from benchmarks import TASKS
 from compared import choices
-from helpers import ROOT, tiny_model
+from helpers import ROOT, randomise, tiny_model
+from model import LLaVAVR
+from storage import checkpoint
 from tools import ablate, plan, tables
 from tools.cost import choose
 
@@ -44,10 +47,13 @@ class Stub:
     def train(self, words, log):
         args = train.arguments(words[1:])
         config = choose("tiny", choices.given(args))
-        for phase in ("phase1", "phase2"):
-            folder = Path(args.out) / choices.folder_of(args) / phase
+        seconds = 4.0 if config.projector == "mlp" else 2.0 if config.remember else 1.0
+        for phase in [args.phase] if args.phase else ["1", "2"]:
+            folder = Path(args.out) / choices.folder_of(args) / f"phase{phase}"
             folder.mkdir(parents=True, exist_ok=True)
-            steps = [json.dumps({"step": step, "seconds": 2.0}) for step in range(3)]
+            steps = [json.dumps({"step": step, "seconds": seconds}) for step in range(3)]
+            for step in [*range(args.keep_every, 3, args.keep_every), 3] if args.keep_every else []:
+                (folder / f"checkpoints/step-{step:08}").mkdir(parents=True)
             (folder / "log.jsonl").write_text("\n".join(steps))
             (folder / "config.json").write_text(json.dumps({"model_type": "llava_vr", **asdict(config)}))
         partial = folder.with_name("phase2.partial")
@@ -97,13 +103,14 @@ def test_each_model_is_trained_once_and_each_row_gets_its_line(stub):
     found = {(line["flags"], line["ask"], line["seed"]): line for line in lines()}
     assert len(found) == len(lines()) == 20
     line = found[plan.MLP, "--prune fastv:match", 2]
+    assert line["time"] is None and line["curve"] is None
     assert line["tables"] == {"1": "FastV at the cost of 1/4"} and line["label"] == "FastV at the cost of 1/4"
-    assert line["steps"] == [3, 3] and line["seconds"] == {"training": 12.0, "evaluation": 1.5 * len(TASKS)}
+    assert line["steps"] == [3, 3] and line["seconds"] == {"training": 24.0, "step": [4.0, 4.0], "evaluation": 1.5 * len(TASKS)}
     assert line["scores"]["OCR&Chart"] == {"score": 40.0, "stderr": 1.0, "n": 16} and line["blind"] is line["ttft"] is None
     assert line["scores"]["Avg"]["n"] == 4 * 13 and line["benchmarks"]["gqa"] == {"score": 40.0, "stderr": 2.0, "n": 4}
     assert line["vision_tokens"] == 64 and line["vision_tokens_seen"] == pytest.approx(16, abs=0.1)
     assert line["parameters"] == {"projector": 128 * 128 * 2 + 256, "vision_remember": 0}
-    ours, plain = found["", "", 1], found[plan.MLP, "", 1]
+    ours, plain = found[plan.SELA, "", 1], found[plan.MLP, "", 1]
     assert ours["parameters"]["vision_remember"] > 0 and ours["vision_tokens"] == 16
     assert line["gflop"] < ours["gflop"] < plain["gflop"]
     assert line["machine"].endswith(f"torch {ablate.torch.__version__}") and "cores" in line["machine"]
@@ -115,7 +122,7 @@ def test_a_line_holds_the_commands_that_make_it_again(stub):
     line, = [line for line in lines() if line["ask"] == "--prune pdrop"]
     start = ["OMP_NUM_THREADS=1", "python"]
     *drawn, training, asking = [shlex.split(command) for command in line["commands"]]
-    assert drawn == [[*start, "-m", "tiny.draw", "--out", "data/tiny"],
+    assert drawn == [[*start, "-m", "tiny.world", "--out", "data/tiny"],
                      [*start, "-m", "tiny.standins", "data/tiny/exam-w-7", "7"]]
     assert [*training[2:], "--resume"] in stub.called and asking[2:] in stub.called
     args, run = train.arguments(training[3:]), evaluate.arguments(asking[3:])
@@ -163,7 +170,7 @@ def test_blind_scores_and_times_are_added_to_lines_that_lack_them(stub):
     assert {(line["ttft"]["relative"], line["blind"]["OCR&Chart"]["score"]) for line in lines()} == {(0.5, 40.0)}
     stub.called.clear()
     ablate.main(["--table", "5", "--seeds", "1", "--blind", "--time"])
-    assert [words[1] for words in stub.called] == ["tiny.draw"]
+    assert [words[1] for words in stub.called] == ["tiny.world"]
 
 
 def test_a_row_of_ones_own_is_trained_like_any_other(stub):
@@ -178,6 +185,93 @@ def test_quick_stays_out_of_the_results(stub):
     ablate.main(["--table", "5", "--quick"])
     assert not Path("results").exists() and len(tables.read_lines(Path("runs/ablation-limit48/ablation.jsonl"))) == 3
     assert all(words[words.index("--limit") + 1] == "48" for words in stub.called if words[0] == "train.py")
+
+
+# ---- scores at several steps
+
+def test_a_curve_asks_the_checkpoints_of_phase_2_once(stub, monkeypatch):
+    """Each the same questions as the end, which is the last point. Then they are gone, and so is the model made of them."""
+    made = []
+    monkeypatch.setattr(ablate, "write_point", lambda phase, kept, folder: made.append((phase, kept, folder)))
+    ablate.main(["--table", "5", "--seeds", "1", "--curve", "1"])
+    for line in lines():
+        assert line["curve"] == [{"step": step, "scores": line["scores"]} for step in (1, 2, 3)]
+    phase = Path("runs/ablation/tiny-remember-none-s1/phase2")
+    assert [pair for pair in made if pair[0] == phase] == [
+        (phase, phase / f"checkpoints/step-0000000{step}", phase.with_name("point")) for step in (1, 2)]
+    asked = [words for words in stub.called if words[0] == "eval.py" and "tiny-remember-none-s1" in words[6]]
+    assert [words[6] for words in asked] == [str(phase), *2 * [str(phase.with_name("point"))]]
+    assert len({words[8] for words in asked}) == 1 and not list(Path("runs").rglob("step-*")) + list(Path("runs").rglob("point"))
+    stub.called.clear()
+    ablate.main(["--table", "5", "--seeds", "1", "--curve", "1", "--blind"])
+    assert len(stub.of("eval.py")) == 3 and all(len(line["curve"]) == 3 and line["blind"] for line in lines())
+
+
+def test_a_model_that_was_trained_without_checkpoints_gets_no_curve(stub):
+    """It is not trained again for it; the line says that there is none."""
+    ablate.main(["--table", "5", "--seeds", "1"])
+    stub.called.clear()
+    ablate.main(["--table", "5", "--seeds", "1", "--curve", "1"])
+    assert [words[1] for words in stub.called] == ["tiny.world"] and {line["curve"] for line in lines()} == {None}
+
+
+def test_a_checkpoint_becomes_the_model_that_it_is_of(tmp_path):
+    """What was trained is the checkpoint's, what was frozen the finished model's; another model's checkpoint is refused."""
+    ends, then = tiny_model(), randomise(tiny_model(), seed=5)
+    then.vision_tower.load_state_dict(ends.vision_tower.state_dict())
+    ends.save_pretrained(tmp_path / "phase2")
+    train.freeze(then, train.RECIPES["2"].trains)
+    kept = checkpoint.save(tmp_path / "checkpoints", 7, then, train.build_optimizer(then, train.RECIPES["2"]), {})
+    ablate.write_point(tmp_path / "phase2", kept, tmp_path / "point")
+    found = LLaVAVR.from_pretrained(tmp_path / "point")
+    for name, value in then.state_dict().items():
+        assert found.state_dict()[name].equal(value), name
+    tiny_model(remember=(1,)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="step-00000007: it does not hold the trained parts of .*other; remove it"):
+        ablate.write_point(tmp_path / "other", kept, tmp_path / "point")
+
+
+# ---- equal time
+
+def test_equal_time_trains_each_model_for_as_long_as_the_papers(stub):
+    """Ours takes 2 s a step, no compression 4 and A.A.P 1: half as many steps, and twice as many. Ours itself holds as it is."""
+    ablate.main(["--table", "5", "--seeds", "1"])
+    before = lines()
+    stub.called.clear()
+    for _ in range(2):
+        ablate.main(["--table", "5", "--seeds", "1", "--equal-time"])
+    trained = [words for words in stub.called if words[0] == "train.py"]
+    assert all(words[words.index("--out") + 1] == "runs/ablation/equal-time" for words in trained)
+    assert {(words[words.index("--name") + 1], *words[-7:-1]) for words in trained} == {
+        (name, "--phase", phase, "--epochs", epochs, "--limit", limit) for phase in "12"
+        for name, epochs, limit in (("projector-mlp-remember-none-s1", "1", "32"), ("remember-none-s1", "2", "48"))}
+    assert len(trained) == 4 and lines()[:3] == before and len(lines()) == 6
+    after = {line["flags"]: line for line in lines()[3:]}
+    assert {line["time"] for line in after.values()} == {12.0} and len(after[plan.AAP]["commands"]) == 5
+    ours, = [line for line in before if line["flags"] == plan.SELA]
+    assert after[plan.SELA] == ours | {"time": 12.0}
+
+
+def test_equal_time_is_refused_without_the_lines_of_equal_steps(stub):
+    """In one line that names the models, and before any is trained. The paper's model is always needed."""
+    ablate.main(["--set", plan.AAP, "--seeds", "1"])
+    stub.called.clear()
+    with pytest.raises(ValueError, match="has none of start-own-s1, projector-mlp-remember-none-s1: run the same") as caught:
+        ablate.main(["--set", plan.AAP, "--set", plan.MLP, "--seeds", "1", "--equal-time"])
+    assert "\n" not in str(caught.value) and not stub.of("train.py") and len(lines()) == 1
+
+
+@pytest.mark.parametrize("flags, records, steps, factor, wanted", [
+    ("", 4800, 300, 0.5, 150), ("", 4800, 300, 1, 300), ("", 4800, 300, 1.5, 450), ("", 4800, 300, 1.05, 316),
+    ("", 4790, 300, 2, 600), ("", 48, 3, 0.01, 1),
+    ("--epochs 2 --batch 8", 800, 200, 1.2, 240), ("--epochs 2", 1600, 200, 0.4, 80)])
+def test_as_many_records_as_make_the_wanted_steps(flags, records, steps, factor, wanted):
+    """As train.py counts them, whatever epochs and batch the row has itself."""
+    changed = ablate.records_for(flags, "2", steps, factor)
+    args = train.arguments(["--preset", "tiny", *flags.split(), *changed])
+    order = data.Order(starts=[0], lengths=range(records), text_only=None, batch=args.batch or 16, seed=1,
+                       epochs=args.epochs, limit=args.limit)
+    assert order.steps == wanted
 
 
 # ---- what goes wrong
@@ -212,7 +306,8 @@ def test_two_at_a_time_in_one_folder_are_refused(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("words, complaint", [(["--seeds", "0"], "--seeds 0: must be at least 1"), (["--limit", "-1"], "--limit"),
+@pytest.mark.parametrize("words, complaint", [(["--seeds", "0"], "--seeds 0: must be at least 1"), (["--curve", "0"], "--curve 0"),
+                                              (["--limit", "-1"], "--limit"),
                                               (["--table", "6"], "--table 6: there are"), (["--set", "--window 3"], "3x3")])
 def test_bad_values_are_one_line_before_anything_runs(words, complaint, stub):
     """Nothing is drawn, nothing is written."""
@@ -327,14 +422,16 @@ def test_another_world_is_told_by_its_drawings(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_sweep_of_figure_1a_runs_from_nothing_to_its_table(tmp_path):
-    """Six models of a few steps, each asked all thirteen benchmarks, in some two minutes; once more, and nothing is done."""
-    command = [sys.executable, "-m", "tools.ablate", "--table", "fig1a", "--quick", "--runs", str(tmp_path / "runs")]
+    """Six models of three steps, each asked all thirteen benchmarks twice, in some two minutes; once more, and nothing is done."""
+    command = [sys.executable, "-m", "tools.ablate", "--table", "fig1a", "--quick", "--curve", "2",
+               "--runs", str(tmp_path / "runs")]
     for expected in (6, 0):
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert out.returncode == 0, out.stdout + out.stderr
         assert out.stdout.count(": trained in ") == expected, out.stdout
     found = tables.read_lines(tmp_path / "runs/ablation.jsonl")
     assert len(found) == 6 and all(line["steps"] == [3, 3] and len(line["benchmarks"]) == 13 for line in found)
+    assert {tuple(point["step"] for point in line["curve"]) for line in found} == {(2, 3)}
     assert sorted(line["vision_tokens"] for line in found) == [1, 4, 4, 16, 16, 64]
     shown = subprocess.run([*command, "--print"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert shown.count("\n| A.A.P") == 5 and "| no compression | 1 |" in shown
+    assert all(f"| {row.label} | 1 |" in shown for row in plan.TABLES["fig1a"])

@@ -24,10 +24,11 @@ def parse(*words):
 def test_each_flag_sets_the_field_of_its_name(tmp_path):
     """So config.json, the flags and the docs speak of one thing by one name."""
     words = ("--projector tokenpacker --side 8 --interaction global --remember 1,4,7 --levels 12,16,22,23 --window 4 "
-             "--saliency softmax --join replace").split()
+             "--saliency softmax --join replace --start even").split()
     found = given(parse(*words))
     assert found == {"projector": "tokenpacker", "side": 8, "interaction": "global", "remember": (1, 4, 7),
-                     "levels": (12, 16, 22, 23), "window": 4, "saliency": "softmax", "join": "replace"}
+                     "levels": (12, 16, 22, 23), "window": 4, "saliency": "softmax", "join": "replace",
+                     "start": "even"}
     assert set(found) == set(FIELDS) <= set(LLaVAVRConfig.__dataclass_fields__)
     assert [word for name, value in found.items() for word in (f"--{name}", typed(value))] == words
     assert given(parse()) == {} and given(parse("--remember", "none")) == {"remember": ()}

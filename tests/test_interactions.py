@@ -14,7 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from compared.interactions import INTERACTIONS, by_sample, question_mean
+import model
+import sela
+from compared.interactions import INTERACTIONS, by_sample, question_mean, start
 from data import IGNORE, IMAGE, pack, plan_image
 from helpers import randomise
 from sela import Insertions, Sizes, VisionRemember
@@ -382,12 +384,11 @@ def test_global_makes_no_large_position_bias():
     made = build("global")
     assert not any("position_bias" in name for name, _ in made.named_parameters())
     uneven = Sizes(WIDTH, 64, levels=1, side=6, feature_side=8)         # 3x3 tokens on 4x4 features
-    largest = []
-    zeros = torch.zeros
+    shapes = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "zeros", lambda *shape: largest.append(shape) or zeros(*shape))
+        patch.setattr(sela, "own_features", lambda sizes, window, heads: shapes.append((sizes, window)) or torch.zeros(1))
         INTERACTIONS["global"]((1,), uneven, WINDOW, "residual")
-    assert largest == [(1, 9, 16)], "of the smallest windows that tile 6x6 and 8x8"
+    assert shapes == [(uneven, 3)], "of the smallest windows that tile 6x6 and 8x8"
 
 
 def gmacs(build, width):
@@ -600,3 +601,19 @@ def test_deepstack_names_the_projector_that_does_not_fit():
     with pytest.raises(ValueError, match="and Linear is none: use aap or mlp") as caught:
         made.check(nn.Linear(2, 2))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("interaction", ("sela", "narrow", "bidirectional"))
+def test_how_fresh_modules_start(interaction):
+    """Heads on features of their own, or even; outputs at zero, or small. Another word is one clear line."""
+    made = model.INTERACTIONS[interaction]((1, 3), SIZES._replace(level_width=64), 2, "residual")
+    biases = [value for name, value in made.named_parameters() if name.endswith("position_bias")]
+    lasts = [made[layer].down.weight for layer in ("1", "3")]
+    start(made, "own")
+    assert len(biases) == 2 and all(bias.max() == 8 for bias in biases) and not any(last.any() for last in lasts)
+    start(made, "small")
+    assert all(bias.max() == 8 for bias in biases) and all(0.015 < last.std() < 0.025 for last in lasts)
+    start(made, "even")
+    assert not any(bias.any() for bias in biases)
+    with pytest.raises(ValueError, match="start 'odd' is unknown: use one of own, even, small"):
+        start(made, "odd")

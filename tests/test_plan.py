@@ -4,12 +4,14 @@ from dataclasses import asdict
 from statistics import mean
 
 import pytest
+import torch
 
 import train
 from benchmarks import TASKS, groups
 from benchmarks.report import paper_average
 from compared import choices
 from eval import arguments as ask_arguments
+from model import LLaVAVR
 from test_readme import ROWS
 from tools import plan
 from tools.cost import choose
@@ -40,12 +42,15 @@ def test_a_model_can_be_asked_in_the_way_of_its_row(flags, ask):
         assert choices.given(asked).keys() == {"remember"} and set(asked.remember) < set(config.remember)
 
 
-def test_the_same_flags_are_one_model_and_every_other_is_another_architecture():
+def test_the_same_flags_are_one_model_and_all_others_differ_in_architecture_or_recipe():
     """Or the same model would be trained twice under two names, and its seeds would not be its spread."""
     jobs = plan.jobs_of(plan.TABLES, [1])
     assert sorted(job.flags for job in jobs) == TRAINED
-    configs = [str(asdict(config_of(job.flags))) for job in jobs]
-    assert len(set(configs)) == len({job.name for job in jobs}) == len(jobs)
+    kinds = []
+    for job in jobs:
+        recipe = train.arguments(["--preset", plan.PRESET, *job.flags.split()])
+        kinds.append((str(asdict(config_of(job.flags))), recipe.remember_lr, recipe.epochs))
+    assert len(set(kinds)) == len({job.name for job in jobs}) == len(jobs)
     assert plan.normal("--remember=none  --projector mlp") == plan.normal(plan.MLP) == plan.MLP
 
 
@@ -54,10 +59,10 @@ def test_a_model_is_asked_once_in_each_way_whatever_tables_want_it():
     tables = plan.chosen(["1,5"])
     mlp, aap, packer, _, ours = plan.jobs_of(tables, [7])
     assert mlp.asks == ("", "--prune fastv", "--prune pdrop", "--prune fastv:match", "--prune pdrop:match", "--prune resize")
-    assert (aap.asks, ours.asks, ours.name, aap.name) == (("",), ("",), "ours-s7", "remember-none-s7")
+    assert (aap.asks, ours.asks, ours.name, aap.name) == (("",), ("",), "start-own-s7", "remember-none-s7")
     assert packer.name == "levels-1+2+4+6-projector-tokenpacker-remember-none-s7"
-    labels = {table: row.label for table, rows in plan.TABLES.items() for row in rows if (row.flags, row.ask) == ("", "")}
-    assert plan.labels_of("", "") == labels and set(labels) == {"fig1a", "1", "2", "4a", "4b", "4c", "5", "beyond"}
+    labels = {table: row.label for table, rows in plan.TABLES.items() for row in rows if row[1:3] == (plan.SELA, "")}
+    assert plan.labels_of(plan.SELA, "") == labels and set(labels) == set(plan.TABLES)
     assert plan.labels_of("--lr 1", "") == {"own": "--lr 1"}
 
 
@@ -76,12 +81,22 @@ def test_names_become_folders():
 def test_every_row_that_docs_paper_md_has_at_tiny_is_in_the_plan():
     """A reader who looks up a row there finds its number here."""
     rows = {plan.normal(flags) for preset, flags in ROWS if preset == "tiny"}
-    assert len(rows) > 15 and rows <= set(TRAINED)
+    named = {plan.normal(flags.replace(plan.SELA, "")) for flags in TRAINED}
+    assert len(rows) > 15 and rows <= named
+
+
+@pytest.mark.parametrize("flags", TRAINED)
+def test_a_row_names_the_start_of_its_heads_where_that_matters(flags):
+    """The preset's may change, and a line must not change its meaning with it."""
+    config = config_of(flags)
+    with torch.device("meta"):
+        biased = any(name.endswith("position_bias") for name, _ in LLaVAVR(config).named_parameters())
+    assert biased == ("--start" in flags)
 
 
 def test_the_papers_numbers_agree_with_its_own_benchmarks():
     """Ours is in Tables 1, 2, 4 and 5: averages and groups follow from the thirteen scores, up to its rounding."""
-    ours = {table: row.paper for table, rows in plan.TABLES.items() for row in rows if (row.flags, row.ask) == ("", "")}
+    ours = {table: row.paper for table, rows in plan.TABLES.items() for row in rows if row[1:3] == (plan.SELA, "")}
     assert ours["1"]["Avg"] == pytest.approx(paper_average("1.5b"), abs=0.06)
     for table in ("2", "4a", "4b", "4c", "5"):
         assert ours[table]["Avg"] == pytest.approx(paper_average("0.5b"), abs=0.06)
@@ -100,7 +115,7 @@ def test_tables_are_chosen_by_name_in_the_order_of_the_plan():
     assert list(plan.chosen(["5,2", "1"])) == ["1", "2", "5"]
     assert plan.chosen(["all"]) == plan.TABLES and plan.chosen([]) == {}
     assert plan.chosen(["1"], ["--window 4"])["own"] == [plan.Row("--window 4", "--window 4")]
-    with pytest.raises(ValueError, match="^--table 7: there are fig1a, 1, 2, 4a, 4b, 4c, 5, beyond and all$"):
+    with pytest.raises(ValueError, match="^--table 7: there are fig1a, 1, 2, 4a, 4b, 4c, 5, beyond, recipe and all$"):
         plan.chosen(["1,7"])
 
 

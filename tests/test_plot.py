@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import TASKS, groups
-from tools import plot
+from tools import plan, plot, tables
 
 
 def run(steps, validate=0):
@@ -221,11 +221,169 @@ def test_the_sweep_has_a_line_with_error_bars_for_each_group(tmp_path, monkeypat
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG") and capsys.readouterr().out == "sweep.png\n"
 
 
+# ---- results of tools.ablate
+
+TIMED = {"ms": 1.0, "uncompressed_ms": 2.0, "rounds": 3}
+
+
+def result(row, seed, fine, coarse=80.0, ttft=None, **changes):
+    """A line of a row of the plan, as tools.ablate writes it."""
+    flags, ask = plan.normal(row.flags), plan.normal(row.ask)
+    tokens = 64 if "mlp" in flags else 4 if "--side 2" in flags else 1 if "--side 1" in flags else 16
+    scores = {group: {"score": fine if group == tables.FINE else coarse, "stderr": 1.0, "n": 9} for group in groups()}
+    return {"flags": flags, "ask": ask, "seed": seed, "limit": None, "questions": 9, "world": "w", "scores": scores,
+            "vision_tokens": tokens, "vision_tokens_seen": tokens, "gflop": tokens / 100, "time": None,
+            "ttft": ttft and TIMED | {"relative": ttft}, **changes}
+
+
+def put(path, lines):
+    """A file of results."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Table fig1a from two seeds, the second 2 points better; remembering is worth 10 points of the fine half."""
+    scores = {"no compression": 90.0, "A.A.P, 1/4": 60.0, "A.A.P, 1/16": 30.0, "A.A.P, 1/64": 10.0}
+    lines = []
+    for row in plan.TABLES["fig1a"]:
+        fine = scores.get(row.label) or scores[row.label.replace(" + Vision Remember", "")] + 10
+        lines += [result(row, seed, fine + 2 * seed, 80.0 + seed, ttft=0.5) for seed in (0, 1)]
+    return put(tmp_path / "ablation.jsonl", lines)
+
+
+def of_figure(path, name):
+    """The numbers of a figure, without matplotlib: {label: [(mean ± deviation, x)]}."""
+    text, _ = plot.results_figures(path, ["fig1a"], "tokens")[name]
+    found = {}
+    for row in text.split("\n")[1:]:
+        label, numbers = row.rsplit(": ", 1)
+        found.setdefault(label, []).append(tuple(numbers.split(" at ")))
+    return found
+
+
+def test_every_system_is_a_point_with_the_spread_of_its_seeds(results):
+    """Seeds of 60 and 62 are 61 and a standard deviation of 1.41."""
+    found = of_figure(results, "fine")
+    assert list(found) == [row.label for row in plan.TABLES["fig1a"]]
+    assert found["A.A.P, 1/4"] == [("61.00 ± 1.41", "16")] and found["no compression"] == [("91.00 ± 1.41", "64")]
+
+
+def test_what_a_system_costs_is_tokens_gflop_or_time(results):
+    """Time if it was measured of all that are shown, else tokens; or what --over says. Tokens are those that layers see."""
+    lines = tables.lines_of(tables.latest(results))
+    assert [plot.systems(lines, ["fig1a"], over)[0][0].x for over in plot.OVER] == [64, 0.64, 0.5]
+    assert plot.systems(lines, ["fig1a"])[1] == "ttft"
+    pruned = plan.Row("pruned", plan.MLP, "--prune fastv")
+    put(results, [*lines.values(), result(pruned, 0, 70.0, vision_tokens_seen=40.5)])
+    found, over = plot.systems(tables.lines_of(tables.latest(results)), ["fig1a", "1"])
+    assert over == "tokens" and [(one.label, one.x, one.deviation) for one in found if one.kind == "pruned or resized"] == \
+        [("FastV", 40.5, None)]
+
+
+def test_a_model_of_two_tables_is_one_point_and_parts_taken_out_are_none(results):
+    """A row that takes Vision Remember out of a model that was trained with it looks inside; nobody would use it."""
+    inside = next(row for row in plan.TABLES["beyond"] if row.ask)
+    put(results, [*tables.read_lines(results), result(inside, 0, 20.0)])
+    found, _ = plot.systems(tables.lines_of(tables.latest(results)), ["fig1a", "beyond"])
+    assert len(found) == len(plan.TABLES["fig1a"])
+
+
+def test_figure_1a_has_every_group_with_and_without_remembering(results):
+    """Over tokens of a tile; what is not compressed belongs to the curve without."""
+    found = of_figure(results, "fig1a")
+    assert list(found) == [f"{group}, {name} Vision Remember" for group in groups() for name in ("without", "with")]
+    deviation = "± 1.41"
+    assert found["OCR&Chart, without Vision Remember"] == [(f"{mean}.00 {deviation}", x) for mean, x in
+                                                           ((11, "1"), (31, "4"), (61, "16"), (91, "64"))]
+    assert found["OCR&Chart, with Vision Remember"] == [(f"41.00 {deviation}", "4"), (f"71.00 {deviation}", "16")]
+    assert {mean for mean, _ in found["General, with Vision Remember"]} == {"80.50 ± 0.71"}
+
+
+def test_curves_are_the_fine_half_over_steps(results):
+    """Of the first table that is asked for, of rows that have one; the figure is left out where none has."""
+    assert "curves" not in plot.results_figures(results)
+    lines = tables.read_lines(results)
+    for line in lines[2:4]:                                                    # both seeds of A.A.P, 1/4
+        line["curve"] = [{"step": step, "scores": {tables.FINE: {"score": step / 10 + line["seed"]}}} for step in (500, 250)]
+    put(results, lines)
+    assert of_figure(results, "curves") == {"A.A.P, 1/4": [("25.50 ± 0.71", "250"), ("50.50 ± 0.71", "500")]}
+
+
+def test_names_of_points_do_not_lie_on_each_other():
+    """Those of near points are moved by as little as possible, in the same order, and stay beside the picture."""
+    assert plot.apart([1.0, 5.0, 9.0], 1, 0, 10) == [1, 5, 9]
+    assert plot.apart([5.0, 5.0, 5.0, 9.0], 1, 0, 10) == [4, 5, 6, 9]
+    assert plot.apart([9.9, 9.8, 0.0], 1, 0, 10) == [10, 9, 0] and plot.apart([0.1, 0.0], 1, 0, 10) == [1, 0]
+
+
+def test_a_figure_holds_its_numbers_and_the_flags_that_draw_it(results):
+    """So a figure in the repository can be held to its results without drawing it."""
+    text, _ = plot.results_figures(results, ["fig1a", "2"], "gflop")["fine"]
+    assert text.startswith("--table fig1a 2 --over gflop\nno compression: 91.00 ± 1.41 at 0.64\n")
+    svg = '<svg xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:description>{}</dc:description></svg>'
+    plot.figure_path(results, "fine").write_text(svg.format(text))
+    assert plot.is_current(results, "fine")
+    changed = [text.replace(*words) for words in (("91.00", "92.00"), ("gflop", "tokens"), ("fig1a 2", "99"))]
+    for other in (*changed, "", "--over"):
+        plot.figure_path(results, "fine").write_text(svg.format(other))
+        assert not plot.is_current(results, "fine")
+
+
+def test_the_points_of_the_pictures_are_the_numbers_of_the_file(results):
+    """And every system has its name beside it."""
+    pytest.importorskip("matplotlib")
+    found, over = plot.systems(tables.lines_of(tables.latest(results)), ["fig1a"], "tokens")
+    axes = plot.systems_figure(found, over).axes[0]
+    points = [tuple(map(float, point)) for bars in axes.containers for point in zip(*bars.lines[0].get_data())]
+    assert sorted(points) == sorted((one.x, one.mean) for one in found)
+    assert [text.get_text() for text in axes.texts] == [row.label for row in plan.TABLES["fig1a"]]
+    bars, = [bars for bars in axes.containers if bars.get_label() == "no compression"]
+    assert bars.lines[2][0].get_segments()[0][:, 1] == pytest.approx([91 - 2 ** 0.5, 91 + 2 ** 0.5])
+    curves = plot.ratios(tables.lines_of(tables.latest(results)))
+    axes = plot.ratios_figure(curves).axes[0]
+    assert [list(zip(*bars.lines[0].get_data())) for bars in axes.containers] == \
+        [[(x, mean) for x, mean, _ in curve.points] for curve in curves]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1/64", "1/16", "1/4", "1"]
+
+
+def test_the_same_results_are_the_same_files_with_their_numbers_inside(results, capsys):
+    """Letters stay text, in any sans-serif; no background, so that a page may be dark."""
+    pytest.importorskip("matplotlib")
+    plot.main([str(results), "--table", "fig1a"])
+    paths = [plot.figure_path(results, name) for name in ("fine", "fig1a")]
+    assert capsys.readouterr().out.split() == [str(path) for path in paths]
+    before = [path.read_bytes() for path in paths]
+    plot.main([str(results), "--table", "fig1a"])
+    assert [path.read_bytes() for path in paths] == before and all(len(text) < 60_000 for text in before)
+    assert b">A.A.P, 1/64</text>" in before[0] and b"sans-serif" in before[0]
+    assert plot.is_current(results, "fine") and plot.is_current(results, "fig1a")
+
+
+@pytest.mark.parametrize("text, complaint", [('{"scores": 1}\n{"flags": ""}\n{"a": 1}\n', "ablation.jsonl, line 1 is no result"),
+                                             ('{"scores"', "ablation.jsonl: no line of tools.ablate in it"),
+                                             ("", "no line with a step and a loss in it")])
+def test_what_is_no_file_of_results_is_refused(tmp_path, text, complaint):
+    (tmp_path / "ablation.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        plot.main([str(tmp_path / "ablation.jsonl")])
+    assert "\n" not in str(caught.value)
+
+
+def test_results_without_what_is_to_be_shown_are_refused(results):
+    """No row of that table, or nothing measured of the time."""
+    with pytest.raises(ValueError, match="^no line of table 4a has a score on the fine half and its gflop: run tools.ablate"):
+        plot.results_figures(put(results, [result(plan.Row("x", "--window 4"), 0, 50.0)]), ["4a"], "gflop")
+    with pytest.raises(ValueError, match="its ttft: run tools.ablate, with --time for ttft"):
+        plot.results_figures(put(results, [result(plan.Row("x", plan.AAP), 0, 50.0)]), ["4a"], "ttft")
+
+
 # ---- what it says
 
 @pytest.mark.parametrize("words", [[], ["log.jsonl", "--sweep", "results.json"]])
 def test_one_thing_is_drawn_at_a_time(words):
-    with pytest.raises(ValueError, match="^give one of: a log.jsonl, a density.json, --sweep with results.json files$"):
+    with pytest.raises(ValueError, match="^give one of: a log.jsonl, a density.json, an ablation.jsonl, --sweep with"):
         plot.main(words)
 
 

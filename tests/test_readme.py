@@ -245,7 +245,8 @@ def test_the_scorer_of_the_docs_gives_what_it_says():
 
 # ------------------------------------------------------------------------------- the paper's rows
 
-CHOICE_FLAGS = ("--projector", "--side", "--interaction", "--remember", "--levels", "--window", "--saliency", "--join")
+CHOICE_FLAGS = ("--projector", "--side", "--interaction", "--remember", "--levels", "--window", "--saliency", "--join",
+                "--start")
 ROWS = [(preset, flags) for row in table_rows(PAGES["docs/paper.md"]) if len(row) > 3 for preset, column in (("0.5b", 2), ("tiny", 3))
         for flags in re.findall(r"`(--.*?)`", row[2] if row[column].startswith(("same", "the same")) else row[column])
         if flags.startswith(CHOICE_FLAGS)]

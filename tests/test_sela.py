@@ -11,7 +11,7 @@ import torch
 
 from data import plan_image
 from helpers import ROOT, randomise
-from sela import Memory, Sizes, VisionRemember
+from sela import Memory, Sizes, VisionRemember, own_features
 
 SIDE, FEATURES, WINDOW, WIDTH, LEVEL = 4, 8, 2, 12, 8               # p, g, s, d, C; so r = 4, two levels, heads of 4
 
@@ -115,6 +115,21 @@ def test_it_is_the_equations_written_token_by_token():
             o.append(sum(w / sum(weights) * one[part] for w, one in zip(weights, v)))
         expected.append(x[i] + remember.down.weight @ remember.o_proj(torch.cat(o)) + remember.down.bias)
     assert torch.allclose(remember(x, Memory(features, saliency, cells)), torch.stack(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("p, g, window, heads", [(4, 8, 2, 6), (2, 8, 1, 6), (2, 8, 2, 16), (16, 24, 2, 48), (12, 24, 4, 3)])
+def test_heads_start_on_the_features_that_their_token_was_pooled_from(p, g, window, heads):
+    """Each on some, as evenly as can be, all together on all, and none elsewhere: what pooling reads, read off pooling itself."""
+    pooled = torch.nn.functional.adaptive_avg_pool2d(torch.eye(g * g).view(g * g, 1, g, g), p).view(g, g, p, p) > 0
+    reach = window * g // p
+    bias = own_features(Sizes(WIDTH, LEVEL, 2, p, g), window, heads)
+    assert set(bias.unique().tolist()) == {0.0, 8.0}
+    for i in range(window):
+        for j in range(window):
+            reads = pooled[:reach, :reach, i, j].flatten()                                  # of the first window
+            starts = bias[:, i * window + j] > 0                                            # (A, r*r)
+            assert torch.equal(starts.any(0), reads) and starts.any(1).all()
+            assert len(starts.sum(0)[reads].unique()) <= 2 and len(starts.sum(1).unique()) <= 2
 
 
 @torch.no_grad()

@@ -28,11 +28,11 @@ ARROWS = {
     "storage": {"storage"},
     "compared": {"clip", "compared", "qwen2", "sela"},
     "compared.pruning": {"data", "model", "qwen2", "storage.weights"},       # wraps the whole model
-    "compared.choices": {"clip", "model", "qwen2", "sela", "storage.weights"},      # its flags
+    "compared.choices": {"clip", "compared.interactions", "model", "qwen2", "sela", "storage.weights"},      # its flags
     "compared.graft": {"storage.weights"},
     "compared.variants": {"compared", "data", "model", "storage.weights"},   # how it is asked
     "benchmarks": {"benchmarks", "data"},
-    "tiny": {"clip", "data", "model", "qwen2", "storage", "tiny"},
+    "tiny": {"benchmarks.task", "clip", "data", "model", "qwen2", "storage", "tiny"},
     "tools": {*TOP, *ROOMS},
 }
 
@@ -116,14 +116,14 @@ def test_the_decoder_knows_no_pictures_and_data_no_model():
 
 
 def test_what_train_py_reaches_stays_an_afternoon():
-    """Tokens of train.py and all it imports, and lines of the six story files. 24,000 tokens and 2,300 lines, and a page
-    more since every compared system can be chosen. compared/ is not counted: nobody needs it to follow the paper's own."""
+    """Tokens of train.py and all it imports, and lines of the six story files. 24,000 tokens and 2,300 lines, a page more
+    since every compared system can be chosen, and 15 lines since heads start on their own features. compared/ is not counted: nobody needs it to follow the paper's own."""
     tokens = {module: tokens_of(module) for module in reachable("train") if not module.startswith("compared")}
     lines = {module: len(lines_of(module)) for module in STORY}
     print(f"tokens {sum(tokens.values()):,} {tokens}\nlines of the story {sum(lines.values()):,} {lines}")
     assert {"train", "model", "data", "storage.weights"} <= tokens.keys()
-    assert sum(tokens.values()) <= 24_600
-    assert sum(lines.values()) <= 2_370
+    assert sum(tokens.values()) <= 24_800
+    assert sum(lines.values()) <= 2_385
 
 
 @pytest.mark.parametrize("module", PATHS)

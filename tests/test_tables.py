@@ -21,7 +21,7 @@ def line(flags="", seed=1, score=50.0, **changes):
 @pytest.fixture
 def args(tmp_path):
     """What the functions read of a command line."""
-    return Namespace(out=tmp_path / "lines.jsonl", limit=None, questions=100, world="w", jobs=2, seeds=2)
+    return Namespace(out=tmp_path / "lines.jsonl", limit=None, questions=100, world="w", jobs=2, seeds=2, equal_time=False)
 
 
 # ---- the file
@@ -76,44 +76,138 @@ def test_scores_are_means_over_the_benchmarks_of_a_group():
     assert tables.scores(blind, "blind")["OCR&Chart"]["score"] == 10
 
 
+@pytest.mark.parametrize("again", [{"time": 300.0}, {"time": 310.0, "limit": 90}])
+def test_equal_steps_and_equal_time_stand_side_by_side(again, args):
+    """In equal time a model reads as many records as fit: so neither records nor seconds tell such a line from others."""
+    tables.put(args.out, line(score=50.0))
+    tables.put(args.out, line(score=60.0, time=300.0, limit=80))
+    tables.put(args.out, line(score=70.0, **again))
+    assert len(tables.read_lines(args.out)) == 2
+    assert tables.lines_of(args)["", "", 1]["scores"]["Avg"]["score"] == 50
+    assert tables.lines_of(args, equal_time=True)["", "", 1]["scores"]["Avg"]["score"] == 70
+    args.equal_time = True
+    assert "| one | 70.0 |" in "\n".join(tables.markdown(args, {"own": [plan.Row("one")]}))
+
+
+def test_the_last_line_of_equal_steps_says_what_a_page_is_of(args):
+    """A page has no command line that tells records, questions and world."""
+    assert tables.latest(args.out) is None
+    for change in ({"limit": 48}, {"questions": 7, "world": "v"}, {"time": 300.0, "limit": 5}):
+        tables.put(args.out, line(**change))
+    found = tables.latest(args.out)
+    assert (found.limit, found.questions, found.world, found.out) == (None, 7, "v", args.out)
+
+
+# ---- what came back
+
+def of_halves(fine, coarse=80.0):
+    """The "scores" of a line."""
+    return {group: {"score": fine if group == tables.FINE else coarse, "stderr": 1.0, "n": 100} for group in SCORES}
+
+
+def result(flags, seed, fine, **changes):
+    """A line with a score on the fine half."""
+    return line(plan.normal(flags), seed, scores=of_halves(fine), **changes)
+
+
+def keyed(lines):
+    """As `lines_of` gives them."""
+    return {tables.key_of(one)[:3]: one for one in lines}
+
+
+def test_the_coarse_half_is_the_mean_of_the_other_three_groups():
+    """And there is none where one of them is missing. The average is not among them."""
+    found = {"Avg": {"score": 1.0}, "General": {"score": 90.0}, "Knowledge": {"score": 60.0}, "Vision-Centric": {"score": 30.0}}
+    assert tables.coarse(found) == 60 and tables.fine(found) is None
+    assert tables.coarse(of_halves(5.0, 80.0)) == 80 and tables.fine(of_halves(5.0)) == 5
+    del found["Knowledge"]
+    assert tables.coarse(found) is None
+
+
+def test_the_recovered_share_is_paired_by_seed_tokens_and_epochs():
+    """(row - A.A.P) / (no compression - A.A.P): 3/4 and 1/2 at 16 tokens, 1/5 at 4 tokens, 1/3 after two epochs."""
+    small = {"vision_tokens": 4}
+    lines = keyed([result(plan.MLP, 1, 90.0, vision_tokens=64), result(plan.MLP, 2, 80.0, vision_tokens=64),
+                   result(plan.AAP, 1, 50.0), result(plan.AAP, 2, 60.0), result(plan.AAP, 3, 0.0),
+                   result(plan.SELA, 1, 80.0), result(plan.SELA, 2, 70.0), result(plan.SELA, 3, 99.0),
+                   result("--side 2 --remember none", 1, 40.0, **small), result("--side 2 --window 1", 1, 50.0, **small),
+                   result(f"{plan.MLP} --epochs 2", 1, 99.0, vision_tokens=64), result(f"{plan.AAP} --epochs 2", 1, 69.0),
+                   result("--epochs 2", 1, 79.0)])
+
+    def shares(flags, ask=""):
+        return tables.shares(tables.made_of(plan.Row("a row", flags, ask), lines), lines)
+
+    assert shares(plan.SELA) == [0.75, 0.5]                                    # seed 3 has no uncompressed model
+    assert shares("--side 2 --window 1") == [pytest.approx(0.2)] and shares("--epochs 2") == [pytest.approx(1 / 3)]
+    assert shares(plan.AAP) == shares(plan.MLP) == []                          # these are the 0 and the 1
+
+
+@pytest.mark.parametrize("whole", [50.0, 49.0])
+def test_where_pooling_lost_nothing_there_is_no_share(whole):
+    """Not even of the other seeds: to leave that one out would favour those where much was lost."""
+    lines = keyed([result(plan.MLP, 1, whole, vision_tokens=64), result(plan.MLP, 2, 90.0, vision_tokens=64),
+                   *[result(flags, seed, 50.0) for flags in (plan.AAP, plan.SELA) for seed in (1, 2)]])
+    assert tables.shares([one for key, one in lines.items() if key[0] == plan.normal(plan.SELA)], lines) == []
+
+
+def test_the_interval_is_that_of_students_t():
+    """Of 1, 2, 3: mean 2, deviation 1, t = 4.303 at two degrees of freedom, over the root of three. Beyond nine, that of nine."""
+    assert tables.interval([1.0, 2.0, 3.0]) == "2.00 (-0.48 to 4.48)"
+    assert tables.interval([0.7, 0.9]) == "0.80 (-0.47 to 2.07)"               # 12.706 * 0.1414 / 1.4142
+    assert tables.interval([0.0, 1.0] * 10) == "0.50 (0.24 to 0.76)"           # 2.262 * 0.51299 / 4.4721
+    assert tables.interval([0.5]) == tables.interval([]) == "-"
+
+
 # ---- what is shown
 
-def cells_of(text):
-    """A row of Markdown -> its cells."""
-    return [cell.strip() for cell in text.strip("|").split("|")]
+def rows_of(text, columns):
+    """Lines of Markdown -> {first cell: the others} of the table that has so many columns."""
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in text if row.startswith("|")]
+    return {row[0]: row[1:] for row in rows if len(row) == columns}
 
 
 def test_tables_show_mean_and_spread_over_seeds_beside_the_papers_numbers(args):
     """And say on what they were measured, and which rows have no line yet."""
-    fresh = {"ms": 7.0, "relative": 0.5}
+    fresh, ours = {"ms": 7.0, "relative": 0.5}, plan.normal(plan.SELA)
     for seed, score in ((1, 50.0), (2, 54.0), (3, 52.0)):
-        tables.put(args.out, line(seed=seed, score=score, ttft=fresh | {"relative": 0.5 + seed / 10}))
+        tables.put(args.out, line(ours, seed=seed, score=score, ttft=fresh | {"relative": 0.5 + seed / 10}))
     tables.put(args.out, line(plan.MLP, score=70.0, vision_tokens=64, vision_tokens_seen=64.0))
     tables.put(args.out, line(plan.MLP, ask="--prune fastv", vision_tokens=64, vision_tokens_seen=42.7))
     tables.put(args.out, line(plan.MLP, seed=2, score=0.0, questions=4))
     text = tables.markdown(args, plan.chosen(["1"]))
-    rows = {cells_of(row)[0]: cells_of(row)[1:] for row in text if row.startswith("|")}
-    assert {len(cells) for cells in rows.values()} == {10} and list(rows)[0] == "row"
-    assert rows["ours"] == ["3", "52.0 ± 2.0 [52.3]", *["52.0 ± 2.0"] * 4, "16", "1.03", "1.23", "0.70 ± 0.10 [0.62]"]
-    assert rows["no compression"] == ["1", *["70.0"] * 5, "64", "1.03", "1.23", "-"]
-    assert rows["FastV"][1] == "50.0 [51.0]" and rows["FastV"][6] == "64 (42.7 in the mean)"
-    assert rows["DeCo"] == ["0", "- [50.4]", *["-"] * 7, "- [0.58]"]
+    rows, groups = rows_of(text, 9), rows_of(text, 6)
+    assert list(rows)[0] == list(groups)[0] == "row" and list(rows) == list(groups)
+    assert rows["ours"] == ["3", "52.0 ± 2.0", "52.0 ± 2.0", "-", "16", "1.03", "1.23", "0.70 ± 0.10 [0.62]"]
+    assert groups["ours"] == ["52.0 ± 2.0 [52.3]", *["52.0 ± 2.0"] * 4]
+    assert rows["no compression"] == ["1", "70.0", "70.0", "-", "64", "1.03", "1.23", "-"]
+    assert groups["FastV"][0] == "50.0 [51.0]" and rows["FastV"][4] == "64 (42.7 in the mean)"
+    assert rows["DeCo"] == ["0", *["-"] * 6, "- [0.58]"] and groups["DeCo"] == ["- [50.4]", *["-"] * 4]
     assert text[-1] == ("Seeds 1; 2; 3; 1300 questions, the same for every model; 225 + 275 steps of the two phases. Machine: a "
                         f"CPU. Commit: abc. World: w. Each line of {args.out} has the commands that make it again.")
 
 
+def test_the_share_stands_in_the_table(args):
+    """Of two seeds at least."""
+    for seed, scores in ((1, (90.0, 50.0, 80.0)), (2, (90.0, 50.0, 82.0))):
+        for flags, score, tokens in zip((plan.MLP, plan.AAP, plan.SELA), scores, (64, 16, 16)):
+            tables.put(args.out, result(flags, seed, score, vision_tokens=tokens))
+    rows = rows_of(tables.markdown(args, plan.chosen(["5"])), 9)
+    assert rows["row"][1:4] == ["fine half", "coarse half", "recovered"]
+    assert rows["ours"][1:4] == ["81.0 ± 1.4", "80.0 ± 0.0", "0.78 (0.46 to 1.09)"] and rows["baseline"][3] == "-"
+
+
 def test_table_4_has_the_papers_numbers_by_group(args):
     """Where the paper has them."""
-    tables.put(args.out, line())
-    ours = [cells_of(row) for row in tables.markdown(args, plan.chosen(["4b"])) if row.startswith("| SELA |")]
-    assert ours[0][2:7] == ["50.0 [47.1]", "50.0 [58.6]", "50.0 [43.4]", "50.0 [45.7]", "50.0 [46.2]"]
+    tables.put(args.out, line(plan.normal(plan.SELA)))
+    rows = rows_of(tables.markdown(args, plan.chosen(["4b"])), 6)
+    assert rows["SELA"] == ["50.0 [47.1]", "50.0 [58.6]", "50.0 [43.4]", "50.0 [45.7]", "50.0 [46.2]"]
 
 
 def test_without_lines_the_tables_say_so(args):
     """Instead of an error: the plan is there all the same."""
     text = tables.markdown(args, plan.chosen(["5"]))
     assert text[-1] == f"No line of {args.out} belongs to these rows."
-    assert [cells_of(row)[1] for row in text if row.startswith("| ours")] == ["0"]
+    assert rows_of(text, 9)["ours"] == ["0", *["-"] * 6, "- [0.62]"]
 
 
 def test_the_plan_tells_what_is_done_and_how_long_the_rest_takes(args):
@@ -122,9 +216,9 @@ def test_the_plan_tells_what_is_done_and_how_long_the_rest_takes(args):
     untimed = tables.listing(args, jobs, {}, set())
     assert untimed[-1] == "left to do: 6 models to train, 6 lines to write"
     tables.put(args.out, line(plan.MLP))
-    shown = tables.listing(args, jobs, tables.lines_of(args), {"projector-mlp-remember-none-s1", "ours-s2"})
+    shown = tables.listing(args, jobs, tables.lines_of(args), {jobs[0].name, jobs[5].name})
     assert [row.split()[:2] for row in shown[1:4]] == [["1/1", "0/1"], ["0/1", "0/1"], ["0/1", "0/1"]]
-    assert [row.split("  ")[-1].strip() for row in shown[1:4]] == [plan.MLP, plan.AAP, "(none)"]
+    assert [row.split("  ")[-1].strip() for row in shown[1:4]] == [plan.MLP, plan.AAP, plan.normal(plan.SELA) or "(none)"]
     # 4 trainings of 300 s and 5 evaluations of 60 s, two side by side
     assert shown[-1] == ("left to do: 4 models to train, 5 lines to write; about 12 min 30 s with 2 side by side, going by what 1 "
                          "took")

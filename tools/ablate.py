@@ -3,12 +3,18 @@
     python -m tools.ablate --table fig1a --quick      # minutes: does the whole path run?
     python -m tools.ablate --list                     # what there is to do, and what is done
     python -m tools.ablate --table 1 2 --seeds 3      # hours; Ctrl-C stops it, the same goes on
+    python -m tools.ablate --table 2 --curve 250      # ask also after 250, 500 ... steps
+    python -m tools.ablate --table 2 --equal-time     # then again, each for as long as the paper's
     python -m tools.ablate --set "--window 4 --lr 1e-3" --time      # a row of your own
     python -m tools.ablate --table all --print        # tables as Markdown, from the results alone
 
 The rows are data in tools/plan.py. Each trains both phases at preset tiny and is then asked the
 exam, all in programs of one thread, two of them side by side. Rows with the same flags share a
-model. All rows train for equally many steps; equal wall-clock time is still to come.
+model. All rows train for equally many steps, and with --equal-time once more on as many records as
+they read in the time that the paper's model took.
+
+--curve keeps checkpoints in training, asks those of phase 2 the whole exam, half a minute each, and
+removes them. They are the same models with and without it.
 
 A line of results/ablation.jsonl is one model of one seed, asked in one way. A line that is there is
 not made again, a finished model is not trained again, and a stopped one goes on where it was.
@@ -17,8 +23,8 @@ Lines and models belong to a world: the drawings, and the pre-trained parts in t
 --time measures the time to the first token beside that of an uncompressed model, in turn, so that
 both see the same load of the machine.
 
-The ViT is frozen, and yet every model computes its features again. They could be computed once and
-kept: train.Samples would return them in place of tiles, and LLaVAVR.embed would take them.
+The ViT is frozen, and yet every model computes its features again: that is about 5 % of a step of
+phase 2 at tiny (0.04 of 0.9 s on one thread), too little to keep features for.
 """
 import argparse
 import contextlib
@@ -26,9 +32,11 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -41,6 +49,7 @@ from pathlib import Path
 
 import torch
 
+import train
 from benchmarks import TASKS
 from benchmarks.answers import write
 from compared.variants import load_model, read_variant
@@ -48,8 +57,8 @@ from eval import arguments as ask_arguments
 from eval import folder_name
 from model import PRESETS, LLaVAVR, LLaVAVRConfig
 from storage.log import read as read_log
-from storage.weights import fingerprint
-from tiny import draw
+from storage.weights import fingerprint, read_tensors
+from tiny import world
 from tools import plan
 from tools.bench import timed
 from tools.cost import parameters
@@ -59,7 +68,9 @@ from tools.tables import (
     TEXT, TILES, last_world, lines_of, listing, markdown, minutes, put, scores)
 
 DRAWN = Path("data/tiny")
+DRAW = ["-m", "tiny.world", "--out", str(DRAWN)]            # what draws it, after "python"
 EXAM_TASKS = "all"          # of eval.py: the stand-ins of the thirteen benchmarks
+REFERENCE = plan.normal(plan.SELA)      # the model whose time is that of all, with --equal-time
 QUICK = {"limit": 48, "questions": 4, "seeds": 1}
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
@@ -170,7 +181,7 @@ def prepare(args, programs):
     Raises ValueError where the models in args.runs are of another world, or of more records.
     """
     log = args.runs / "logs/drawing.log"
-    programs.call(["-m", "tiny.draw", "--out", str(DRAWN)], log)
+    programs.call(DRAW, log)
     args.world = world_now()
     now, kept = f"world {args.world}, {args.limit or 'all'} records", args.runs / "world"
     if kept.exists() and kept.read_text() != now:
@@ -192,19 +203,30 @@ def folder_of(args, job):
     return args.runs / f"{PRESET}-{job.name}"
 
 
-def train_words(args, job):
-    """What trains a job's model: what follows "python". Ours come last, so they hold."""
-    limit = ["--limit", str(args.limit)] if args.limit else []
-    return ["train.py", "--preset", PRESET, *shlex.split(job.flags), "--name", job.name,
-            "--seed", str(job.seed), *limit, "--out", str(args.runs), "--workers", "0"]
+def trainings(args, job):
+    """What trains a job's model: a list of what follows "python", to be run in order. Ours come
+    last, so they hold."""
+    words = ["train.py", "--preset", PRESET, *shlex.split(job.flags), "--name", job.name,
+             "--seed", str(job.seed), "--out", str(args.runs), "--workers", "0"]
+    if args.curve:
+        words += ["--save-every", str(args.curve), "--keep-every", str(args.curve)]
+    if args.equal_time:
+        phases = zip(("1", "2"), args.records[job.flags, job.seed])
+        return [[*words, "--phase", phase, *records] for phase, records in phases]
+    return [[*words, "--limit", str(args.limit)] if args.limit else words]
 
 
-def eval_words(args, job, ask):
-    """What asks it in one way."""
-    model = folder_of(args, job) / "phase2"
+def eval_words(args, model, out, ask="", blind=False):
+    """What asks the model in a folder in one way."""
     return ["eval.py", "--task", EXAM_TASKS, "--preset", PRESET, "--model", str(model),
-            "--data", str(exam_folder(args)), "--out", str(exam_out(args, job, ask)),
-            "--blind" if args.blind else "--no-blind", *shlex.split(ask)]
+            "--data", str(exam_folder(args)), "--out", str(out),
+            "--blind" if blind else "--no-blind", *shlex.split(ask)]
+
+
+def asking(args, job, ask):
+    """What asks a job's model in one way."""
+    model = folder_of(args, job) / "phase2"
+    return eval_words(args, model, exam_out(args, job, ask), ask, args.blind)
 
 
 def exam_out(args, job, ask):
@@ -224,26 +246,38 @@ def is_trained(args, job):
     return (folder / "phase2/config.json").exists() and not (folder / "phase2.partial").exists()
 
 
-def lacks(args, line):
-    """Of a line, or None -> whether its model is still to be asked, and to be timed."""
+def points_of(args, job):
+    """The checkpoints that --curve left to ask: their folders, oldest first."""
+    kept = sorted((folder_of(args, job) / "phase2/checkpoints").glob("step-" + 8 * "[0-9]"))
+    return kept[:-1]                                    # the last is the finished model
+
+
+def lacks(args, job, ask, line):
+    """Of a line, or None -> whether its model is still to be asked, to be followed through its
+    training, and to be timed."""
     return (line is None or args.blind and not line["blind"],
+            bool(args.curve and not ask and not (line and line["curve"]) and points_of(args, job)),
             args.time and not (line and line["ttft"]))
 
 
 def train_and_ask(args, programs, job):
     """Train a job's model, and ask it in every way of which there is no line yet. -> None, or the
     line that tells what went wrong."""
-    lines, log = lines_of(args), args.runs / f"logs/{job.name}.log"
+    lines, log = lines_of(args, args.equal_time), args.runs / f"logs/{job.name}.log"
     wanting = {}
     for ask in job.asks:
         line = lines.get((job.flags, ask, job.seed))
-        if any(lacks(args, line)):
+        if any(lacks(args, job, ask, line)):
             wanting[ask] = line
     try:
+        if args.equal_time and job.flags == REFERENCE:
+            copy_reference(args, job, wanting)
+            return None
         if wanting and not is_trained(args, job):
             made = {"commit": commit(), "machine": machine()}
             write(folder_of(args, job) / "made.json", json.dumps(made))
-            programs.call([*train_words(args, job), "--resume"], log)
+            for words in trainings(args, job):
+                programs.call([*words, "--resume"], log)
             if not is_trained(args, job):
                 raise ValueError(f"train.py was stopped before its end (all of it: {log})")
             tell(f"{job.name}: trained in {minutes(sum(steps_of(args, job)[1]))}")
@@ -259,40 +293,137 @@ def train_and_ask(args, programs, job):
 def measure(args, programs, job, ask, line):
     """Ask in one way what a line lacks, and write the line."""
     log = args.runs / f"logs/{job.name}.log"
-    to_ask, to_time = lacks(args, line)
+    to_ask, to_follow, to_time = lacks(args, job, ask, line)
     if to_ask:
-        programs.call(eval_words(args, job, ask), log)
-        results = exam_out(args, job, ask) / "results.json"
-        entries = json.loads(results.read_text(encoding="utf-8"))
-        entries = {task: entry for task, entry in entries.items() if task in TASKS}
-        line = make_line(args, job, ask, entries) | {"ttft": line and line["ttft"]}
+        entries = examined(programs, asking(args, job, ask), log)
+        kept = {name: line and line[name] for name in ("ttft", "curve")}
+        line = make_line(args, job, ask, entries) | kept
+    if to_follow:
+        line["curve"] = follow(args, programs, job, line, log)
     if to_time:
         model = str(folder_of(args, job) / "phase2")
         programs.call(["-m", "tools.ablate", "--ttft", model, f"--ask={ask}"], log)
         line["ttft"] = json.loads(last_line(log))
     put(args.out, line)
+    if to_follow:
+        for phase in ("phase1", "phase2"):
+            shutil.rmtree(folder_of(args, job) / phase / "checkpoints", ignore_errors=True)
     shown = ", ".join(f"{group} {part['score']:.1f}" for group, part in line["scores"].items())
     tell(f"{job.name}{ask and ' '}{ask}: {shown}")
 
 
+def examined(programs, words, log):
+    """Words of eval.py, run -> its entries, {task: entry}."""
+    programs.call(words, log)
+    results = Path(words[words.index("--out") + 1]) / "results.json"
+    entries = json.loads(results.read_text(encoding="utf-8"))
+    return {task: entry for task, entry in entries.items() if task in TASKS}
+
+
+# ------------------------------------------------------------------------ curves over the steps
+
+def follow(args, programs, job, line, log):
+    """The scores of a model on its way through phase 2 -> [{"step", "scores"}], the last its end.
+
+    Each point is asked the same questions as the finished model, so that points can be compared.
+    """
+    phase, curve = folder_of(args, job) / "phase2", []
+    point = folder_of(args, job) / "point"
+    for kept in points_of(args, job):
+        shutil.rmtree(point, ignore_errors=True)
+        write_point(phase, kept, point)
+        entries = examined(programs, eval_words(args, point, point / "eval"), log)
+        curve.append({"step": int(kept.name[5:]), "scores": scores(entries, "scores")})
+    shutil.rmtree(point, ignore_errors=True)
+    return [*curve, {"step": line["steps"][1], "scores": line["scores"]}]
+
+
+def write_point(phase, kept, folder):
+    """Write a checkpoint as a model that eval.py reads.
+
+    phase: the folder of the finished phase, which has what was frozen. Raises ValueError for a
+    checkpoint of another model.
+    """
+    model = LLaVAVR.from_pretrained(phase)
+    stored = {key.removeprefix("model."): tensor for _, key, tensor in read_tensors(kept)
+              if key.startswith("model.")}
+    trained = {name for name, _ in model.named_parameters() if not name.startswith("vision_tower")}
+    if stored.keys() != trained:
+        raise ValueError(f"{kept}: it does not hold the trained parts of {phase}; remove it")
+    model.load_state_dict(stored, strict=False)
+    model.save_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------- equal time
+
+def equal_time(args, jobs):
+    """How many records each model shall read so that it trains for as long as the paper's.
+
+    -> {(flags, seed): (flags of train.py for phase 1, the same for phase 2)}, and sets args.seconds
+    to {seed: those of the paper's model}. Seconds are those of the lines of equal steps of the same
+    seed: the median step of a phase times its steps. Both phases grow or shrink by one factor, and
+    warm-up and decay with them. More than all records are several epochs of a part of them, each
+    of another part. Raises ValueError naming the models that have no such line.
+    """
+    lines = {(flags, seed): line for (flags, _, seed), line in lines_of(args).items()}
+    needed = [(REFERENCE, job.seed) for job in jobs] + [(job.flags, job.seed) for job in jobs]
+    missing = [plan.Job(*key, ()).name for key in dict.fromkeys(needed) if key not in lines]
+    if missing:
+        raise ValueError(f"--equal-time goes by the seconds of equal steps, and {args.out} has "
+                         f"none of {', '.join(missing)}: run the same without it first")
+    seconds = {key: sum(map(math.prod, zip(line["steps"], line["seconds"]["step"])))
+               for key, line in lines.items()}
+    args.seconds = {job.seed: round(seconds[REFERENCE, job.seed], 1) for job in jobs}
+    found = {}
+    for job in jobs:
+        factor = args.seconds[job.seed] / seconds[job.flags, job.seed]
+        steps = lines[job.flags, job.seed]["steps"]
+        found[job.flags, job.seed] = tuple(
+            records_for(job.flags, phase, count, factor) for phase, count in zip("12", steps))
+    return found
+
+
+def records_for(flags, phase, steps, factor):
+    """Flags of train.py that change the steps of a phase by a factor, up to an epoch's last."""
+    own = train.arguments(["--preset", PRESET, *shlex.split(flags)])
+    recipe = train.recipe_of(PRESET, phase)
+    batch, epochs = own.batch or recipe.batch, own.epochs or recipe.epochs
+    wanted = max(1, round(steps * factor))
+    passes = math.ceil(wanted / (steps // epochs))
+    return ["--epochs", str(passes), "--limit", str(math.ceil(wanted / passes) * batch)]
+
+
+def copy_reference(args, job, asks):
+    """The paper's model has trained for its own time: its lines of equal steps hold as they are.
+    Raises ValueError for one that is not there."""
+    lines = lines_of(args)
+    for ask in asks:
+        line = lines.get((job.flags, ask, job.seed))
+        if line is None:
+            raise ValueError(f"no line of {ask}: run the same without --equal-time first")
+        put(args.out, line | {"time": args.seconds[job.seed]})
+
+
+# -------------------------------------------------------------------------------- what a line is
+
 def make_line(args, job, ask, entries):
     """Entries of eval.py -> the line of one model, asked in one way."""
     folder = folder_of(args, job)
-    steps, seconds = steps_of(args, job)
+    steps, seconds, step = steps_of(args, job)
     made = json.loads((folder / "made.json").read_text())
     parts = {}
     for task, entry in entries.items():
         parts[task] = {name: entry["scores"]["overall"][name] for name in ("score", "stderr", "n")}
-    commands = [typed(["-m", "tiny.draw", "--out", str(DRAWN)]), typed(exam_words(args)),
-                typed(train_words(args, job)), typed(eval_words(args, job, ask))]
+    commands = [DRAW, exam_words(args), *trainings(args, job), asking(args, job, ask)]
     tables = plan.labels_of(job.flags, ask)
     return {
         "tables": tables, "label": next(iter(tables.values())), "flags": job.flags, "ask": ask,
         "seed": job.seed, "limit": args.limit, "questions": args.questions,
-        "world": args.world, "steps": steps, "commands": commands,
+        "world": args.world, "steps": steps, "commands": [typed(words) for words in commands],
+        "time": args.seconds[job.seed] if args.equal_time else None,
         "scores": scores(entries, "scores"), "benchmarks": parts,
         "blind": scores(entries, "blind") if args.blind else None,
-        "seconds": {"training": round(sum(seconds), 1),
+        "seconds": {"training": round(sum(seconds), 1), "step": step,
                     "evaluation": round(sum(entry["seconds"] for entry in entries.values()), 1)},
         **sizes_of(folder / "phase2", ask),
         "commit": ", ".join(dict.fromkeys([made["commit"], commit()])),
@@ -300,10 +431,11 @@ def make_line(args, job, ask, entries):
 
 
 def steps_of(args, job):
-    """-> steps of both phases, and their seconds."""
+    """-> steps of both phases, their seconds, and those of a median step."""
     logs = [read_log(folder_of(args, job) / f"phase{phase}/log.jsonl") for phase in (1, 2)]
-    seconds = [sum(line.get("seconds", 0) for line in log) for log in logs]
-    return [log[-1]["step"] + 1 for log in logs], seconds
+    seconds = [[line.get("seconds", 0) for line in log] for log in logs]
+    return ([log[-1]["step"] + 1 for log in logs], list(map(sum, seconds)),
+            [round(statistics.median(found), 4) for found in seconds])
 
 
 def asked(ask, model):
@@ -366,6 +498,8 @@ def work(args, jobs):
     begun = time.time()
     with alone_in(args.runs), Programs() as programs:
         prepare(args, programs)
+        if args.equal_time:
+            args.records = equal_time(args, jobs)
         run = functools.partial(train_and_ask, args, programs)
         with ThreadPoolExecutor(args.jobs) as pool:
             failures = list(filter(None, pool.map(run, jobs)))
@@ -391,11 +525,11 @@ def first_token(folder, ask, rounds=101):
     config, _ = LLaVAVRConfig.read(folder, {})
     plain = LLaVAVR(replace(config, projector="mlp", side=config.feature_side, remember=())).eval()
     plain.read_tokenizer(folder)
-    drawing = draw.make_drawing(0, "test")
+    drawing = world.make_drawing(0, "test")
     pad_id = model.tokenizer.token_to_id("<|endoftext|>")
     ways = {}
     for name, one in (("model", model), ("plain", plain)):
-        sample = one.encode_prompt(drawing.image, drawing.qa[0][0])
+        sample = one.encode_prompt(drawing.image, drawing.qa[0].text)
         ways[name] = functools.partial(one.prefill, [sample], pad_id, 1)
     seconds = timed(ways, rounds, torch.device("cpu"))
     ratios = [ours / theirs for ours, theirs in zip(seconds["model"], seconds["plain"])]
@@ -419,6 +553,10 @@ def arguments(argv=None):
     add("--limit", type=int, help="train on so many records a phase; default: all")
     add("--questions", type=int, help="of each benchmark; default 100")
     add("--blind", action="store_true", help="ask with grey pictures, too")
+    add("--curve", type=int, metavar="STEPS",
+        help="models that are trained now: ask also after every so many steps of phase 2")
+    add("--equal-time", action="store_true",
+        help="train each model for as long as the paper's took; needs the lines of equal steps")
     add("--time", action="store_true", help="measure the time to the first token, too")
     add("--jobs", type=int, default=2, help="programs side by side; default 2")
     add("--runs", type=Path, help="folder of the models; default runs/ablation")
@@ -436,7 +574,9 @@ def arguments(argv=None):
     args.runs = args.runs or Path("runs") / folder
     results = args.runs if args.quick else Path("results")
     args.out = args.out or results / "ablation.jsonl"
-    for name in ("seeds", "limit", "questions", "jobs"):
+    if args.equal_time:
+        args.runs = args.runs / "equal-time"
+    for name in ("seeds", "limit", "questions", "curve", "jobs"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be at least 1")
@@ -457,7 +597,7 @@ def main(argv=None):
     elif args.list:
         args.world = world_now() or last_world(args.out)
         trained = {job.name for job in jobs if is_trained(args, job)}
-        print(*listing(args, jobs, lines_of(args), trained), sep="\n")
+        print(*listing(args, jobs, lines_of(args, args.equal_time), trained), sep="\n")
     else:
         work(args, jobs)
 

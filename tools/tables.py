@@ -5,22 +5,38 @@
 
 A line is one model of one seed, asked in one way: KEY tells it from others. It has the flags of its
 row, the commands that make it again, scores by group with n and standard error, seconds, steps,
-parameters, vision tokens, GFLOP, TTFT if it was measured, commit and machine.
+parameters, vision tokens, GFLOP, TTFT if it was measured, commit and machine. "time" is None, or
+the seconds that every model was given, where models train for equally long.
+
+The tiny world has two halves. The fine half is the group OCR&Chart: print smaller than a pooled
+token. The coarse half is the mean of the other groups. `shares` says what came back of what pooling
+lost on the fine half.
 """
 import json
+import math
+import re
 import statistics
 import threading
+from argparse import Namespace
 
 from benchmarks import TASKS, groups
 from benchmarks.answers import write
 from benchmarks.report import average
 from benchmarks.task import BROKEN
+from model import PRESETS
 from tools import plan
 from tools.cost import row_of, three_digits
 
 KEY = ("flags", "ask", "seed", "limit", "questions", "world")
+FINE = "OCR&Chart"
 COLUMNS = ["Avg", *groups()]
+RESULT = ["row", "seeds", "fine half", "coarse half", "recovered", "tokens a tile", "M parameters",
+          "GFLOP", "TTFT"]
+EQUAL_TIME = "equal time"   # in the place of "limit" in the key of a line that has a "time"
 TILES, TEXT = 5, 60         # of the picture that GFLOP are counted for, as in tools.cost --systems
+# Student's t: 95 % of it lies within so much of 0, by degrees of freedom from 1. More than nine
+# have less, so taking that of nine makes an interval a little too wide.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 writing = threading.Lock()
 
 
@@ -48,8 +64,11 @@ def read_lines(path):
 
 
 def key_of(line):
-    """What tells a line from others."""
-    return tuple(line[name] for name in KEY)
+    """What tells a line from others. In equal time each model reads another number of records."""
+    key = [line[name] for name in KEY]
+    if line.get("time") is not None:
+        key[KEY.index("limit")] = EQUAL_TIME
+    return tuple(key)
 
 
 def put(path, line):
@@ -61,11 +80,26 @@ def put(path, line):
         write(path, text)
 
 
-def lines_of(args):
-    """{(flags, ask, seed): line} of the records, questions and world of args."""
-    wanted = tuple(getattr(args, name) for name in KEY[3:])
+def lines_of(args, equal_time=False):
+    """{(flags, ask, seed): line} of the records, questions and world of args.
+
+    equal_time: those of models that trained for equally long, instead of for equally many steps.
+    """
+    limit = EQUAL_TIME if equal_time else args.limit
+    wanted = (limit, args.questions, args.world)
     return {key_of(line)[:3]: line for line in read_lines(args.out)
             if key_of(line)[3:] == wanted}
+
+
+def latest(path):
+    """A file of results -> what `lines_of` reads of a command line, as its last line has it.
+
+    None where there is no line of equally many steps.
+    """
+    for line in reversed(read_lines(path)):
+        if line.get("time") is None:
+            return Namespace(out=path, **{name: line[name] for name in KEY[3:]})
+    return None
 
 
 def last_world(path):
@@ -139,37 +173,133 @@ def estimate(together, lines, left):
 
 def markdown(args, tables):
     """Tables of the results, as lines of Markdown."""
-    lines, shown = lines_of(args), []
-    text = ["Mean of the seeds ± their standard deviation; in brackets the paper's own number. "
-            f"GFLOP: of a picture of {TILES} tiles and {TEXT} tokens of text, forward. TTFT: that "
-            "of no compression is 1."]
-    for table, rows in tables.items():
-        heads = ["row", "seeds", *COLUMNS, "tokens a tile", "M parameters", "GFLOP", "TTFT"]
-        ruler = ["---", *["---:"] * (len(heads) - 1)]
-        text += ["", f"**{table}**", "", row_of(heads), row_of(ruler)]
-        for row in rows:
-            flags, ask = plan.normal(row.flags), plan.normal(row.ask)
-            mine = [line for key, line in lines.items() if key[:2] == (flags, ask)]
-            shown += mine
-            text.append(row_of(cells(row, mine)))
-    return [*text, "", note(args, shown)]
+    lines, text = lines_of(args, args.equal_time), [LEGEND]
+    for name, rows in tables.items():
+        text += ["", f"**{name}**", "", *result_table(rows, lines), "", *group_table(rows, lines)]
+    made = [line for rows in tables.values() for row in rows for line in made_of(row, lines)]
+    return [*text, "", note(args, made)]
 
 
-def cells(row, lines):
-    """A row of the plan and its lines, one a seed -> the cells of a row."""
-    found = [row.label, str(len(lines))]
-    for group in COLUMNS:
-        values = [line["scores"][group]["score"] for line in lines if group in line["scores"]]
-        found.append(beside_paper(spread(values, 1), row.paper.get(group), 1))
-    times = [line["ttft"]["relative"] for line in lines if line["ttft"]]
+LEGEND = (
+    "Mean of the seeds ± their standard deviation; in square brackets the paper's own number. "
+    f"Fine half: {FINE}. Coarse half: the mean of the other groups. Recovered: of what pooling "
+    "lost on the fine half, so 0 is A.A.P with as many tokens a tile and 1 is no compression; in "
+    "brackets the 95 % confidence interval of the mean over seeds. GFLOP: of a picture of "
+    f"{TILES} tiles and {TEXT} tokens of text, forward. TTFT: that of no compression is 1.")
+
+
+def made_of(row, lines):
+    """The lines of a row, one a seed, of those of `lines_of`."""
+    flags, ask = plan.normal(row.flags), plan.normal(row.ask)
+    return [line for key, line in lines.items() if key[:2] == (flags, ask)]
+
+
+def as_table(heads, rows):
+    """Cells as lines of a Markdown table: the first column is text, the others are numbers."""
+    return [row_of(heads), row_of(["---", *["---:"] * (len(heads) - 1)]), *map(row_of, rows)]
+
+
+def result_table(rows, lines):
+    """Rows of the plan -> scores on both halves beside what they cost, as lines of Markdown.
+
+    lines: of `lines_of`.
+    """
+    return as_table(RESULT, [result_cells(row, made_of(row, lines), lines) for row in rows])
+
+
+def group_table(rows, lines):
+    """Rows of the plan -> scores by group beside the paper's, as lines of Markdown."""
+    found = []
+    for row in rows:
+        cells = [row.label]
+        for group in COLUMNS:
+            values = [line["scores"][group]["score"] for line in made_of(row, lines)
+                      if group in line["scores"]]
+            cells.append(beside_paper(spread(values, 1), row.paper.get(group), 1))
+        found.append(cells)
+    return as_table(["row", *COLUMNS], found)
+
+
+def result_cells(row, mine, lines):
+    """A row of the plan and its lines -> the cells under RESULT. lines: those of all rows."""
+    halves = []
+    for half in (fine, coarse):
+        values = [half(line["scores"]) for line in mine]
+        halves.append(spread([value for value in values if value is not None], 1))
+    times = [line["ttft"]["relative"] for line in mine if line["ttft"]]
     ratio = beside_paper(spread(times, 2), row.paper.get("TTFT"), 2)
-    if not lines:
+    found = [row.label, str(len(mine)), *halves, interval(shares(mine, lines))]
+    if not mine:
         return [*found, "-", "-", "-", ratio]
-    line = lines[0]
+    line = mine[0]
     tokens, seen = line["vision_tokens"], line["vision_tokens_seen"]
     layers = f" ({seen:g} in the mean)" if seen != tokens else ""
     added = sum(line["parameters"].values()) / 1e6
     return [*found, f"{tokens}{layers}", f"{added:.2f}", three_digits(line["gflop"]), ratio]
+
+
+def fine(found):
+    """The "scores" of a line -> the score on the fine half, or None."""
+    return found[FINE]["score"] if FINE in found else None
+
+
+def coarse(found):
+    """The "scores" of a line -> the mean of the other groups, or None where one is missing."""
+    others = [found[group]["score"] for group in groups() if group != FINE and group in found]
+    return statistics.mean(others) if len(others) == len(groups()) - 1 else None
+
+
+def shares(mine, lines):
+    """Lines of a row, one a seed -> the share of what pooling lost that each has on the fine half.
+
+    That is (row - A.A.P) / (no compression - A.A.P), all three of one seed and of as many epochs,
+    and A.A.P with as many tokens a tile. A seed that lacks one of the three is left out; so is
+    A.A.P itself. If pooling lost nothing in one of the seeds there is no share: [].
+    lines: of `lines_of`, all rows. Paper silent: it gives scores alone.
+    """
+    found = []
+    for line in mine:
+        pooled, whole = lines.get(pooled_key(line)), lines.get(whole_key(line))
+        if pooled is None or whole is None or pooled is line:
+            continue
+        ours, low, high = (fine(one["scores"]) for one in (line, pooled, whole))
+        if None in (ours, low, high):
+            continue
+        if high <= low:
+            return []
+        found.append((ours - low) / (high - low))
+    return found
+
+
+def whole_key(line):
+    """The key of `lines_of` under which "no compression" stands, of the same seed and epochs."""
+    return as_long(plan.MLP, line), "", line["seed"]
+
+
+def pooled_key(line):
+    """The key under which A.A.P stands, with as many tokens a tile, of the same seed and epochs."""
+    side = math.isqrt(line["vision_tokens"])
+    if side == PRESETS[plan.PRESET].config.side:
+        return as_long(plan.AAP, line), "", line["seed"]
+    return as_long(f"{plan.AAP} --side {side}", line), "", line["seed"]
+
+
+def as_long(flags, line):
+    """Flags in normal form, of a model that trains for as many epochs as that of a line."""
+    return plan.normal(" ".join([flags, *re.findall(r"--epochs \S+", line["flags"])]))
+
+
+def interval(values):
+    """Numbers -> "mean (low to high)", the 95 % confidence interval of the mean; "-" below two.
+
+    It takes the numbers as drawn from a normal distribution: mean ± t s / sqrt(n).
+    """
+    count = len(values)
+    if count < 2:
+        return "-"
+    t = T_95[min(count - 1, len(T_95)) - 1]
+    mean, reach = statistics.mean(values), t * statistics.stdev(values) / math.sqrt(count)
+    return f"{mean:.2f} ({mean - reach:.2f} to {mean + reach:.2f})"
 
 
 def spread(values, digits):

@@ -1,12 +1,12 @@
-"""tiny/world_lessons.py: what the parts for the world are asked can be known from the picture, comes from the training
-split, and favours no way to compress."""
+"""tiny/lessons.py: what the tiny parts are asked can be known from the picture, comes from the training split, and
+favours no way to compress."""
 from collections import Counter
 
 import pytest
 
 import data
 from helpers import TOKENIZER
-from tiny import kinds, lessons, world, world_lessons
+from tiny import kinds, lessons, world
 
 FINE, COARSE = tuple(kinds.FINE), tuple(kinds.COARSE)
 
@@ -23,42 +23,42 @@ def texts_of(drawing):
 
 def test_a_point_lies_in_the_upper_or_in_the_lower_half_of_its_patch():
     """Patch by patch, row by row, the upper half first; readouts of a patch give its two halves side by side."""
-    assert world_lessons.half_at(0, 0) == 0 and world_lessons.half_at(13.9, 6.9) == 0
-    assert world_lessons.half_at(0, 7) == 1 and world_lessons.half_at(14, 0) == 2
-    assert world_lessons.half_at(0, 14) == 2 * lessons.SIDE and world_lessons.half_at(111, 111) == 127
-    assert world_lessons.half_at(-3, 115) == world_lessons.half_at(0, 111), "ink may stick out"
+    assert lessons.half_at(0, 0) == 0 and lessons.half_at(13.9, 6.9) == 0
+    assert lessons.half_at(0, 7) == 1 and lessons.half_at(14, 0) == 2
+    assert lessons.half_at(0, 14) == 2 * lessons.SIDE and lessons.half_at(111, 111) == 127
+    assert lessons.half_at(-3, 115) == lessons.half_at(0, 111), "ink may stick out"
 
 
 def test_a_box_is_asked_where_it_covers_half_of_a_half():
     """A bar of 4 pixels lies on the side of the border where most of it is."""
-    assert world_lessons.covered_halves((0, 0, 14, 14)).tolist() == [0, 1]
-    assert world_lessons.covered_halves((6, 0, 22, 7)).tolist() == [0, 2]
-    assert world_lessons.covered_halves((8, 0, 22, 7)).tolist() == [2], "6 of the 14 pixels of the first are too few"
-    assert world_lessons.covered_halves((0, 4, 14, 8)).tolist() == [0]
-    assert world_lessons.covered_halves((0, 6, 14, 10)).tolist() == [1]
+    assert lessons.covered_halves((0, 0, 14, 14)).tolist() == [0, 1]
+    assert lessons.covered_halves((6, 0, 22, 7)).tolist() == [0, 2]
+    assert lessons.covered_halves((8, 0, 22, 7)).tolist() == [2], "6 of the 14 pixels of the first are too few"
+    assert lessons.covered_halves((0, 4, 14, 8)).tolist() == [0]
+    assert lessons.covered_halves((0, 6, 14, 10)).tolist() == [1]
 
 
 def test_no_half_is_asked_for_two_words_or_two_numbers(drawings):
     """Or a target would be the one that happens to be painted last, which nobody can learn."""
     for drawing in drawings:
         asked = Counter((half, note.text.isdigit()) for note in texts_of(drawing)
-                        for half in world_lessons.text_halves(note.box))
+                        for half in lessons.text_halves(note.box))
         assert max(asked.values()) == 1, drawing.caption
 
 
 def test_every_text_is_asked_for_with_what_belongs_to_it(drawings):
     """Nothing printed is left out; the number of a name and the name of a number are the drawing program's."""
     for drawing in drawings:
-        target = world_lessons.targets_of(drawing.annotations)
+        target = lessons.targets_of(drawing.annotations)
         glyphs = 0
         for note in texts_of(drawing):
-            half, = world_lessons.text_halves(note.box)
+            half, = lessons.text_halves(note.box)
             said = note.text.rstrip(":")
             if said.isdigit():
                 assert tuple(target["number"][half]) == lessons.digits(said)
             else:
-                assert world_lessons.WORDS[target["word"][half]] == said
-            assert world_lessons.WORDS[target["owner"][half]] == note.name
+                assert lessons.WORDS[target["word"][half]] == said
+            assert lessons.WORDS[target["owner"][half]] == note.name
             assert note.value is None or tuple(target["value"][half]) == lessons.digits(str(note.value))
             glyphs += len(set(note.text))
         assert 0.8 * glyphs < target["glyphs"].sum() <= sum(len(note.text) for note in texts_of(drawing))
@@ -69,17 +69,17 @@ def test_coarse_things_have_their_colour_kind_and_value():
     for kind in COARSE:
         for seed in range(15):
             drawing = world.make_drawing(seed, kinds=(kind,))
-            target = world_lessons.targets_of(drawing.annotations)
+            target = lessons.targets_of(drawing.annotations)
             found = {lessons.COLOURS[colour] for colour in target["colour"]} - {""}
             assert found == {note.colour for note in drawing.annotations if note.kind != "text"}, drawing.caption
-            words = {world_lessons.WORDS[word] for word in target["word"]} - {""}
+            words = {lessons.WORDS[word] for word in target["word"]} - {""}
             assert words == {note.text for note in texts_of(drawing)}, drawing.caption
 
 
 def test_a_fact_of_a_drill_has_one_answer(drawings):
     """What is looked up comes once; otherwise half of the answers would be a matter of luck."""
     for drawing in drawings:
-        facts = world_lessons.facts_of(drawing)
+        facts = lessons.facts_of(drawing)
         assert len(dict(facts)) == len(facts) >= 4, drawing.caption
         answers = {question.answer for question in drawing.qa}
         assert {fact for key, fact in facts} <= answers
@@ -94,15 +94,15 @@ def test_lessons_come_from_the_training_split_and_tests_from_the_other(monkeypat
         return compose(seed, split, *rest, **options)
     monkeypatch.setattr(world, "compose", noted)
     tokenizer = data.load_tokenizer(TOKENIZER)
-    world_lessons.reading_batch(0, 0)
-    world_lessons.language_batch(tokenizer, 0, lessons.COPY_STEPS + lessons.RECALL_STEPS)
+    lessons.reading_batch(0, 0)
+    lessons.language_batch(tokenizer, 0, lessons.COPY_STEPS + lessons.RECALL_STEPS)
     for step in range(12):
-        world_lessons.joint_batch(tokenizer, 0, step, single=6)
-    list(world_lessons.texts(0, 2))
+        lessons.joint_batch(tokenizer, 0, step, single=6)
+    list(lessons.texts(0, 2))
     assert set(splits) == {"train"} and len(splits) > 100
     splits.clear()
-    tests = world_lessons.reading_test.__wrapped__(2)
-    exam = world_lessons.exam.__wrapped__(12)
+    tests = lessons.reading_test.__wrapped__(2)
+    exam = lessons.exam.__wrapped__(12)
     assert set(splits) == {"test"}
     assert [len(pixels) for pixels, _ in tests.values()] == [2, 2, 2]
     assert {group for group, _, _ in exam} == set(tests) == {"small", "large", "coarse"}
@@ -111,14 +111,15 @@ def test_lessons_come_from_the_training_split_and_tests_from_the_other(monkeypat
 def test_every_granularity_is_drawn_equally_often_and_learns_from_the_same():
     """The parts shall favour no way to compress: of any three steps each has one, and what a step shows is independent."""
     tokenizer = data.load_tokenizer(TOKENIZER)
-    sides = [world_lessons.side_of(0, step) for step in range(300)]
-    assert all(set(sides[start:start + 3]) == set(world_lessons.SIDES) for start in range(0, 300, 3))
+    sides = [lessons.side_of(0, step) for step in range(300)]
+    assert all(set(sides[start:start + 3]) == set(lessons.SIDES) for start in range(0, 300, 3))
     assert len(set(zip(sides[::3], sides[1::3]))) == 6, "in any order"
     for step in range(6):
-        batch = world_lessons.joint_batch(tokenizer, 0, step, single=3)
+        batch = lessons.joint_batch(tokenizer, 0, step, single=3)
         assert {plan.side for plan in batch.plans} == {sides[step]}
-        assert ((batch.input_ids == data.IMAGE).sum(1) == sides[step] ** 2).all()
-        assert (batch.labels >= 0).any(1).all()
+        lengths = batch.lengths.tolist()
+        for ids, labels in zip(batch.input_ids[0].split(lengths), batch.labels[0].split(lengths)):
+            assert (ids == data.IMAGE).sum() == sides[step] ** 2 and (labels >= 0).any()
 
 
 def test_a_granularity_changes_no_lesson(monkeypatch):
@@ -126,20 +127,20 @@ def test_a_granularity_changes_no_lesson(monkeypatch):
     tokenizer = data.load_tokenizer(TOKENIZER)
     for step in range(4):
         seen = set()
-        for side in world_lessons.SIDES:
-            monkeypatch.setattr(world_lessons, "side_of", lambda seed, step: side)
-            batch = world_lessons.joint_batch(tokenizer, 0, step, single=2)
+        for side in lessons.SIDES:
+            monkeypatch.setattr(lessons, "side_of", lambda seed, step: side)
+            batch = lessons.joint_batch(tokenizer, 0, step, single=2)
             answers = batch.labels[batch.labels >= 0].tolist()
             seen.add((tuple(answers), batch.pixels.numpy().tobytes()))
         assert len(seen) == 1
 
 
-def test_a_lesson_for_the_world_is_a_function_of_its_number():
+def test_a_lesson_is_a_function_of_its_number():
     """So a stage that was stopped goes on as if it had not been, and no step repeats another."""
     tokenizer = data.load_tokenizer(TOKENIZER)
 
     def batch(step):
-        pixels, targets = world_lessons.reading_batch(0, step)
-        ids = world_lessons.joint_batch(tokenizer, 0, step, single=1).input_ids
+        pixels, targets = lessons.reading_batch(0, step)
+        ids = lessons.joint_batch(tokenizer, 0, step, single=1).input_ids
         return [array.tobytes() for array in (pixels.numpy(), ids.numpy(), *(t.numpy() for t in targets.values()))]
     assert batch(1) == batch(1) != batch(2)

@@ -1,0 +1,161 @@
+"""Writes the numbers of docs/evidence.md, all of them from results/ablation.jsonl.
+
+    python -m tools.ablate --table all          # makes the results; hours
+    python -m tools.plot results/ablation.jsonl # draws the figures
+    python -m tools.evidence                    # writes the numbers into the page
+    python -m tools.evidence other.md --results runs/ablation-limit48/ablation.jsonl
+
+The page is written by hand but for what stands between two comments, which says what belongs there:
+
+    <!-- table 4b -->                       a table of tools/plan.py; "table 4b, equal time" too
+    <!-- cell 4b | SELA | fine half -->     one cell of it, inside a sentence: table, row, column
+    <!-- figure PATH: DESCRIPTION -->       a picture that tools.plot drew, if it is there
+    <!-- runs -->                           how many runs, on what machine, of which seeds
+    <!-- blind -->                          what models score that see a grey picture
+    <!-- end -->                            ends each of them
+
+So a number on the page is one of the results. tests/test_evidence.py holds the page to that.
+"""
+import argparse
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from benchmarks.answers import write
+from tools import plan, tables
+
+PAGE, RESULTS = Path("docs/evidence.md"), Path("results/ablation.jsonl")
+BLOCK = re.compile(r"<!-- (table|cell|figure|runs|blind)\b ?(.*?) ?-->(.*?)<!-- end -->", re.S)
+NO_RUN = "*No run of this has been made yet.*"
+
+
+def filled(text, results, folder):
+    """The text of a page, with what stands between its comments as a file of results has it.
+
+    folder: where the page lies, from which the paths of its figures start. Raises ValueError for a
+    comment that asks for what is not there, or that nothing ends.
+    """
+    args = tables.latest(results)
+    opened = len(re.findall(r"<!-- (?:table|cell|figure|runs|blind)\b", text))
+    if not opened == len(BLOCK.findall(text)) == text.count("<!-- end -->"):
+        raise ValueError("each comment table, cell, figure, runs or blind needs an <!-- end --> "
+                         "behind it, before the next one begins")
+    lines = {equal: tables.lines_of(args, equal) if args else {} for equal in (False, True)}
+    return BLOCK.sub(lambda match: block(match, lines, args, folder), text)
+
+
+def block(match, lines, args, folder):
+    """A match of BLOCK -> the same comments, with what belongs between them.
+
+    lines: {whether of equal time: what `tables.lines_of` gives}. args: of `tables.latest`, or None.
+    """
+    kind, what, _ = match.groups()
+    begin = f"<!-- {kind} {what} -->" if what else f"<!-- {kind} -->"
+    if kind == "cell":
+        start = match.string.rfind("\n", 0, match.start()) + 1
+        if start == match.start():
+            raise ValueError(f"{begin} begins a line, where Markdown ends the paragraph: let a "
+                             "word stand before it")
+        return f"{begin}{cell(what, lines)}<!-- end -->"
+    if kind == "table":
+        shown = table(what, lines)
+    elif kind == "figure":
+        shown = figure(what, args, folder)
+    else:
+        shown = runs(lines, args) if kind == "runs" else blind(lines)
+    return f"{begin}\n\n{shown or NO_RUN}\n\n<!-- end -->"
+
+
+def named(what, lines):
+    """"4b" or "4b, equal time" -> (the rows of that table, the lines that it shows)."""
+    name, _, equal = what.partition(", ")
+    if name not in plan.TABLES or equal not in ("", tables.EQUAL_TIME):
+        raise ValueError(f"<!-- table {what} -->: there are {', '.join(plan.TABLES)}, and each of "
+                         f"them with \", {tables.EQUAL_TIME}\" behind its name")
+    return plan.TABLES[name], lines[bool(equal)]
+
+
+def table(what, lines):
+    """Both tables of some rows, or "" where none of them has a line."""
+    rows, mine = named(what, lines)
+    if not any(tables.made_of(row, mine) for row in rows):
+        return ""
+    return "\n".join([*tables.result_table(rows, mine), "", *tables.group_table(rows, mine)])
+
+
+def cell(what, lines):
+    """"4b | SELA | fine half" -> what stands there in the table."""
+    name, label, column = (what.split(" | ") + ["", ""])[:3]
+    rows, mine = named(name, lines)
+    labels = [row.label for row in rows]
+    if label not in labels:
+        raise ValueError(f"<!-- cell {what} -->: the rows of table {name} are {labels}")
+    row = rows[labels.index(label)]
+    shown = {}
+    for heads, cells in (tables.result_table([row], mine)[::2],
+                         tables.group_table([row], mine)[::2]):
+        shown |= dict(zip(cells_of(heads), cells_of(cells)))
+    if column not in shown:
+        raise ValueError(f"<!-- cell {what} -->: the columns are {list(shown)}")
+    return shown[column]
+
+
+def cells_of(text):
+    """A row of a Markdown table -> its cells."""
+    return [cell.strip() for cell in text.strip("|").split("|")]
+
+
+def figure(what, args, folder):
+    """"PATH: DESCRIPTION" -> the picture, or "" where there are no results or it is not drawn."""
+    path, _, description = what.partition(": ")
+    return f"![{description}]({path})" if args and (folder / path).exists() else ""
+
+
+def runs(lines, args):
+    """What was run, on what, and how long it took."""
+    every = [line for found in lines.values() for line in found.values()]
+    if not every:
+        return ""
+    trained, asked = set(), set()       # a model may be asked in several ways, or stand in both
+    for line in every:                  # kinds of lines
+        model = line["flags"], line["seed"], line["seconds"]["training"]
+        trained.add(model)
+        asked.add((*model, line["ask"], line["seconds"]["evaluation"]))
+    took = sum(model[-1] for model in trained) + sum(ways[-1] for ways in asked)
+    of_steps = tables.note(args, list(lines[False].values()))
+    return (f"{len(trained)} models, {len(every)} lines of results; {tables.minutes(took)} of "
+            f"training and asking, of one thread each. {of_steps}\n\n{tables.LEGEND}")
+
+
+def blind(lines):
+    """Scores with a grey picture in the place of the right one, over all models that were asked."""
+    every = [line for found in lines.values() for line in found.values()]
+    rows = []
+    for group in tables.COLUMNS:
+        found = [line["blind"][group]["score"] for line in every
+                 if line["blind"] and group in line["blind"]]
+        if found:
+            rows.append([group, str(len(found)), f"{statistics.mean(found):.1f}",
+                         f"{max(found):.1f}"])
+    heads = ["asked about a grey picture", "lines", "mean", "highest"]
+    return "\n".join(tables.as_table(heads, rows)) if rows else ""
+
+
+def main(argv=None):
+    """The command line: see the top."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=Path, nargs="?", default=PAGE)
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"default {RESULTS}")
+    args = parser.parse_args(argv)
+    text = args.page.read_text(encoding="utf-8")
+    write(args.page, filled(text, args.results, args.page.parent))
+    print(args.page)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"tools.evidence: {error}")
