@@ -366,8 +366,12 @@ def picture_talk(tokenizer, number, side):
     return encode(tokenizer, f"talk-{number}", drawing.image, world.conversation(drawing), side)
 
 
-def side_of(seed, step):
-    """The p of a step. Any three steps from 3 * i on have the three SIDES in a random order."""
+def side_of(seed, step, single):
+    """The p of a step. Of 3 * single steps the first third reads all tokens, from which a decoder
+    learns soonest to look things up, and the others p of 4 and 2 in turn. From then on any three
+    steps have the three SIDES in a random order."""
+    if step < 3 * single:
+        return SIDES[0] if step < single else SIDES[1 + step % 2]
     return random.Random(f"{seed} {step // 3}").sample(SIDES, 3)[step % 3]
 
 
@@ -378,9 +382,9 @@ def joint_batch(tokenizer, seed, step, single):
     drawn does not depend on the granularity.
     """
     draws = random.Random(f"lesson {seed} {step}")
-    weights = (15, 2, 3) if step < single else (6, 4, 10)
+    weights = (15, 2, 3) if step < 3 * single else (6, 4, 10)
     lesson, = draws.choices((picture_drill, picture_caption, picture_talk), weights)
-    side = side_of(seed, step)
+    side = side_of(seed, step, single)
     samples = [lesson(tokenizer, number, side) for number in numbers_of(seed, step)]
     return data.pack(samples)
 
