@@ -367,11 +367,10 @@ def picture_talk(tokenizer, number, side):
 
 
 def side_of(seed, step, single):
-    """The p of a step. Of 3 * single steps the first third reads all tokens, from which a decoder
-    learns soonest to look things up, and the others p of 4 and 2 in turn. From then on any three
-    steps have the three SIDES in a random order."""
-    if step < 3 * single:
-        return SIDES[0] if step < single else SIDES[1 + step % 2]
+    """The p of a step. The first steps, `single`, read all tokens, from which a decoder learns
+    soonest to look things up. From then on any three have the three SIDES in a random order."""
+    if step < single:
+        return SIDES[0]
     return random.Random(f"{seed} {step // 3}").sample(SIDES, 3)[step % 3]
 
 
