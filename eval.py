@@ -1,7 +1,7 @@
 """Evaluate a trained model on the paper's benchmarks, so that every answer can be read afterwards.
 
     laptop:     python eval.py --task chartqa --preset tiny    # after python train.py --preset tiny
-    the table:  python eval.py --task all --preset tiny --limit 8     # stand-ins are drawn
+    the table:  python eval.py --task all --preset tiny       # 100 drawn rows of each
     one GPU:    python eval.py --task chartqa,docvqa --preset 0.5b --batch 16 --blind --report
     eight GPUs: torchrun --nproc_per_node=8 eval.py --task all --preset 7b
     pruned:     python eval.py --task all --model runs/1.5b-mlp/phase2 --prune fastv:K=2,R=0.5
@@ -265,8 +265,7 @@ def rescore(paths, preset):
 def prepare(run):
     """What rank 0 does for all: draws stand-ins, and with --fresh forgets answers."""
     if run.draws:
-        others = [task for task in run.tasks if task in standins.STAND_INS and task != "chartqa"]
-        standins.fill(run.data, others)                     # train.py drew ChartQA's
+        standins.fill(run.data, [task for task in run.tasks if task in standins.STAND_INS])
     found = find_all(run.tasks, run.data, run.named)
     if run.fresh:
         for task in found:

@@ -147,7 +147,7 @@ class Preset:
     config: LLaVAVRConfig       # how parts are joined; their own config.json has their sizes
     llm: str                    # folder of the decoder's weights and the tokenizer
     clip: str = "weights/clip-vit-large-patch14-336"        # folder of the ViT's weights
-    drawn: bool = False         # trained and asked on what tiny/draw.py draws, in small batches
+    drawn: bool = False         # trained and asked on what tiny/world.py draws, in small batches
 
 
 # The one list of presets: another size is one more entry here.

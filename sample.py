@@ -1,6 +1,6 @@
 """Ask a trained model about pictures, and watch it answer.
 
-    laptop:   python sample.py --preset tiny --image chart.png "What is the highest value?"
+    laptop:   python sample.py --preset tiny --image list.png "What number stands beside Iran?"
     one GPU:  python sample.py --model runs/7b/phase2 --image a.png --image b.png "What changed?"
     a talk:   python sample.py --preset tiny --image chart.png     # an empty line ends it
     pruned:   python sample.py --model runs/1.5b-mlp/phase2 --prune pdrop --image a.png "Who?"

@@ -101,10 +101,10 @@ RECIPES = {
         max_length=32768, micro=2),
 }
 
-# What drawn presets change: small batches, for many steps in minutes, and the higher rates that a
-# decoder of 128 channels bears.
+# What drawn presets change: small batches, for many steps in minutes, the higher rates that a
+# decoder of 128 channels bears, and one tile a picture.
 DRAWN = {"1": {"batch": 16, "micro": 16, "lr": 2e-3},
-         "2": {"batch": 16, "micro": 16, "lr": 1e-3},
+         "2": {"batch": 16, "micro": 16, "lr": 1e-3, "mode": "square"},
          "si": {"batch": 16, "micro": 16, "lr": 1e-3, "vision_lr": 2e-4}}
 
 def recipe_of(preset, phase):
@@ -638,8 +638,8 @@ def main(argv=None):
         if runs[0].start:
             choices.check(args, runs[0].start)
         if args.draws and rank == 0:
-            draw = Path(__file__).with_name("tiny") / "draw.py"
-            subprocess.run([sys.executable, draw, "--out", "data/tiny"], check=True)
+            draw = [sys.executable, "-m", "tiny.world", "--out", Path("data/tiny").resolve()]
+            subprocess.run(draw, cwd=Path(__file__).parent, check=True)
         if world > 1:
             dist.barrier()                                          # none reads before it is drawn
         with stop_on_signal() as stop:

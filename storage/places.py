@@ -7,7 +7,7 @@ DATA = {"1": "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
         "si": "data/onevision-si.mix"}
 DRAWN_DATA = {"1": "data/tiny/pretrain/captions.json", "2": "data/tiny/finetune"}
 
-FETCH, FETCH_DATA, DRAW = "hf download", "hf download --repo-type dataset", "python -m tiny.draw"
+FETCH, FETCH_DATA, DRAW = "hf download", "hf download --repo-type dataset", "python -m tiny.world"
 HOW_TO_GET = {
     "tiny/clip": "git checkout tiny",
     "tiny/qwen2": "git checkout tiny",

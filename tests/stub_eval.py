@@ -86,5 +86,5 @@ def setup(tmp_path, monkeypatch):
 def drawn(tmp_path_factory):
     """The thirteen stand-ins, eight rows each."""
     folder = tmp_path_factory.mktemp("standins")
-    standins.fill(folder)
+    standins.fill(folder, count=8)
     return folder

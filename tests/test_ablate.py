@@ -123,7 +123,7 @@ def test_a_line_holds_the_commands_that_make_it_again(stub):
     line, = [line for line in lines() if line["ask"] == "--prune pdrop"]
     start = ["OMP_NUM_THREADS=1", "python"]
     *drawn, training, asking = [shlex.split(command) for command in line["commands"]]
-    assert drawn == [[*start, "-m", "tiny.draw", "--out", "data/tiny"],
+    assert drawn == [[*start, "-m", "tiny.world", "--out", "data/tiny"],
                      [*start, "-m", "tiny.standins", "data/tiny/exam-w-7", "7"]]
     assert [*training[2:], "--resume"] in stub.called and asking[2:] in stub.called
     args, run = train.arguments(training[3:]), evaluate.arguments(asking[3:])
@@ -171,7 +171,7 @@ def test_blind_scores_and_times_are_added_to_lines_that_lack_them(stub):
     assert {(line["ttft"]["relative"], line["blind"]["OCR&Chart"]["score"]) for line in lines()} == {(0.5, 40.0)}
     stub.called.clear()
     ablate.main(["--table", "5", "--seeds", "1", "--blind", "--time"])
-    assert [words[1] for words in stub.called] == ["tiny.draw"]
+    assert [words[1] for words in stub.called] == ["tiny.world"]
 
 
 def test_a_row_of_ones_own_is_trained_like_any_other(stub):
@@ -213,7 +213,7 @@ def test_a_model_that_was_trained_without_checkpoints_gets_no_curve(stub):
     ablate.main(["--table", "5", "--seeds", "1"])
     stub.called.clear()
     ablate.main(["--table", "5", "--seeds", "1", "--curve", "1"])
-    assert [words[1] for words in stub.called] == ["tiny.draw"] and {line["curve"] for line in lines()} == {None}
+    assert [words[1] for words in stub.called] == ["tiny.world"] and {line["curve"] for line in lines()} == {None}
 
 
 def test_a_checkpoint_becomes_the_model_that_it_is_of(tmp_path):

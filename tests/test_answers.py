@@ -98,7 +98,7 @@ CORRUPT_ROWS = [
 def test_a_corrupt_row_is_wrong_named_and_not_dropped(setup, tmp_path, monkeypatch, capfd, task, column, value):
     """One bad row of eight: the run ends well, n is 8, the row is in the errors and on stderr, and rescoring agrees."""
     monkeypatch.setattr(variants, "LLaVAVR", Letter)
-    standins.write(task, tmp_path / "s")
+    standins.write(task, tmp_path / "s", 8)
     file = rows.find_files(task, tmp_path / "s")[0]
     table = pq.read_table(file)
     place = table.schema.get_field_index(column)

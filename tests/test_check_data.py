@@ -12,7 +12,7 @@ from record_sets import (ask, four_kinds, pack, png, three_records, write_number
                          write_set)
 from storage import records
 from storage.records import open_records
-from tiny import draw
+from tiny import world
 from tools import check_data
 
 
@@ -151,7 +151,7 @@ def test_check_names_twenty_and_counts_the_rest(tmp_path, capsys):
 
 def test_check_says_how_long_the_samples_are(tmp_path, capsys):
     """The two phases' plans at the sizes asked for; every record falls into one row of the table."""
-    draw.write_parquet(tmp_path, 3)
+    world.write_conversations(tmp_path, 3)
     assert check_data.main(["--check", str(tmp_path / "data"), "--workers", "1", "--tile", "112", "--side", "4"]) == 0
     out = capsys.readouterr().out
     index = records.load_index(open_records(tmp_path / "data"))
@@ -177,7 +177,7 @@ def test_the_command_line_ends_with_a_status_and_one_line(tmp_path):
 
 def test_show_marks_what_is_trained(tmp_path, capsys):
     """What the model is given can be read: answers between brackets, pictures as their number of tokens, tiles as a picture."""
-    draw.write_parquet(tmp_path, 4)
+    world.write_conversations(tmp_path, 4)
     flags = ["--show", "2", "--data", str(tmp_path / "data"), "--tokenizer", str(TOKENIZER), "--tile", "32", "--side", "4"]
     assert check_data.main(flags + ["--out", str(tmp_path / "shown.png")]) == 0
     out = capsys.readouterr().out

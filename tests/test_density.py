@@ -149,7 +149,7 @@ def place(tmp_path_factory):
     wake(tiny_model()).save_pretrained(folder / "vr")
     tiny_model(projector="mlp", side=8, remember=()).save_pretrained(folder / "plain")
     for task in ("realworldqa", "mmmu"):
-        standins.write(task, folder / "data")
+        standins.write(task, folder / "data", 8)
     return folder
 
 

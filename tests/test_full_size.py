@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
-from tiny import draw
+from tiny import world
 from clip import CLIPVision
 from helpers import ROOT, TOKENIZER, picture
 from model import CLIP_L, PRESETS, LLaVAVR
@@ -98,7 +98,7 @@ def test_the_real_size_takes_the_same_steps_on_one_rank_and_on_two(tmp_path):
     """
     write_clip(tmp_path / "clip")
     write_qwen2(tmp_path / "llm", "0.5b")
-    draw.write_llava_json(tmp_path / "data", 4, scale=3)
+    world.write_captions(tmp_path / "data", 4, scale=3)
     found = []
     for start in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
         out = tmp_path / f"runs{len(start)}"

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 
-import pyarrow.parquet as pq
 import pytest
 
 import benchmarks
@@ -27,8 +26,6 @@ from tiny import world
 out = pathlib.Path({out!r})
 world.write_captions(out / "a", 8, seed=3)
 world.write_conversations(out / "b", 8, seed=3)
-for half in world.HALVES:
-    world.write_exam(out / half, 4, half, seed=3)
 for path in sorted(p for p in out.rglob("*") if p.is_file()):
     print(path.relative_to(out), hashlib.sha256(path.read_bytes()).hexdigest())
 """
@@ -60,12 +57,12 @@ def test_the_seed_decides_every_byte(tmp_path):
         command = [sys.executable, "-c", WRITE.format(root=str(ROOT), out=str(tmp_path / seed))]
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         outputs.append(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
-    assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 9 + 2 + 2
+    assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 9 + 2
     assert world.compose(3).caption != world.compose(4).caption
 
 
 def test_train_and_test_share_no_content(contents):
-    """Nor do the pictures of the exams: which split a content belongs to is decided by the content."""
+    """Nor do the pictures that tests ask about: which split a content belongs to is decided by the content."""
     train, test = ({content.caption for group in contents[split].values() for content in group} for split in contents)
     asked = {world.ask(seed, world.templates_of(half))[0].caption for half in world.HALVES for seed in range(50)}
     assert len(train) > 3500 and len(test) > 3000 and not train & (test | asked)
@@ -81,7 +78,7 @@ def test_training_shows_both_halves_equally_often():
 # ------------------------------------------------------------------------------------------ questions
 
 def test_every_template_is_asked_of_its_kinds_and_has_its_share(contents):
-    """TEMPLATES is what docs and exams rely on: shares in percent, halves, and the kinds that it names."""
+    """TEMPLATES is what docs and tests rely on: shares in percent, halves, and the kinds that it names."""
     asked = defaultdict(set)
     for kind, group in contents["train"].items():
         for content in group:
@@ -304,9 +301,14 @@ def test_pooling_mixes_what_the_fine_half_asks(drawings, kind):
     assert mixed_share(drawing for drawing in drawings if drawing.kind == kind) > 0.8
 
 
-def test_todays_world_mixes_nothing():
+@pytest.mark.parametrize("pitch, share", ((28, 0), (11, 1)))
+def test_print_on_a_raster_of_tokens_would_mix_nothing(pitch, share):
     """The measure of the test above tells the two apart."""
-    assert mixed_share(draw.make_drawing(seed, kinds=("hbar", "document"), sizes=draw.SIZES[:1]) for seed in range(100)) < 0.05
+    canvas = draw.Canvas((112, 112), 1, draw.WHITE)
+    for row, name in enumerate(draw.NAMES[:4]):
+        for column, text in enumerate((name, str(10 + row))):
+            canvas.write(56 * column, 8 + pitch * row, text, 10, item=draw.Item(name, 10 + row))
+    assert mixed_share([draw.Drawing(canvas.image, "list", "", [], canvas.annotations)]) == share
 
 
 def test_what_the_coarse_half_asks_is_large(drawings):
@@ -378,21 +380,15 @@ def test_both_training_formats_are_read_by_the_readers_of_the_real_ones(tmp_path
             assert turns[1] == (drawing.caption if records is captions else drawing.qa[0].answer)
 
 
-def test_the_exam_asks_as_training_does_and_its_answers_score_full(tmp_path):
-    """The first turn of a conversation is the prompt of the exam; the rule of the benchmarks scores it."""
-    for half in world.HALVES:
-        world.write_exam(tmp_path / "exam.parquet", 12, half, seed=5)
-        rows = pq.read_table(tmp_path / "exam.parquet").to_pylist()
-        exam = list(world.make_exam(5, 12, half))
-        assert [(row["question"], row["answer"], row["template"]) for row in rows] == [sample[1:] for sample in exam]
-        for row, (image, prompt, answer, template) in zip(rows, exam):
-            assert data.load_image(row["image"]["bytes"]).tobytes() == image.tobytes() and image.size == (112, 112)
-            assert world.TEMPLATES[template].half == half and task.exact_match(answer, row["answer"]) == 1
-            assert prompt.endswith(task.LETTER if template.endswith("letter") else draw.SHORT)
-    content, question = world.ask(1, ("kind letter",), "train")
-    first = content._replace(qa=[question])
-    forms = [f"{data.MARK}\n{world.prompt(question, form)}" for form in (world.lines, world.one_line, world.brackets)]
-    assert world.conversation(first)[0]["value"] in forms
+def test_a_prompt_is_what_training_asks_first():
+    """The first turn of a conversation is a prompt in one of the forms, with one of the instructions."""
+    for name in ("kind letter", "kind", "table cell"):
+        content, question = world.ask(1, (name,), "train")
+        first = world.conversation(content._replace(qa=[question]))[0]["value"]
+        forms = [world.prompt(question, form, short) for form in (world.lines, world.one_line, world.brackets)
+                 for short in world.INSTRUCTIONS]
+        assert first in [f"{data.MARK}\n{text}" for text in forms]
+        assert first.endswith(task.LETTER) == (name == "kind letter")
 
 
 def test_options_take_the_forms_of_the_benchmarks(contents):
@@ -411,22 +407,42 @@ def test_options_take_the_forms_of_the_benchmarks(contents):
 def test_there_is_no_third_half():
     """One clear line."""
     with pytest.raises(ValueError, match="half 'rough' is unknown: use one of fine, coarse"):
-        next(world.make_exam(0, 1, "rough"))
+        world.templates_of("rough")
 
 
 def test_a_finished_folder_is_not_drawn_again(tmp_path):
-    """A half-written folder has no marker and is drawn anew; several processes draw what one does."""
-    world.write_all(tmp_path, pretrain=2, finetune=2, test=2)
+    """train.py asks for it at every start. A half-written folder has no marker and is drawn anew; several processes draw
+    what one does."""
+    assert world.write_all(tmp_path, pretrain=2, finetune=2)
     shard = next((tmp_path / "finetune").rglob("*.parquet"))
     before = shard.stat().st_mtime_ns
-    world.write_all(tmp_path, pretrain=2, finetune=2, test=2)
+    assert not world.write_all(tmp_path, pretrain=2, finetune=2)
     assert shard.stat().st_mtime_ns == before
-    (tmp_path / "world.json").unlink()
-    world.write_all(tmp_path, pretrain=2, finetune=2, test=2)
+    (tmp_path / "drawn.json").unlink()
+    assert world.write_all(tmp_path, pretrain=2, finetune=2)
     assert shard.stat().st_mtime_ns > before
-    assert {path.stem for path in (tmp_path / "eval").iterdir()} == set(world.HALVES)
+    assert {path.name for path in tmp_path.iterdir()} == {"pretrain", "finetune", "drawn.json"}
     world.write_conversations(tmp_path / "alone", 2, seed=1_000_000)
     assert (tmp_path / "alone/data" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_another_version_is_drawn_over_and_its_stand_ins_are_put_aside(tmp_path):
+    """A model of this world must not be asked about an older one. Nothing is deleted: who knows what lies in eval/."""
+    for number in (1, 2):
+        (tmp_path / "drawn.json").write_text('{"pretrain": 2, "finetune": 2, "test": 300, "scale": 1, "version": 6}')
+        (tmp_path / "eval/ChartQA").mkdir(parents=True)
+        assert world.write_all(tmp_path, pretrain=2, finetune=2)
+        assert not (tmp_path / "eval").exists() and (tmp_path / f"eval.old{number}/ChartQA").exists()
+    (tmp_path / "eval").mkdir()
+    assert world.write_all(tmp_path, pretrain=1, finetune=2) and (tmp_path / "eval").exists(), "only the number is another"
+    assert len(open_records(tmp_path / "pretrain/captions.json")) == 1
+
+
+def test_it_runs_from_any_folder(tmp_path):
+    """As train.py starts it: in the project, told where to write."""
+    command = [sys.executable, "-m", "tiny.world", "--show", "1", "--out", tmp_path / "sheet.png"]
+    run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert run.stdout == f"tiny.world: wrote {tmp_path / 'sheet.png'}\n"
 
 
 def test_the_usage_at_the_top_names_commands_that_run(tmp_path):
@@ -434,6 +450,6 @@ def test_the_usage_at_the_top_names_commands_that_run(tmp_path):
     usage = ast.get_docstring(ast.parse((ROOT / "tiny/world.py").read_text()))
     commands = [line.split("# ")[0] for line in usage.splitlines() if "python -m tiny.world" in line]
     show, folder = (world.arguments(shlex.split(command)[3:]) for command in commands)
-    assert (show.show, show.out, folder.out, folder.show) == (12, "sheet.png", "data/world", 0)
+    assert (show.show, show.out, folder.out, folder.show) == (12, "sheet.png", "data/tiny", 0)
     world.main(["--show", "2", "--half", "coarse", "--out", str(tmp_path / "sheet.png")])
     assert data.load_image(tmp_path / "sheet.png").width == 4 * (3 * 112 + 16)

@@ -12,7 +12,7 @@ from data import load_tokenizer
 from helpers import TOKENIZER, randomise
 from model import PRESETS, Preset
 from qwen2 import Qwen2, Qwen2Config
-from tiny import draw
+from tiny import world
 from tiny.parts import save_clip, save_qwen2
 
 
@@ -33,7 +33,7 @@ def folder(tmp_path):
     save_clip(randomise(CLIPVision(vision, (1, 2, 3)), 0.1), tmp_path / "clip")
     text = Qwen2Config(load_tokenizer(TOKENIZER).get_vocab_size(), 16, 16, 5, 2, 1, tie_word_embeddings=True)
     save_qwen2(randomise(Qwen2(text), 0.1), tmp_path / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
-    draw.write_llava_json(tmp_path / "data", 4)
+    world.write_captions(tmp_path / "data", 4)
     pictures = [path.read_bytes() for path in sorted((tmp_path / "data/images").iterdir())[:3]]
     rows = [{"question": "What is it?", "answer": "chart", "image": {"bytes": picture, "path": None}} for picture in pictures]
     (tmp_path / "eval/Toy").mkdir(parents=True)

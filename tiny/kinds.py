@@ -4,26 +4,22 @@ Each compose_* function takes (rng, side) and returns (caption, qa, paint), the 
 a draw.Content. `side` is the width and the height of the picture in pixels.
 
 The fine kinds are print. It stands at any pixel, on neighbouring lines, in one of two sizes, and
-keeps its size on a larger picture: that one says more. SMALL has the digits of the smallest print
-of tiny/draw.py, 6 x 8 pixels, but its lines are 11 pixels apart instead of 28; a token that the
-projector pools from 28 x 28 pixels then holds two or three lines. LARGE has digits of 8 x 9 and
-lines 14 pixels apart: two lines.
+keeps its size on a larger picture: that one says more. SMALL has digits of 6 x 8 pixels and lines
+11 pixels apart; a token that the projector pools from 28 x 28 pixels then holds two or three lines.
+LARGE has digits of 8 x 9 and lines 14 pixels apart: two lines.
 
 The coarse kinds consist of a few large things. They are laid out on 112 x 112 pixels, and a larger
 picture shows them larger. What is asked about them is 20 pixels high and wide at least, or is large
 print, whose letters are as wide as a patch.
 """
 import itertools
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
-
-from PIL import Image, ImageDraw
 
 from tiny import draw
 from tiny.draw import COLOURS, GREY, INK, IVORY, NAMES, PALE_GREY, SHAPES, THEMES, WHITE, Item
 
-TILE = draw.SIZES[0][0]      # pixels along a side of a tile
+TILE = 112                   # pixels along a side of a tile
 NUMBERS = range(10, 100)     # what is printed: two digits, so no number shows by its width
 LETTERS = "ABCD"
 MOST = 48                    # names or cells of a picture, however large it is
@@ -59,49 +55,6 @@ FIELDS = {     # of a form, and what may stand behind them
 
 # ---- painting ------------------------------------------------------------------------------------
 
-@dataclass
-class Note(draw.Annotation):
-    """An annotation that also knows the column that a text stands in."""
-    column: str = ""      # the head of a table's column; "amount" or "price" on a receipt
-
-
-class Stamp(NamedTuple):
-    """A text, ready to be printed."""
-    mask: Image.Image     # how much ink every pixel gets
-    box: tuple            # where the mask lies: (x0, y0, x1, y1) from left end and middle of line
-    glyphs: tuple         # of (character, x0, x1)
-
-
-@lru_cache(maxsize=65536)
-def stamp(text, font_size):
-    """-> Stamp. The same few hundred texts come again and again; this makes drawing fast."""
-    typeface = draw.font(font_size)
-    box = tuple(map(int, typeface.getbbox(text, anchor="lm")))
-    mask = Image.new("L", (box[2] - box[0], box[3] - box[1]))
-    ImageDraw.Draw(mask).text((-box[0], -box[1]), text, fill=255, font=typeface, anchor="lm")
-    edges = [draw.text_width(text[:i], font_size) for i in range(len(text) + 1)]
-    return Stamp(mask, box, tuple(zip(text, edges, edges[1:])))
-
-
-class Sheet(draw.Canvas):
-    """A canvas on which text may stand at any pixel."""
-
-    def write(self, x, y, text, font_size, fill=INK, item=Item(), column=""):
-        """Write a text from x on, with the middle of its line at height y."""
-        x, y = map(round, self._scaled(x, y))
-        printed = stamp(text, round(font_size * self.scale))
-        x0, y0, x1, y1 = printed.box
-        self.image.paste(fill, (x + x0, y + y0), printed.mask)
-        box = (x + x0, y + y0, x + x1, y + y1)
-        glyphs = [(letter, x + start, x + end) for letter, start, end in printed.glyphs]
-        self.annotations.append(Note(box, text, *item, "text", glyphs, column))
-
-    def write_centred(self, x, y, text, font_size, fill=INK, item=Item()):
-        """Write a text around x."""
-        left = x - draw.text_width(text, font_size) // 2
-        self.write(left, y, text, font_size, fill, item)
-
-
 @lru_cache(maxsize=None)
 def ink(font_size):
     """-> (pixels above the middle of a line that a letter may reach, pixels below it)."""
@@ -123,7 +76,7 @@ class Leaf:
 
     def width(self, text):
         """Pixels from the left end of a text to the end of its ink."""
-        return stamp(text, self.print.size).box[2]
+        return draw.stamp(text, self.print.size).box[2]
 
     def widest(self, texts):
         """Width of the widest text."""
@@ -154,8 +107,8 @@ class Leaf:
         self.write(x - self.width(str(text)) // 2, y, text, item)
 
     def paint(self, scale):
-        """-> Sheet."""
-        sheet = Sheet((self.side, self.side), scale, self.paper)
+        """-> draw.Canvas."""
+        sheet = draw.Canvas((self.side, self.side), scale, self.paper)
         for rule in self.rules:
             sheet.line(rule, PALE_GREY)
         for box, item in self.bars:
@@ -451,7 +404,7 @@ def neighbours(colours):
 def coarse_sheet(side, scale, paper, title=""):
     """A sheet with coordinates of a tile, as large as the picture shall be. A title stands on top.
     """
-    sheet = Sheet((TILE, TILE), scale * side / TILE, paper)
+    sheet = draw.Canvas((TILE, TILE), scale * side / TILE, paper)
     if title:
         sheet.write_centred(TILE // 2, 10, title, HEADLINE)
     return sheet

@@ -1,14 +1,32 @@
-"""What the tiny parts learn from: tiles with what each patch shows, drills and conversations.
+"""What the tiny parts learn from: pictures with what each patch shows, drills and conversations.
 
-A lesson is a pure function of its number. So no picture comes twice; if it did, the ViT would learn
-by heart which number stands where. And a run that was stopped goes on as if it had not been. The
-stages that learn these lessons are in tiny/pretrain.py.
+A lesson is a pure function of its number, all of it from the training split of tiny/world.py. So no
+picture comes twice; if it did, the ViT would learn by heart which number stands where. And a run
+that was stopped goes on as if it had not been. The stages that learn these lessons are in
+tiny/pretrain.py.
 
-    t  tiles of a batch     N  patches of a tile, 8 * 8     P  pixels along a side of a tile, 112
+Print stands at any pixel and in lines of 11 or 14, so a patch of 14 x 14 pixels cuts texts and may
+see two lines. Hence every patch answers for its upper and for its lower half, 14 x 7 pixels each.
+This is what is asked of a half:
+
+word, number    the one whose middle lies in it. Lines are more than 7 pixels apart, numbers beside
+                each other 14, so there is at most one. Of a text higher than a patch (titles and
+                signs) also every half that it covers by half
+owner, column   the name of the row that this text belongs to, and the head of its column
+value, paint    the number and the colour that belong to it
+colour, thing   of the bar, slice, stripe or shape that covers the half by half in both directions;
+                also its value and its owner. Of what is smaller: the half where most of it lies
+
+Of the whole patch only the glyphs are asked whose middles lie in it, without their order. So every
+text is asked for in one place, and it is known to the pixel which; what a patch merely touches is
+left to its neighbour. The CLS token says which words and colours the picture holds.
+
+    t  tiles of a batch     N  patches of a tile, 8 * 8, 2N halves: patch by patch, upper first
+    p  tokens along a side of a tile                     P  pixels along a side of a tile, 112
 """
 import itertools
 import random
-from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,23 +34,28 @@ from torch.utils.data import IterableDataset
 
 import data
 from model import PRESETS
-from tiny import draw
+from tiny import draw, kinds, world
 
 TINY = PRESETS["tiny"].config
 TILE, PATCH = TINY.vision.image_size, TINY.vision.patch_size     # pixels along a side
 SIDE = TILE // PATCH                                             # patches along a side of a tile
-ONE_TILE = draw.SIZES[0]                                         # (W, H) of a picture of one tile
-PICTURES = 8                 # of a batch
-OTHER = 1_000_000_000        # added to the number of a drawing that does not suit, until one does
-COPY_STEPS, RECALL_STEPS = 800, 700                              # of the stage "language"
+HALF = PATCH // 2            # pixels: the height of half a patch
+SIDES = (8, 4, 2)            # p: all tokens, pooled 2 x 2, pooled 4 x 4
+TILES = 16                   # pictures of a batch for the ViT alone; three quarters are fine
+PICTURES = 8                 # of a batch for the decoder
+COPY_STEPS, RECALL_STEPS = 800, 900                              # of the stage "language"
+FINE, COARSE = tuple(kinds.FINE), tuple(kinds.COARSE)
 
-# The classes of a patch. Class 0 is "nothing of the kind lies here".
+# The classes of a half. Class 0 is "nothing of the kind lies here".
 GLYPHS = "0123456789:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-TITLES = (*draw.THEMES, "sales", "score", "votes", "share", "Receipt", "Bill", "Shop", "Invoice",
-          "Form", "Letter", "Ticket", "Total", "Name", "Date", "Team", "Number", "Seat", "Trip")
-WORDS = list(dict.fromkeys(["", *draw.NAMES, *TITLES]))          # each once
+TITLES = "Receipt Bill Shop Form Ticket Letter Invoice Total".split()
+WORDS = list(dict.fromkeys(["", *draw.NAMES, *draw.THEMES, *kinds.FIELDS, *TITLES]))
 COLOURS = ["", *draw.COLOURS]
-UNKNOWN = -100               # in targets: it cannot be known from this tile, so it is not trained
+THINGS = ["", "box", "slice", *(f"{size} {kind}" for size in ("small", "large")
+                                for kind in draw.SHAPES)]
+DIGITS = ("number", "value")                             # targets of three digits
+CLASSES = {"word": len(WORDS), "number": 3 * 11, "owner": len(WORDS), "column": len(WORDS),
+           "value": 3 * 11, "paint": len(COLOURS), "colour": len(COLOURS), "thing": len(THINGS)}
 
 
 class Endless(IterableDataset):
@@ -50,214 +73,146 @@ def numbers_of(seed, step):
     return range(seed + PICTURES * step, seed + PICTURES * (step + 1))
 
 
-# ---- what each patch shows -----------------------------------------------------------------------
+def print_of(content):
+    """-> "small" or "large", the print of a fine draw.Content; "coarse" for a coarse one."""
+    if content.kind in COARSE:
+        return "coarse"
+    return "small" if content.paint.__self__.print == kinds.SMALL else "large"
+
+
+# ---- what each half of a patch shows -------------------------------------------------------------
 
 def digits(text):
     """'47' -> (0, 5, 8): its three last characters as classes, 1..10 for 0..9, right-aligned."""
     return tuple("_0123456789".index(character) for character in text.rjust(3, "_")[-3:])
 
 
-def empty_targets(tiles):
-    """-> {name: array} for blank tiles: the classes of each patch, and what is noted here."""
-    shape = tiles, SIDE * SIDE
-    return {
-        "glyphs": np.zeros((*shape, len(GLYPHS)), np.float32),   # 1 where a glyph lies in the patch
-        "word": np.zeros(shape, np.int64),                       # the word that lies there
-        "number": np.zeros((*shape, 3), np.int64),               # the number that lies there
-        "owner": np.zeros(shape, np.int64),                      # the name that it belongs to
-        "value": np.zeros((*shape, 3), np.int64),                # the number that belongs to it
-        "colour": np.zeros(shape, np.int64),                     # of the bar or shape there
-        "paint": np.zeros(shape, np.int64),                      # of the bar that a text is about
-        "length": np.full(shape, -1, np.float32),                # of a bar, 0 to 1; -1: no bar
-        # of a whole tile: 1 for every word and every colour that it holds
-        "tile": np.zeros((tiles, len(WORDS) + len(COLOURS)), np.float32),
-    }
+def targets_of(annotations):
+    """Annotations of one tile -> {name: array}: of halves (2N,) or (2N, 3), see the file's top.
 
-
-def patch_targets(drawing, plan):
-    """What lies in each patch of a drawing's tiles -> {name: array}, as in `empty_targets`.
-
-    UNKNOWN stands where the tile cuts a thing off or shows it too small to be read.
+    "glyphs" is of patches (N, glyphs), "tile" of the whole (words + colours,).
     """
-    targets = empty_targets(plan.tiles)
-    for number in range(plan.tiles):
-        view = view_of_tile(plan, number)
-        annotations = [seen_in(view, annotation) for annotation in drawing.annotations]
-        tile = {name: values[number] for name, values in targets.items()}
-        fill_tile(tile, annotations, legible=view[0] > 0.7)
-    return targets
-
-
-def view_of_tile(plan, number):
-    """-> (scale_x, scale_y, shift_x, shift_y) from pixels of the picture to those of a tile."""
-    (width, height), (resized_width, resized_height) = plan.size, plan.resized
-    left, top = plan.paste
-    if plan.mode == "square":
-        return resized_width / width, resized_height / height, left, top
-    if number == 0:                                  # the base tile shows the whole picture
-        return TILE / width, TILE / height, 0, 0
-    row, column = divmod(number - 1, plan.grid[0])
-    return (resized_width / width, resized_height / height,
-            left - column * TILE, top - row * TILE)
-
-
-def seen_in(view, annotation):
-    """The annotation with its box and its glyphs in pixels of a tile."""
-    scale_x, scale_y, shift_x, shift_y = view
-    x0, y0, x1, y1 = annotation.box
-    box = (x0 * scale_x + shift_x, y0 * scale_y + shift_y,
-           x1 * scale_x + shift_x, y1 * scale_y + shift_y)
-    glyphs = [(character, left * scale_x + shift_x, right * scale_x + shift_x)
-              for character, left, right in annotation.glyphs]
-    return replace(annotation, box=box, glyphs=glyphs)
-
-
-def covered(box, share):
-    """Indices of the patches of which a box covers at least `share` of the width and the height.
-
-    A box that is narrower than a patch has to have that share of itself in the patch.
-    """
-    x0, y0, x1, y1 = box
-    starts = np.arange(SIDE) * PATCH
-    overlap_x = np.minimum(x1, starts + PATCH) - np.maximum(x0, starts)      # (8,)
-    overlap_y = np.minimum(y1, starts + PATCH) - np.maximum(y0, starts)      # (8,)
-    columns = overlap_x >= share * min(PATCH, x1 - x0)
-    rows = overlap_y >= share * min(PATCH, y1 - y0)
-    return np.flatnonzero(np.outer(rows, columns))
-
-
-def inside(box):
-    """Whether the tile shows the box as a whole, but for two pixels."""
-    x0, y0, x1, y1 = box
-    return x0 > -2 and y0 > -2 and x1 < TILE + 2 and y1 < TILE + 2
-
-
-def outside(box):
-    """Whether the tile shows nothing of the box."""
-    x0, y0, x1, y1 = box
-    return x1 <= 0 or y1 <= 0 or x0 >= TILE or y0 >= TILE
-
-
-def fill_tile(target, annotations, legible):
-    """Write what one tile shows into its targets, arrays over (64 patches, ...).
-
-    annotations: in pixels of the tile. legible: its letters are large enough to be read.
-    """
-    names, values, painted = known_from(annotations, legible)
+    target = {name: np.zeros((2 * SIDE * SIDE, *((3,) if name in DIGITS else ())), np.int64)
+              for name in CLASSES}
+    target["glyphs"] = np.zeros((SIDE * SIDE, len(GLYPHS)), np.float32)
+    target["tile"] = np.zeros(len(WORDS) + len(COLOURS), np.float32)
     for one in annotations:
-        if outside(one.box):
-            continue
-        patches = covered(one.box, 0.25)
-        if one.name and one.name in WORDS:
-            target["owner"][patches] = WORDS.index(one.name) if one.name in names else UNKNOWN
+        is_text = one.kind == "text"
+        halves = text_halves(one.box) if is_text else covered_halves(one.box)
+        if one.name:
+            target["owner"][halves] = WORDS.index(one.name)
         if one.value is not None:
-            known = (one.name, one.value) in values
-            target["value"][patches] = digits(str(one.value)) if known else UNKNOWN
-        if one.kind == "text":
-            if one.colour:
-                known = legible and one.name in painted
-                target["paint"][patches] = COLOURS.index(one.colour) if known else UNKNOWN
-            fill_text(target, one, legible)
+            target["value"][halves] = digits(str(one.value))
+        if is_text:
+            fill_text(target, one, halves)
         else:
-            fill_thing(target, one)
+            target["colour"][halves] = COLOURS.index(one.colour)
+            target["thing"][halves] = THINGS.index(name_of_thing(one))
+            target["tile"][len(WORDS) + COLOURS.index(one.colour)] = 1
+    return target
 
 
-def known_from(annotations, legible):
-    """What can be known from one tile -> (names, values, painted), three sets.
-
-    names: those that can be read. values: pairs (name, value) of numbers that can be read, and of
-    bars without a printed number that can be measured. painted: names whose colour can be seen.
-    """
-    names, values, painted = set(), set(), set()
-    printed = {(one.name, one.value) for one in annotations if one.text == str(one.value)}
-    for one in annotations:
-        pair = one.name, one.value
-        if one.text:
-            if legible and inside(one.box) and one.text.rstrip(":") == one.name:
-                names.add(one.name)
-            if legible and inside(one.box) and one.text == str(one.value):
-                values.add(pair)
-        else:
-            if inside(one.box) and pair not in printed:
-                values.add(pair)
-            if len(covered(one.box, 0.5)):
-                painted.add(one.name)
-    return names, values, painted
-
-
-def fill_thing(target, thing):
-    """A bar, a slice or a shape: its colour, and its length where it stands for a value."""
-    patches, colour = covered(thing.box, 0.5), COLOURS.index(thing.colour)
-    target["colour"][patches] = colour
-    target["tile"][len(WORDS) + colour] = 1
-    if thing.value is not None and thing.value <= 100 and inside(thing.box):
-        target["length"][patches] = thing.value / 100
-
-
-def fill_text(target, text, legible):
-    """A text: its glyphs, words and numbers. A colon is not part of a word."""
+def fill_text(target, text, halves):
+    """A text: its glyphs, and what it says. A colon is not part of a word."""
     _, top, _, bottom = text.box
     for character, left, right in text.glyphs:
-        patches = covered((left, top, right, bottom), 0.35)
-        target["glyphs"][patches, GLYPHS.index(character)] = 1 if legible else UNKNOWN
-    first = 0                                        # glyph of the text
-    for word in text.text.split():
-        last = first + len(word) - 1
-        box = text.glyphs[first][1], top, text.glyphs[last][2], bottom
-        first = last + 1
-        patches, known, word = covered(box, 0.25), legible and inside(box), word.rstrip(":")
-        if word.isdigit():
-            target["number"][patches] = digits(word) if known else UNKNOWN
-        else:
-            target["word"][patches] = WORDS.index(word) if known else UNKNOWN
-            target["tile"][WORDS.index(word)] = known
+        patch = half_at((left + right) / 2, (top + bottom) / 2) // 2
+        target["glyphs"][patch, GLYPHS.index(character)] = 1
+    said = text.text.rstrip(":")
+    if said.isdigit():
+        target["number"][halves] = digits(said)
+    else:
+        target["word"][halves] = WORDS.index(said)
+        target["tile"][WORDS.index(said)] = 1
+    if text.colour:
+        target["paint"][halves] = COLOURS.index(text.colour)
+    if text.column in WORDS:                             # the months of a table
+        target["column"][halves] = WORDS.index(text.column)
 
 
-def tile_lesson(number, kind):
-    """One picture -> (its tiles (t, P, P, 3) uint8, their targets), both without blank tiles.
+def half_at(x, y):
+    """Index (of 2N) of the half in which a point lies. One beyond the border counts as on it."""
+    column = int(min(max(x, 0), TILE - 1)) // PATCH
+    row = int(min(max(y, 0), TILE - 1)) // HALF
+    return 2 * (row // 2 * SIDE + column) + row % 2
 
-    kind: "page" is one tile full of text, "chart" a chart without printed numbers, "any" whatever
-    is drawn.
+
+def text_halves(box):
+    """Indices (of 2N) of the halves that are asked for a text."""
+    x0, y0, x1, y1 = box
+    halves = [half_at((x0 + x1) / 2, (y0 + y1) / 2)]
+    if y1 - y0 > PATCH:
+        halves = [*halves, *covered_halves(box)]
+    return halves
+
+
+def covered_halves(box):
+    """Indices (of 2N) of the halves of which a box covers 50 % of the width and of the height.
+
+    A box that is narrower than a half has to have 50 % of itself there.
     """
-    mode, options = "a4", {}
-    if kind == "page":
-        mode, options = "square", {"kinds": ("page",), "sizes": (ONE_TILE,)}
-    if kind == "chart":
-        options = {"kinds": ("bar", "hbar", "line")}
-        # only a chart with printed numbers is asked which item has a number
-        while any(qa.topic == "item" for qa in draw.compose(number, **options).qa):
-            number += OTHER
-    drawing = draw.make_drawing(number, **options)
-    plan = data.plan_image(drawing.image.size, mode, SIDE, TILE)
-    targets = patch_targets(drawing, plan)
-    busy = targets["glyphs"].any((1, 2)) | (targets["colour"] > 0).any(1)     # (t,)
-    tiles = data.cut_tiles(drawing.image, plan)
-    return tiles[busy], {name: values[busy] for name, values in targets.items()}
+    x0, y0, x1, y1 = box
+    lefts, tops = np.arange(SIDE) * PATCH, np.arange(2 * SIDE) * HALF
+    wide = np.minimum(x1, lefts + PATCH) - np.maximum(x0, lefts)             # (8,)
+    high = np.minimum(y1, tops + HALF) - np.maximum(y0, tops)                # (16,)
+    columns = wide >= 0.5 * min(PATCH, x1 - x0)
+    rows = high >= 0.5 * min(HALF, y1 - y0)
+    is_covered = np.outer(rows, columns).reshape(SIDE, 2, SIDE)              # row, half, column
+    return np.flatnonzero(is_covered.transpose(0, 2, 1))
 
 
-def tile_batch(seed, step, kinds):
-    """A lesson of each kind -> (pixels (t, 3, P, P) float32, {name: target (t, N, ...)}).
-
-    Many small steps leave the first plateau of the loss sooner than few large ones.
-    """
-    lessons = [tile_lesson(number, kind) for number, kind in zip(numbers_of(seed, step), kinds)]
-    tiles = np.concatenate([tiles for tiles, _ in lessons])
-    targets = {name: torch.from_numpy(np.concatenate([targets[name] for _, targets in lessons]))
-               for name in lessons[0][1]}
-    return data.normalise(tiles), targets
+def name_of_thing(one):
+    """"box", "slice", or "small circle" and the like; a shape above 29 pixels is large."""
+    if one.kind not in draw.SHAPES:
+        return one.kind
+    return f"{'large' if one.box[2] - one.box[0] > 29 else 'small'} {one.kind}"
 
 
-# ---- drills --------------------------------------------------------------------------------------
+def tile_batch(drawings):
+    """draw.Drawing s of one tile -> (pixels (t, 3, P, P) float32, {name: target (t, 2N, ...)})."""
+    found = [targets_of(drawing.annotations) for drawing in drawings]
+    targets = {name: torch.from_numpy(np.stack([target[name] for target in found]))
+               for name in found[0]}
+    return data.normalise(np.stack([np.asarray(drawing.image) for drawing in drawings])), targets
 
-def drill_sample(tokenizer, number, parts, picture=None, mode="square"):
-    """[(text, whether it is trained)], behind a picture or alone -> a sample for data.collate."""
-    sample = {"id": f"drill-{number}", "input_ids": [], "labels": [], "tiles": (), "plans": []}
-    if picture:
-        plan = data.plan_image(picture.size, mode, SIDE, TILE)
-        sample["plans"].append(plan)
-        sample["tiles"] = data.cut_tiles(picture, plan)
-        sample["input_ids"] += [data.IMAGE] * plan.tokens
-        sample["labels"] += [data.IGNORE] * plan.tokens
+
+def reading_batch(seed, step):
+    """Twelve fine pictures and four coarse ones: `tile_batch` of them."""
+    numbers = range(seed + TILES * step, seed + TILES * (step + 1))
+    return tile_batch([world.make_drawing(number, kinds=COARSE if number % 4 == 0 else FINE)
+                       for number in numbers])
+
+
+@lru_cache(maxsize=None)
+def reading_test(count):
+    """-> {"small", "large", "coarse": `tile_batch` of `count` pictures of the test split}."""
+    groups = {"small": [], "large": [], "coarse": []}
+    number = 0
+    while min(map(len, groups.values())) < count:
+        wanted = COARSE if len(groups["coarse"]) < count else FINE
+        content = world.compose(number, "test", wanted)
+        number += 1
+        group = groups[print_of(content)]
+        if len(group) < count:
+            sheet = content.paint(1)
+            group.append(draw.Drawing(sheet.image, content.kind, "", [], sheet.annotations))
+    return {name: tile_batch(group) for name, group in groups.items()}
+
+
+# ---- text alone ----------------------------------------------------------------------------------
+
+def texts(seed, count):
+    """All that is said about `count` drawings."""
+    for number in range(seed, seed + count):
+        content = world.compose(number)
+        yield content.caption
+        for turn in world.conversation(content, limit=99):
+            yield turn["value"]
+
+
+def drill_sample(tokenizer, name, parts):
+    """[(text, whether it is trained)] -> a sample for data.collate, without a picture."""
+    sample = {"id": name, "input_ids": [], "labels": [], "tiles": (), "plans": []}
     for text, trained in parts:
         ids = data.text_ids(tokenizer, text)
         sample["input_ids"] += ids
@@ -271,7 +226,7 @@ def copy_drill(tokenizer, number):
     words = [f" {word}" for word in (*draw.NAMES, *draw.COLOURS)] + list("0123456789")
     words = rng.sample(words, rng.randint(4, 16))
     given, again = [(word, False) for word in words], [(word, True) for word in words]
-    return drill_sample(tokenizer, number, given + again)
+    return drill_sample(tokenizer, f"copy-{number}", given + again)
 
 
 def recall_drill(tokenizer, number):
@@ -291,127 +246,255 @@ def recall_drill(tokenizer, number):
             parts += [(name, False), (f"{value},", True)]
         else:
             parts += [(value, False), (f"{name},", True)]
-    return drill_sample(tokenizer, number, parts)
+    return drill_sample(tokenizer, f"recall-{number}", parts)
 
 
-def picture_drill(tokenizer, number, size, mode):
-    """A picture, then pairs of a name and what belongs to it. One half is given, one trained.
-
-    This is recall from the picture, without a sentence around it. A name is asked for only where
-    what is given belongs to no other name.
-    """
-    rng = random.Random(number)
-    drawing = draw.make_drawing(number, sizes=(size,))
-    seed = number
-    while not facts_of(drawing):                         # loose shapes have no names
-        seed += OTHER
-        drawing = draw.make_drawing(seed, sizes=(size,))
-    facts = facts_of(drawing)
-    owned = [fact for _, fact in facts]
+def colour_drill(tokenizer, number):
+    """Names with colours, then one is given and the other trained, also as an answer."""
+    rng = random.Random(f"colour {number}")
+    count = rng.randint(1, len(COLOURS) - 1)
+    rows = list(zip(rng.sample(draw.NAMES, count), rng.sample(COLOURS[1:], count)))
+    name_first = rng.random() < 0.5
     parts = []
-    for name, fact in rng.sample(facts, len(facts)):
-        if rng.random() < 0.5 and owned.count(fact) == 1:
-            parts += [(f" {fact}", False), (f" {name},", True)]
-        elif fact in draw.COLOURS:
-            parts += [(f" colour {name}", False), (f" {fact},", True)]
-        else:
-            parts += [(f" {name}", False), (f" {fact},", True)]
-    return drill_sample(tokenizer, number, parts, drawing.image, mode)
+    for name, colour in rows:
+        parts.append((f" {name} {colour}," if name_first else f" {colour} {name},", False))
+    for name, colour in rng.choices(rows, k=12):
+        parts += rng.choice(([(f" {name}", False), (f" {colour},", True)],
+                             [(f" {colour}", False), (f" {name},", True)],
+                             [(f" What colour is {name}?\n", False), (colour, True)]))
+    return drill_sample(tokenizer, f"colours-{number}", parts)
 
 
-def facts_of(drawing):
-    """-> sorted [(name, a text, a colour or a number that belongs to it)]."""
-    facts = set()
-    for one in drawing.annotations:
-        if one.name:
-            known = {one.text, one.colour, str(one.value)} - {"", "None", one.name, f"{one.name}:"}
-            facts |= {(one.name, fact) for fact in known}
-    return sorted(facts)
+def choice_drill(tokenizer, number):
+    """A word, options, and the letter of the word, ten times. A choice about a picture needs this
+    and a look at it, and from such choices alone the decoder did not learn it."""
+    rng = random.Random(f"choice {number}")
+    words = [*WORDS[1:], *COLOURS[1:], *map(str, range(1, 100)), *draw.SHAPES, *COARSE,
+             *world.YES_OR_NO]
+    parts = []
+    for _ in range(10):
+        options = rng.sample(words, rng.choice((2, 4, 4, 4)))
+        letter, word = rng.choice(list(zip(world.LETTERS, options)))
+        asked = rng.choice((f" Which is {word}?", f" {word}"))
+        parts += [(f"{asked}{some_form(rng)(options)}\n", False), (letter, True)]
+    return drill_sample(tokenizer, f"choice-{number}", parts)
 
 
-# ---- conversations -------------------------------------------------------------------------------
+def some_form(rng):
+    """How options are printed: one of the benchmarks' forms."""
+    return rng.choice((world.lines, world.lines, world.one_line, world.brackets))
+
 
 def text_talk(tokenizer, number):
-    """A conversation in which the caption stands in for the picture.
-
-    Often the caption is to be repeated first.
-    """
-    rng = random.Random(number)
-    content = draw.compose(number)
-    turns = draw.conversation(content, rng.randint(2, 5))
-    return told_in_words(tokenizer, turns, content.caption, rng.random() < 0.6, number)
-
-
-def told_in_words(tokenizer, turns, caption, repeats, number):
-    """Turns about a picture -> a sample of text alone: the caption stands in the picture's place.
-
-    repeats: the first question then asks for the caption itself.
-    """
-    if repeats:
+    """A conversation in which the caption stands in for the picture; often it is repeated first."""
+    rng, content = random.Random(number), world.compose(number)
+    turns = world.conversation(content)
+    if rng.random() < 0.3:
         question = turns[0]["value"].removeprefix(f"{data.MARK}\n")
         turns = [{"from": "human", "value": f"{data.MARK}\nSay what the picture shows."},
-                 {"from": "gpt", "value": caption},
+                 {"from": "gpt", "value": content.caption},
                  {"from": "human", "value": question}, *turns[1:]]
-    turns[0]["value"] = turns[0]["value"].replace(data.MARK, caption)
+    turns[0]["value"] = turns[0]["value"].replace(data.MARK, content.caption)
     ids, labels = data.encode_chat(tokenizer, turns, [])
     return {"id": f"text-{number}", "input_ids": ids, "labels": labels, "tiles": [], "plans": []}
 
 
-def picture_talk(tokenizer, number, size):
-    """A conversation about a picture in AnyRes tiles."""
-    drawing = draw.make_drawing(number, sizes=(size,))
-    record = {"id": f"talk-{number}", "images": [drawing.image],
-              "conversations": draw.conversation(drawing, limit=6)}
-    return data.encode_sample(record, tokenizer, data.SampleFormat("chat", "a4", SIDE, TILE))
+def text_drill(tokenizer, number):
+    """The caption of a fine picture, then facts as in `picture_drill`."""
+    rng = random.Random(number)
+    drawing = world.make_drawing(number, kinds=FINE)
+    parts = [(drawing.caption, False), *fact_parts(rng, drawing)]
+    return drill_sample(tokenizer, f"drill-{number}", parts)
 
 
-def picture_caption(tokenizer, number):
-    """A picture of one tile with its caption, as in phase 1."""
-    drawing = draw.make_drawing(number, sizes=(ONE_TILE,))
-    turns = [{"from": "human", "value": data.MARK}, {"from": "gpt", "value": drawing.caption}]
-    record = {"id": f"caption-{number}", "images": [drawing.image], "conversations": turns}
-    return data.encode_sample(record, tokenizer, data.SampleFormat("plain", "square", SIDE, TILE))
+RECALLS = (recall_drill, recall_drill, colour_drill, choice_drill)
 
 
-# ---- batches for the decoder ---------------------------------------------------------------------
+def language_batch(tokenizer, seed, step):
+    """Text alone: 32 drills to copy, later 32 to recall; at last these, 12 text drills or 8
+    conversations, at random.
+
+    Without the drills in between, the decoder forgets how to look things up before it has learned
+    to do so in a caption.
+    """
+    numbers = numbers_of(seed, step)
+    many = range(4 * numbers.start, 4 * numbers.stop)
+    if step < COPY_STEPS:
+        return data.pack([copy_drill(tokenizer, number) for number in many])
+    lesson = "recall"
+    if step >= COPY_STEPS + RECALL_STEPS:
+        draws = random.Random(f"language {seed} {step}")
+        lesson, = draws.choices(("recall", "drill", "talk"), (3, 4, 3))
+    if lesson == "recall":
+        samples = [RECALLS[number % len(RECALLS)](tokenizer, number) for number in many]
+    elif lesson == "drill":
+        samples = [text_drill(tokenizer, number) for number in many[:12]]
+    else:
+        samples = [text_talk(tokenizer, number) for number in numbers]
+    return data.pack(samples)
+
 
 def collate(tokenizer, samples):
     """Samples -> data.Batch."""
     return data.collate(samples, tokenizer.token_to_id("<|endoftext|>"))
 
 
-def language_batch(tokenizer, seed, step):
-    """Text alone: first 32 drills to copy, then 32 drills to recall, then 8 conversations."""
-    numbers = numbers_of(seed, step)
-    drill_numbers = range(4 * numbers.start, 4 * numbers.stop)
-    if step < COPY_STEPS:
-        samples = [copy_drill(tokenizer, number) for number in drill_numbers]
-    elif step < COPY_STEPS + RECALL_STEPS:
-        samples = [recall_drill(tokenizer, number) for number in drill_numbers]
-    else:
-        samples = [text_talk(tokenizer, number) for number in numbers]
-    return collate(tokenizer, samples)
+# ---- pictures with text --------------------------------------------------------------------------
+
+def facts_of(drawing):
+    """-> sorted [(what is looked up, what stands there)] of a fine drawing, such as
+    ("Apple", "47"), ("Apple Jan", "47"), ("amount Rice", "3"), ("colour Rome", "red")."""
+    facts = set()
+    for note in drawing.annotations:
+        if note.kind != "text" or not note.name:
+            continue
+        said = note.text.rstrip(":")
+        prefix = "amount " if note.column == "amount" else ""
+        suffix = f" {note.column}" if note.column in WORDS[1:] else ""
+        if said not in (note.name, note.column):
+            facts.add((f"{prefix}{note.name}{suffix}", said))
+        if note.colour:
+            facts.add((f"colour {note.name}", note.colour))
+    return sorted(facts)
 
 
-def joint_batch(tokenizer, seed, step, single, drills):
-    """Pictures with drills, captions or conversations.
+def fact_parts(rng, drawing):
+    """-> [(text, whether it is trained)] of up to 24 facts: what is looked up, what stands there.
 
-    single: the first so many steps have pictures of one tile only; three quarters are drills.
-    drills: the share of drills in the steps after those.
-    The pictures of a batch have one size, for little padding.
+    Where only one thing has it, half of the time it is the other way round.
     """
-    rng, numbers = random.Random(step), numbers_of(seed, step)
-    size = None                                          # one tile, without AnyRes
+    facts = facts_of(drawing)
+    said = [fact for _, fact in facts]
+    parts = []
+    for key, fact in rng.sample(facts, min(24, len(facts))):
+        if rng.random() < 0.5 and said.count(fact) == 1:
+            key, fact = fact, key
+        parts += [(f" {key}", False), (f" {fact},", True)]
+    return parts
+
+
+def coarse_parts(rng, drawing):
+    """As `fact_parts`, of a coarse drawing: up to 24 of its questions, with letters and without,
+    of what colours there are, and of which thing is left of, above or larger than which."""
+    things = {note.colour: note for note in drawing.annotations
+              if note.kind != "text" and note.colour}
+    asked = []
+    for question in drawing.qa:
+        if question.options:
+            text = f"{question.text}{some_form(rng)(question.options)}\n"
+            asked.append((text, question.answer))
+        else:
+            asked.append((question.text, f" {question.answer},"))
+    asked += [(f"any {colour}", " Yes," if colour in things else " No,")
+              for colour in rng.sample(COLOURS[1:], 4)]
+    pairs = [(f"{first} {relation} {second}", " Yes," if excess > 0 else " No,")
+             for first, second in itertools.permutations(things, 2)
+             for relation, excess in relations(drawing.kind, things[first], things[second])]
+    asked += rng.sample(pairs, min(10, len(pairs)))
+    rng.shuffle(asked)
+    return [part for question, answer in asked[:24]
+            for part in ((f" {question}", False), (answer, True))]
+
+
+def relations(kind, one, other):
+    """Annotations of two things in a picture of a kind -> [(relation, excess)]: it holds if the
+    excess is positive. Without those that are too small to be seen."""
+    right, down = ((other.box[i] + other.box[i + 2] - one.box[i] - one.box[i + 2]) / 2
+                   for i in (0, 1))                                    # pixels, of the middles
+    found = []
+    if kind in ("shapes", "flag", "bars"):
+        found.append(("left of", right))
+    if kind in ("shapes", "flag", "signs"):
+        found.append(("above", down))
+    found = [(relation, excess) for relation, excess in found if abs(excess) > 12]
+    if kind in ("bars", "pie"):
+        found.append(("higher than" if kind == "bars" else "larger than", one.value - other.value))
+    if kind == "shapes":
+        found.append(("larger than", one.box[2] - one.box[0] - other.box[2] + other.box[0]))
+    return [(relation, excess) for relation, excess in found if abs(excess) > 4]
+
+
+def behind_picture(sample, image, side):
+    """A sample of text alone, with a picture of one tile before the text."""
+    plan = data.plan_image(image.size, "square", side, TILE)
+    sample["plans"], sample["tiles"] = [plan], data.cut_tiles(image, plan)
+    sample["input_ids"] = [data.IMAGE] * plan.tokens + sample["input_ids"]
+    sample["labels"] = [data.IGNORE] * plan.tokens + sample["labels"]
+    return sample
+
+
+def picture_drill(tokenizer, number, side):
+    """A fine picture, then facts about it."""
+    rng = random.Random(number)
+    drawing = world.make_drawing(number, kinds=FINE)
+    sample = drill_sample(tokenizer, f"drill-{number}", fact_parts(rng, drawing))
+    return behind_picture(sample, drawing.image, side)
+
+
+def coarse_drill(tokenizer, number, side):
+    """A coarse picture, then as many questions about it."""
+    rng = random.Random(number)
+    drawing = world.make_drawing(number, kinds=COARSE)
+    sample = drill_sample(tokenizer, f"coarse-{number}", coarse_parts(rng, drawing))
+    return behind_picture(sample, drawing.image, side)
+
+
+def encode(tokenizer, name, image, turns, side):
+    """A picture of one tile with its turns -> a sample; without a question in the plain template.
+    """
+    template = "plain" if turns[0]["value"] == data.MARK else "chat"
+    record = {"id": name, "images": [image], "conversations": turns}
+    return data.encode_sample(record, tokenizer, data.SampleFormat(template, "square", side, TILE))
+
+
+def picture_caption(tokenizer, number, side):
+    """A picture with its caption, as in phase 1."""
+    drawing = world.make_drawing(number)
+    turns = [{"from": "human", "value": data.MARK}, {"from": "gpt", "value": drawing.caption}]
+    return encode(tokenizer, f"caption-{number}", drawing.image, turns, side)
+
+
+def picture_talk(tokenizer, number, side):
+    """A picture with a conversation, as in phase 2."""
+    drawing = world.make_drawing(number)
+    return encode(tokenizer, f"talk-{number}", drawing.image, world.conversation(drawing), side)
+
+
+def side_of(seed, step, single):
+    """The p of a step. The first steps, `single`, read all tokens, from which a decoder learns
+    soonest to look things up. From then on any three have the three SIDES in a random order."""
     if step < single:
-        is_drill = rng.random() < 0.75
-    else:
-        is_drill = rng.random() < drills
-        size, = rng.choices((None, *draw.SIZES), (3, 3, 5, 4, 4))
-    if is_drill:
-        mode = "a4" if size else "square"
-        samples = [picture_drill(tokenizer, number, size or ONE_TILE, mode) for number in numbers]
-    elif size:
-        samples = [picture_talk(tokenizer, number, size) for number in numbers]
-    else:
-        samples = [picture_caption(tokenizer, number) for number in numbers]
-    return collate(tokenizer, samples)
+        return SIDES[0]
+    return random.Random(f"{seed} {step // 3}").sample(SIDES, 3)[step % 3]
+
+
+# Lessons of the stage "joint", with their shares in its first third, which is to look things up,
+# and in the rest. Those of WITHOUT_PICTURES keep what the decoder knows.
+JOINT = {picture_drill: (10, 5), coarse_drill: (5, 4), picture_caption: (1, 2),
+         picture_talk: (2, 6), choice_drill: (1, 1), colour_drill: (1, 1), text_talk: (0, 1)}
+WITHOUT_PICTURES = (choice_drill, colour_drill, text_talk)
+
+
+def joint_batch(tokenizer, seed, step, single):
+    """Eight samples of one lesson, drawn at random and packed, their pictures at one granularity.
+
+    single: a ninth of the steps, see `side_of`. The lesson does not depend on the granularity.
+    """
+    draws = random.Random(f"lesson {seed} {step}")
+    shares = [share[step >= 3 * single] for share in JOINT.values()]
+    lesson, = draws.choices(list(JOINT), shares)
+    how = () if lesson in WITHOUT_PICTURES else (side_of(seed, step, single),)
+    return data.pack([lesson(tokenizer, number, *how) for number in numbers_of(seed, step)])
+
+
+@lru_cache(maxsize=None)
+def exam(count):
+    """-> [(group of print_of, image, turns)]: `count` questions of the test split for each half."""
+    asked = []
+    for half in world.HALVES:
+        for number in range(count):
+            content, question = world.ask(number, world.templates_of(half))
+            turns = [{"from": "human", "value": f"{data.MARK}\n{world.prompt(question)}"},
+                     {"from": "gpt", "value": question.answer}]
+            asked.append((print_of(content), content.paint(1).image, turns))
+    return asked

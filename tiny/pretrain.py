@@ -1,47 +1,33 @@
 """Makes the embedded parts, tiny/clip and tiny/qwen2, from nothing but drawn pictures, on a laptop.
 
-    python -m tiny.pretrain                                    # all stages: 3 hours on 2 cores
+    python -m tiny.pretrain                                    # all stages: hours on 2 cores
     python -m tiny.pretrain --out runs/try                     # into runs/try, tiny/ stays as it is
     python -m tiny.pretrain --out runs/try --stage vision      # one stage; needs those before it
-    python -m tiny.pretrain --world --out runs/parts           # for the world of tiny/world.py
 
 The real CLIP and Qwen2 knew much before LLaVA joined them. So must the tiny ones, or the paper's
-two phases would start from noise. There are six stages, in this order; what they learn from is in
-tiny/lessons.py.
+two phases would start from noise. They favour no way to compress. There are four stages, in this
+order; what they learn from is in tiny/lessons.py.
 
-tokenizer   byte-level BPE with Qwen2's splitting rule and special tokens, on captions and questions
-vision      the ViT alone. Every patch says which glyphs, word, number and colour lie in it and what
-            they belong to; the CLS token says which words and colours the tile holds. The drawing
-            program knows all that. It stands in for CLIP's contrastive training
-language    the decoder alone. Drills to copy and to recall, then conversations in which the caption
-            stands in for the picture
-joint       both as an uncompressed LLaVA-NeXT: a 2-layer MLP, no Vision Remember. First the
-            projector alone ("align"), then the decoder too: single tiles, then AnyRes
-heights     the ViT alone again: what a bar without a printed number stands for
-talk        both again, mostly conversations. The projector is thrown away after it
-
-With --world there are four stages, for a world in which compression costs something. Their lessons
-are in tiny/world_lessons.py. They favour no way to compress:
-
-tokenizer   as above, on that world's captions, questions and answers
-language    the decoder alone, from noise. Drills to copy and to recall, then these mixed with
-            captions whose facts are asked for, and with conversations
-vision      the ViT alone, from the shipped tiny/clip or, with --start none, from noise. Every half
-            of a patch says what is printed in it and what belongs to that, and a linear layer
-            brings each patch near to the decoder's vectors of its words
+tokenizer   byte-level BPE with Qwen2's splitting rule and special tokens, on all that is said in
+            tiny/world.py
+language    the decoder alone, from noise. Drills to copy and to recall, then also facts and
+            conversations in which the caption stands in for the picture
+vision      the ViT alone, from noise. Every half of a patch says what is printed in it and what
+            belongs to that; the CLS token says which words and colours the picture holds. The
+            drawing program knows all that. And a linear layer brings each patch near to the
+            decoder's vectors of its words. It stands in for CLIP's contrastive training
 joint       the decoder and three projectors side by side: all 64 tokens, pooled 2 x 2 and pooled
-            4 x 4. A ninth of the steps reads all tokens; then a step takes one of the three, each
-            equally often. Each has weights of its own. The ViT is frozen, there is no Vision
-            Remember, and the projectors are thrown away. Before it, "align" trains the three
-            projectors alone, on the same pictures
+            4 x 4. A step takes one of them, each equally often; each has weights of its own. The
+            ViT is frozen, there is no Vision Remember, and the projectors are thrown away. Before
+            it, "align" trains the three projectors alone, on the same pictures
 
-The log has figures on pictures of the test split, by size of print, at every checkpoint.
-
-A stage writes a checkpoint every 500 steps and goes on from it when it is started again.
-Checkpoints and logs (JSON lines) are in runs/pretrain, and for another --out in its folder stages.
+The log has figures on pictures of the test split, by size of print, at every checkpoint. A stage
+writes a checkpoint every 500 steps and goes on from it when it is started again. Checkpoints and
+logs (JSON lines) are in runs/pretrain, and for another --out in its folder stages.
 
     t  tiles of a batch     N  patches of a tile     C  width of the ViT     L  its tapped layers
     B  rows of a batch      T  tokens of a row       R  rows that reach the lm_head
+    p  tokens along a side of a tile                 k  patches along a side of a token
     d  width of the decoder                          V  vocabulary rows
 """
 import argparse
@@ -51,7 +37,6 @@ import os
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,21 +49,13 @@ import data
 from clip import CLIPVision
 from model import LLaVAVR
 from qwen2 import Qwen2
-from tiny import draw, world_lessons
-from tiny.lessons import (COLOURS, GLYPHS, SIDE, TINY, WORDS, Endless, joint_batch, language_batch,
-                          tile_batch)
+from tiny import lessons
+from tiny.lessons import CLASSES, COLOURS, GLYPHS, SIDE, SIDES, TINY, WORDS
 from tiny.parts import save_clip, save_qwen2, start_small
 
 OUT, RUNS = "tiny", "runs/pretrain"
-STEPS = {"vision": 7000, "language": 3600, "align": 1500, "joint": 5200, "heights": 3000,
-         "talk": 9000}
-# The kinds of the eight pictures of a batch, see lessons.tile_lesson.
-READING = 6 * ("page",) + 2 * ("any",)
-MEASURING = 2 * ("page",) + 4 * ("chart",) + 2 * ("any",)
-
-WORLD_OUT = "runs/parts"
-WORLD_STEPS = {"language": 7500, "vision": 20000, "align": 1000, "joint": 9000}
-SHIPPED_CLIP = str(Path(__file__).parent / "clip")
+STEPS = {"language": 7500, "vision": 20000, "align": 1000, "joint": 9000}
+CLASSES_SAID = len(WORDS) - 1 + len(COLOURS) - 1 + 10 + 1              # of `vocabulary`
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -90,7 +67,6 @@ SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
 
 def pretrain_tokenizer(args):
     """tokenizer.json: Qwen2's normaliser, splitting rule, byte alphabet and special tokens."""
-    source = world_lessons.texts if args.world else drawn_texts
     from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
                             pre_tokenizers, processors, trainers)
     tokenizer = Tokenizer(models.BPE())
@@ -104,7 +80,7 @@ def pretrain_tokenizer(args):
     trainer = trainers.BpeTrainer(vocab_size=TINY.text.vocab_size - len(specials),
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                                   show_progress=False)
-    tokenizer.train_from_iterator(source(args.seed, 6000), trainer)
+    tokenizer.train_from_iterator(lessons.texts(args.seed, 6000), trainer)
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True)
                                   for name in specials])
     os.makedirs(llm_folder(args), exist_ok=True)
@@ -112,156 +88,27 @@ def pretrain_tokenizer(args):
     print(f"tokenizer: {tokenizer.get_vocab_size()} ids")
 
 
-def drawn_texts(seed, count):
-    """All that is said about `count` drawings."""
-    for number in range(seed, seed + count):
-        content = draw.compose(number)
-        yield content.caption
-        yield draw.SHORT
-        for qa in content.qa:
-            yield qa.question
-            yield qa.answer
-
-
 # ---- vision --------------------------------------------------------------------------------------
 
 class Readouts(nn.Module):
-    """Linear layers that read the targets off the ViT's features. Thrown away after the stage."""
+    """Linear layers that read CLASSES off the features of the ViT. Thrown away after the stage.
 
-    def __init__(self, width):
-        super().__init__()
-        sizes = {"glyphs": len(GLYPHS), "word": len(WORDS), "number": 3 * 11, "owner": len(WORDS),
-                 "value": 3 * 11, "colour": len(COLOURS), "paint": len(COLOURS), "length": 1}
-        # "heads" is what the checkpoints call them
-        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
-        self.tile = nn.Linear(width, len(WORDS) + len(COLOURS))
-
-    def forward(self, hidden, target):
-        """hidden (t, 1+N, C), CLS first; target as in lessons.empty_targets.
-
-        -> ({name: loss}, {name: share of right patches among those that are not background})
-        """
-        cls, features = hidden[:, 0], hidden[:, 1:]                    # (t, C), (t, N, C)
-        out = {name: head(features) for name, head in self.heads.items()}        # (t, N, classes)
-        losses, right = {}, {}
-        legible = target["glyphs"] >= 0                                # (t, N, glyphs)
-        glyphs = target["glyphs"] > 0
-        losses["glyphs"] = 60 * F.binary_cross_entropy_with_logits(out["glyphs"][legible],
-                                                                   target["glyphs"][legible])
-        losses["tile"] = 5 * F.binary_cross_entropy_with_logits(self.tile(cls), target["tile"])
-        exact = ((out["glyphs"] > 0) == glyphs).all(-1)                # (t, N)
-        right["glyphs"] = exact[glyphs.any(-1)].float().mean()
-        # What is written in the patch itself is soon known; what is written elsewhere is not.
-        written = {"owner": target["word"], "value": target["number"]}
-        for name in ("word", "owner", "colour", "paint", "number", "value"):
-            losses[name], right[name] = class_loss(out[name], target[name], written.get(name))
-        known = target["length"] >= 0                                  # (t, N)
-        error = (out["length"].squeeze(-1).sigmoid() - target["length"])[known].abs()
-        losses["length"] = 5 * error.sum() / known.sum().clamp(min=1)
-        return losses, right
-
-
-def class_loss(logits, truth, written=None):
-    """-> (cross-entropy over patches, share of right ones among those that are not background).
-
-    logits: (t, N, classes) with truth (t, N), or (t, N, 3*11) with truth (t, N, 3) for numbers.
-    written: like truth, what the patch itself shows. A truth that differs from it stands in
-    another patch. Such patches count thrice, and the share is over them alone.
-    """
-    logits = logits.view(*truth.shape, -1)                             # (t, N, [3,] classes)
-    asked = truth > 0
-    weight = torch.where(asked, 1.0, 0.2) * (truth >= 0)               # most is background
-    if written is not None:
-        asked = asked & (truth != written)
-        weight = weight * (1 + 2 * asked)
-    each = F.cross_entropy(logits.flatten(0, -2), truth.flatten(), reduction="none")
-    loss = 2 * (each * weight.flatten()).sum() / weight.sum()
-    hit = logits.argmax(-1) == truth
-    if truth.dim() == 3:                                               # all digits of a number
-        hit, asked = hit.all(-1), asked.any(-1)                        # (t, N)
-    return loss, hit[asked].float().mean()
-
-
-@torch.no_grad()
-def widen(module):
-    """Start with larger weights: the usual deviation of 0.02 is meant for widths near 1000."""
-    for name, part in module.named_modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            fan_in = part.weight[0].numel()
-            # a layer that adds to the residual stream starts small
-            is_last = name.endswith(("out_proj", "fc2", "o_proj", "down_proj"))
-            part.weight.normal_(std=fan_in ** -0.5 * (0.1 if is_last else 1))
-        if name.endswith("embed_tokens"):
-            part.weight.normal_(std=0.1)
-        if name.endswith("position_embedding"):
-            # a patch is about 4; with much less than that, no patch finds its neighbours
-            part.weight.normal_(std=2)
-    return module
-
-
-def reading_loss(vision, last, early, batch):
-    """A batch of (pixels (t, 3, P, P), targets) -> (loss of both readouts, {name: number}).
-
-    last reads the deepest level. early reads letters two blocks before it, which leaves two blocks
-    to bring words where they belong.
-    """
-    pixels, target = batch
-    hidden, _ = vision.encode(pixels)                                  # {layer: (t, 1+N, C)}
-    losses, right = last(hidden[TINY.levels[-1]], target)
-    early_losses, _ = early(hidden[TINY.levels[-2]], target)
-    losses["early"] = sum(early_losses[key] for key in ("glyphs", "word", "number", "colour"))
-    notes = {f"loss {key}": loss.item() for key, loss in losses.items()}
-    notes |= {key: share.item() for key, share in right.items()}
-    return sum(losses.values()), notes
-
-
-def learn_tiles(args, name, peak, make_batch, start=None):
-    """Train the ViT with its readouts, from noise or from the end of the stage `start`."""
-    torch.manual_seed(args.seed)
-    vision = start_small(CLIPVision(TINY.vision, TINY.levels))
-    nn.init.normal_(vision.embeddings.class_embedding, std=0.02)
-    widen(vision)
-    last, early = Readouts(TINY.vision.hidden_size), Readouts(TINY.vision.hidden_size)
-    everything = nn.ModuleList([vision, last, early])
-    if start:
-        everything.load_state_dict(weights_after(args, start))
-
-    loss_of = partial(reading_loss, vision, last, early)
-    fit(args, name, everything, peak, make_batch, loss_of)
-    save_clip(vision, clip_folder(args))
-
-
-def pretrain_vision(args):
-    """The ViT from noise, mostly on pages full of text."""
-    learn_tiles(args, "vision", 1e-3, partial(tile_batch, args.seed, kinds=READING))
-
-
-def pretrain_heights(args):
-    """The ViT goes on, half on charts without printed numbers."""
-    make_batch = partial(tile_batch, args.seed + 7_000_000, kinds=MEASURING)
-    learn_tiles(args, "heights", 6e-4, make_batch, start="vision")
-
-
-class WorldReadouts(nn.Module):
-    """As Readouts, for the targets of world_lessons.targets_of. Thrown away after the stage.
-
-    table: of `vocabulary`, (classes, d), near which "speech" brings the patches.
+    table: of `vocabulary`, for `speech_loss`.
     """
 
     def __init__(self, width, table):
         super().__init__()
-        classes = world_lessons.CLASSES
-        self.table = table
         self.halves = nn.ModuleDict({name: nn.Linear(width, 2 * size)
-                                     for name, size in classes.items()})
+                                     for name, size in CLASSES.items()})
         self.glyphs = nn.Linear(width, len(GLYPHS))
-        self.tile = nn.Linear(width, len(world_lessons.WORDS) + len(COLOURS))
-        self.speech = nn.Linear(width, TINY.text.hidden_size)
-        nn.init.normal_(self.speech.weight, std=0.002)         # or its loss drowns the others
+        self.tile = nn.Linear(width, len(WORDS) + len(COLOURS))
+        self.speech = nn.Linear(width, table.shape[1])
+        nn.init.normal_(self.speech.weight, std=0.002)                 # or its loss drowns all
         nn.init.zeros_(self.speech.bias)
+        self.table = table
 
     def forward(self, hidden, target):
-        """hidden (t, 1+N, C), CLS first; target as of world_lessons.tile_batch.
+        """hidden (t, 1+N, C), CLS first; target as of lessons.tile_batch.
 
         -> ({name: loss}, {name: share of right ones among the halves that are not background})
         """
@@ -280,28 +127,38 @@ class WorldReadouts(nn.Module):
 
 
 def vocabulary(llm, tokenizer):
-    """The decoder's embeddings of all that a patch may show (classes, d), as in `one_hots`."""
-    names = [*world_lessons.WORDS[1:], *COLOURS[1:]]
-    ids = [data.text_ids(tokenizer, f" {name}")[-1] for name in names]
+    """-> the decoder's embeddings of what a patch may show: words, colours, digits, and a newline
+    for blank paper, (classes, d)."""
+    ids = [data.text_ids(tokenizer, f" {name}")[-1] for name in (*WORDS[1:], *COLOURS[1:])]
     ids += [data.text_ids(tokenizer, text)[-1] for text in (*"0123456789", "\n")]
     return llm.model.embed_tokens.weight.detach()[ids]
 
 
-def one_hots():
-    """As `word_vectors`, but with a place of its own for each class of `vocabulary`."""
-    words, colours = len(world_lessons.WORDS) - 1, len(COLOURS) - 1
-    table = torch.eye(words + colours + 11)
-    nothing = torch.zeros(1, len(table))
-    parts = table[:-1].split((words, colours, 10))
-    vectors = {name: torch.cat([nothing, part])
-               for name, part in zip(("words", "colours", "digits"), parts)}
-    return {**vectors, "blank": table[-1]}
-
-
 def shares_of(target):
-    """Targets of world_lessons.tile_batch -> how much of a patch is what (t, N, classes)."""
-    shares = world_in_words(target, one_hots())
-    return shares / shares.sum(-1, keepdim=True)
+    """Targets of lessons.tile_batch -> how much of each patch is what, (t, N, classes).
+
+    Classes are those of `vocabulary`, and a patch sums to one. It has what lies in its two halves,
+    and at half weight what belongs to that. Each further digit of a number has half the weight.
+    """
+    nothing, (words, colours) = torch.zeros(1, CLASSES_SAID), (len(WORDS) - 1, len(COLOURS) - 1)
+    one_hots = torch.eye(CLASSES_SAID)
+    blank = one_hots[-1]
+    words, colours, digits = (torch.cat([nothing, rows])               # class 0 is nothing
+                              for rows in one_hots[:-1].split((words, colours, 10)))
+
+    def number(value):                                                 # (t, 2N, 3)
+        place = (value > 0).cumsum(-1).clamp(min=1) - 1
+        return (digits[value] * 0.5 ** place.unsqueeze(-1)).sum(-2)    # (t, 2N, classes)
+
+    word, owner = target["word"], target["owner"]                      # (t, 2N)
+    other = (owner != word).unsqueeze(-1)                              # (t, 2N, 1)
+    unnumbered = target["number"].sum(-1, keepdim=True) == 0           # (t, 2N, 1)
+    shown = words[word] + number(target["number"]) + colours[target["colour"]]
+    shown = shown + (words[owner] * other + words[target["column"]]
+                     + colours[target["paint"]] + number(target["value"]) * unnumbered) / 2
+    shown = shown.unflatten(1, (-1, 2)).sum(2)                         # (t, N, classes)
+    shown = torch.where((shown == 0).all(-1, keepdim=True), blank, shown)
+    return shown / shown.sum(-1, keepdim=True)
 
 
 def speech_loss(x, shares, table):
@@ -341,29 +198,59 @@ def half_loss(logits, truth, written=None):
     return loss, hit[asked].float().mean()
 
 
-def pretrain_world_vision(args):
-    """The ViT on pictures of one tile of both halves of the world."""
+@torch.no_grad()
+def widen(module):
+    """Start with larger weights: the usual deviation of 0.02 is meant for widths near 1000."""
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            fan_in = part.weight[0].numel()
+            # a layer that adds to the residual stream starts small
+            is_last = name.endswith(("out_proj", "fc2", "o_proj", "down_proj"))
+            part.weight.normal_(std=fan_in ** -0.5 * (0.1 if is_last else 1))
+        if name.endswith("embed_tokens"):
+            part.weight.normal_(std=0.1)
+        if name.endswith("position_embedding"):
+            # a patch is about 4; with much less than that, no patch finds its neighbours
+            part.weight.normal_(std=2)
+    return module
+
+
+def reading_loss(vision, last, early, batch):
+    """A batch of (pixels (t, 3, P, P), targets) -> (loss of both readouts, {name: number}).
+
+    last reads the deepest level. early reads letters two blocks before it, which leaves two blocks
+    to bring words where they belong.
+    """
+    pixels, target = batch
+    hidden, _ = vision.encode(pixels)                                  # {layer: (t, 1+N, C)}
+    losses, right = last(hidden[TINY.levels[-1]], target)
+    early_losses, _ = early(hidden[TINY.levels[-2]], target)
+    losses["early"] = sum(early_losses[key] for key in ("glyphs", "word", "number", "colour"))
+    notes = {f"loss {key}": loss.item() for key, loss in losses.items()}
+    notes |= {key: share.item() for key, share in right.items()}
+    return sum(losses.values()), notes
+
+
+def pretrain_vision(args):
+    """The ViT from noise, on pictures of both halves of the world."""
     torch.manual_seed(args.seed)
-    if args.start == "none":
-        vision = widen(start_small(CLIPVision(TINY.vision, TINY.levels)))
-        nn.init.normal_(vision.embeddings.class_embedding, std=0.02)
-    else:
-        vision = CLIPVision.from_pretrained(args.start, TINY.levels)
+    vision = widen(start_small(CLIPVision(TINY.vision, TINY.levels)))
+    nn.init.normal_(vision.embeddings.class_embedding, std=0.02)
     llm = Qwen2.from_pretrained(llm_folder(args))
     table = vocabulary(llm, data.load_tokenizer(llm_folder(args)))
-    last, early = (WorldReadouts(TINY.vision.hidden_size, table) for _ in range(2))
+    last, early = (Readouts(TINY.vision.hidden_size, table) for _ in range(2))
     everything = nn.ModuleList([vision, last, early])
 
     loss_of = partial(reading_loss, vision, last, early)
 
     def check():
         figures = {}
-        for group, batch in world_lessons.reading_test(args.test).items():
+        for group, batch in lessons.reading_test(args.test).items():
             _, notes = loss_of(batch)
-            figures |= {f"{group} {name}": notes[name] for name in world_lessons.CLASSES}
+            figures |= {f"{group} {name}": notes[name] for name in CLASSES}
         return figures
 
-    make_batch = partial(world_lessons.reading_batch, args.seed)
+    make_batch = partial(lessons.reading_batch, args.seed)
     fit(args, "vision", everything, 1e-3, make_batch, loss_of, check)
     save_clip(vision, clip_folder(args))
 
@@ -380,19 +267,18 @@ def pretrain_language(args):
         targets = batch.labels[:, 1:]                    # a token is predicted by the one before
         keep = F.pad(targets != data.IGNORE, (0, 1))     # (B, T)
         targets = targets[keep[:, :-1]]                  # (R,)
-        logits = llm(batch.input_ids, keep=keep, packed=batch.packed)                # (R, V)
+        logits = llm(batch.input_ids, keep=keep, packed=batch.packed)    # (R, V)
         right = (logits.argmax(-1) == targets).float().mean().item()
         kind = batch.record_ids[0].split("-")[0]
         return F.cross_entropy(logits, targets), {"right": right, f"right {kind}": right}
 
     tokenizer = data.load_tokenizer(llm_folder(args))
-    source = world_lessons.language_batch if args.world else language_batch
-    make_batch = partial(source, tokenizer, args.seed)
+    make_batch = partial(lessons.language_batch, tokenizer, args.seed)
     fit(args, "language", llm, 1e-3, make_batch, loss_of)
     save_llm(args, llm)
 
 
-# ---- joint and talk ------------------------------------------------------------------------------
+# ---- joint, for every granularity ----------------------------------------------------------------
 
 def uncompressed(args):
     """The ViT, frozen, and the decoder under a new projector, as a LLaVA-NeXT."""
@@ -409,94 +295,6 @@ def answer_loss(model, batch):
     return loss, {f"loss {kind}": loss.item()}
 
 
-def word_vectors(model):
-    """The decoder's embeddings of what a patch may show -> {name: (classes, d)}.
-
-    Class 0, nothing, is a row of zeros.
-    """
-    table = model.language_model.model.embed_tokens.weight             # (V, d)
-
-    def vectors(names):
-        rows = [table[data.text_ids(model.tokenizer, f" {name}")[-1]] for name in names]
-        return torch.stack([torch.zeros_like(rows[0]), *rows])
-    newline, = data.text_ids(model.tokenizer, "\n")
-    return {"words": vectors(WORDS[1:]), "colours": vectors(COLOURS[1:]),
-            "digits": vectors("0123456789"), "blank": table[newline]}
-
-
-def in_digits(vectors, digits):
-    """(t, N, 3) classes -> (t, N, d): each further digit has half the weight."""
-    place = (digits > 0).cumsum(-1).clamp(min=1) - 1                   # (t, N, 3)
-    return (vectors["digits"][digits] * 0.5 ** place.unsqueeze(-1)).sum(-2)
-
-
-def in_words(target, vectors):
-    """Targets -> (each patch as a sum of word vectors (t, N, d), where it is known (t, N)).
-
-    The sum has the word, the number and the colour that lie in the patch. At half weight it has
-    what they belong to: the owner, its value and its colour. Blank paper is a newline. So "Apple"
-    in a question and "Apple" in a patch are the same vector, and the decoder can look up all names
-    in the same way.
-    """
-    words, colours, number = vectors["words"], vectors["colours"], partial(in_digits, vectors)
-    known = torch.ones_like(target["word"], dtype=torch.bool)          # (t, N)
-    for name in ("word", "owner", "colour", "paint"):
-        known &= target[name] >= 0
-    for name in ("glyphs", "number", "value"):
-        known &= (target[name] >= 0).all(-1)
-    classes = {name: values.clamp(min=0) for name, values in target.items()}
-    word, owner = classes["word"], classes["owner"]
-    other = (owner != word).unsqueeze(-1)                              # (t, N, 1)
-    unnumbered = classes["number"].sum(-1, keepdim=True) == 0          # (t, N, 1)
-    shown = words[word] + number(classes["number"]) + colours[classes["colour"]]     # (t, N, d)
-    shown = shown + colours[classes["paint"]] / 2 + words[owner] * other / 2
-    shown = shown + number(classes["value"]) * unnumbered / 2
-    is_blank = (shown == 0).all(-1, keepdim=True)                      # (t, N, 1)
-    return torch.where(is_blank, vectors["blank"], shown), known
-
-
-def pretrain_joint(args):
-    """The projector learns to put patches into the decoder's words; then the decoder learns too."""
-    torch.manual_seed(args.seed)
-    model = uncompressed(args)
-    model.language_model.requires_grad_(False)
-    model.image_newline.requires_grad_(False)
-    vectors = word_vectors(model)
-    spread = model.language_model.model.embed_tokens.weight.var()
-
-    def align_loss(batch):
-        pixels, target = batch
-        features, _ = model.vision_tower(pixels)                       # L x (t, N, C)
-        shown, known = in_words(target, vectors)                       # (t, N, d), (t, N)
-        projected = model.mm_projector(features)                       # (t, N, d)
-        return F.mse_loss(projected[known], shown[known]) / spread, {}
-
-    fit(args, "align", model, 2e-3, partial(tile_batch, args.seed, kinds=READING), align_loss)
-    model.language_model.requires_grad_(True)
-    model.image_newline.requires_grad_(True)
-    make_batch = partial(joint_batch, model.tokenizer, args.seed + 5_000_000,
-                         single=args.joint_steps // 5, drills=0.45)
-    fit(args, "joint", model, 6e-4, make_batch, partial(answer_loss, model))
-
-
-def pretrain_talk(args):
-    """What is known by now is mostly talked about. The parts are then stored in bfloat16."""
-    torch.manual_seed(args.seed)
-    model = uncompressed(args)
-    weights = weights_after(args, "joint")
-    for name, tensor in model.vision_tower.state_dict().items():       # the one of "heights"
-        weights[f"vision_tower.{name}"] = tensor
-    model.load_state_dict(weights)
-    make_batch = partial(joint_batch, model.tokenizer, args.seed + 6_000_000,
-                         single=0, drills=0.2)
-    fit(args, "talk", model, 6e-4, make_batch, partial(answer_loss, model))
-    model.to(torch.bfloat16)                             # half the size, as Qwen2 is published
-    save_clip(model.vision_tower, clip_folder(args))
-    save_llm(args, model.language_model)
-
-
-# ---- joint, for every granularity ----------------------------------------------------------------
-
 def at_every_side(args):
     """{p as text: the ViT, frozen, and the decoder under a new projector to p*p tokens}.
 
@@ -504,7 +302,7 @@ def at_every_side(args):
     """
     whole = uncompressed(args)
     models = {str(SIDE): whole}
-    for side in world_lessons.SIDES[1:]:
+    for side in SIDES[1:]:
         config = replace(whole.config, projector="aap", side=side)
         models[str(side)] = LLaVAVR(config, whole.vision_tower, whole.language_model)
         models[str(side)].image_newline.requires_grad_(False)          # one tile has no newline
@@ -512,29 +310,13 @@ def at_every_side(args):
     return nn.ModuleDict(models)
 
 
-def world_in_words(target, vectors):
-    """Targets of world_lessons.tile_batch -> each patch as a sum of word vectors (t, N, d).
-
-    As `in_words`: what lies in its two halves, and at half weight what belongs to that.
-    """
-    words, colours, number = vectors["words"], vectors["colours"], partial(in_digits, vectors)
-    word, owner = target["word"], target["owner"]                      # (t, 2N)
-    other = (owner != word).unsqueeze(-1)                              # (t, 2N, 1)
-    unnumbered = target["number"].sum(-1, keepdim=True) == 0           # (t, 2N, 1)
-    shown = words[word] + number(target["number"]) + colours[target["colour"]]       # (t, 2N, d)
-    shown = shown + (words[owner] * other + words[target["column"]]
-                     + colours[target["paint"]] + number(target["value"]) * unnumbered) / 2
-    shown = shown.unflatten(1, (-1, 2)).sum(2)                         # (t, N, d)
-    return torch.where((shown == 0).all(-1, keepdim=True), vectors["blank"], shown)
-
-
-def pretrain_world_joint(args):
+def pretrain_joint(args):
     """The projectors learn to speak in words; then the decoder learns, from each equally often.
 
-    "align" trains all three projectors in every step, on the same pictures. A pooled token shall be
-    the mean of its patches' words. We keep this stage because the real CLIP knows words too, and
-    because it cannot favour anyone: the decoder, the only part kept, is frozen in it. Without it
-    the decoder would have to read three codes of different making.
+    "align" trains all three projectors in every step, on the same pictures. A pooled token shall
+    say what its patches say. We keep this stage because the real CLIP knows words too, and because
+    it cannot favour anyone: the decoder, the only part kept, is frozen in it. Without it the
+    decoder would have to read three codes of different making.
     """
     torch.manual_seed(args.seed)
     models = at_every_side(args)
@@ -545,23 +327,24 @@ def pretrain_world_joint(args):
     def align_loss(batch):
         pixels, target = batch
         features, _ = whole.vision_tower(pixels)                       # L x (t, N, C)
-        grid = shares_of(target).transpose(1, 2).unflatten(2, (SIDE, SIDE))          # (t, ., g, g)
+        grid = shares_of(target).transpose(1, 2).unflatten(2, (SIDE, SIDE))
         losses = {}
         for side, model in models.items():
-            pooled = F.avg_pool2d(grid, SIDE // int(side)).flatten(2).transpose(1, 2)
-            losses[side] = speech_loss(model.mm_projector(features), pooled, table)
+            shares = F.avg_pool2d(grid, SIDE // int(side))             # (t, classes, p, p)
+            shares = shares.flatten(2).transpose(1, 2)                 # (t, p*p, classes)
+            losses[side] = speech_loss(model.mm_projector(features), shares, table)
         return sum(losses.values()) / 3, {f"loss {int(side) ** 2}": loss.item()
                                           for side, loss in losses.items()}
 
-    fit(args, "align", models, 2e-3, partial(world_lessons.reading_batch, args.seed), align_loss)
+    fit(args, "align", models, 2e-3, partial(lessons.reading_batch, args.seed), align_loss)
     whole.language_model.requires_grad_(True)
 
     def loss_of(batch):
-        side = batch.plans[0].side
+        side = batch.plans[0].side if batch.plans else SIDE
         loss, notes = answer_loss(models[str(side)], batch)
         return loss, {f"{name} {side ** 2}": value for name, value in notes.items()}
 
-    make_batch = partial(world_lessons.joint_batch, whole.tokenizer, args.seed + 5_000_000,
+    make_batch = partial(lessons.joint_batch, whole.tokenizer, args.seed + 5_000_000,
                          single=args.joint_steps // 9)
     fit(args, "joint", models, 6e-4, make_batch, loss_of, partial(exam_figures, models, args.test))
     whole.to(torch.bfloat16)                             # half the size, as Qwen2 is published
@@ -574,15 +357,15 @@ def exam_figures(models, count):
 
     An answer is right if every token of it is the likeliest, so if greedy decoding would give it.
     """
-    figures, asked = {}, world_lessons.exam(count)
+    figures, asked = {}, lessons.exam(count)
     tokenizer = models[str(SIDE)].tokenizer
     groups = np.array([group for group, _, _ in asked])                # (questions,)
     for side, model in models.items():
         right = []
         for start in range(0, len(asked), 16):
-            samples = [world_lessons.encode(tokenizer, "exam", image, turns, int(side))
+            samples = [lessons.encode(tokenizer, "exam", image, turns, int(side))
                        for _, image, turns in asked[start:start + 16]]
-            right += answered_right(model, world_lessons.collate(tokenizer, samples))
+            right += answered_right(model, lessons.collate(tokenizer, samples))
         for group in sorted(set(groups)):
             share = float(np.mean(np.array(right)[groups == group]))
             figures[f"{group} {int(side) ** 2}"] = round(share, 4)
@@ -616,11 +399,6 @@ def stage_file(args, name):
     """Path of a stage's checkpoint (.pt) or log (.jsonl)."""
     folder = RUNS if args.out == OUT else f"{args.out}/stages"
     return f"{folder}/{name}"
-
-
-def weights_after(args, stage):
-    """The weights at the end of a stage."""
-    return torch.load(stage_file(args, f"{stage}.pt"), weights_only=True)["module"]
 
 
 def save_llm(args, llm):
@@ -660,11 +438,10 @@ def fit(args, name, module, peak, make_batch, loss_of, check=None):
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    batches = iter(DataLoader(Endless(make_batch, start), batch_size=None, num_workers=1,
+    batches = iter(DataLoader(lessons.Endless(make_batch, start), batch_size=None, num_workers=1,
                               prefetch_factor=4))
     # On our CPU plain attention was faster for the 65 tokens of a tile, the fused one for hundreds.
-    tiles_alone = name in ("vision", "heights")
-    backend = SDPBackend.MATH if tiles_alone else SDPBackend.FLASH_ATTENTION
+    backend = SDPBackend.MATH if name == "vision" else SDPBackend.FLASH_ATTENTION
     in_bf16 = name in args.in_bf16
     began, notes = time.time(), {}
     for step in range(start, steps):
@@ -733,65 +510,40 @@ def write_log(args, name, line):
 
 STAGES = {
     "tokenizer": pretrain_tokenizer,
+    "language": pretrain_language,
     "vision": pretrain_vision,
-    "language": pretrain_language,
     "joint": pretrain_joint,
-    "heights": pretrain_heights,
-    "talk": pretrain_talk,
-}
-WORLD_STAGES = {
-    "tokenizer": pretrain_tokenizer,
-    "language": pretrain_language,
-    "vision": pretrain_world_vision,
-    "joint": pretrain_world_joint,
 }
 
 
 def arguments(argv=None):
-    """The command line, read. Exits where a flag does not fit --world."""
+    """The command line, read."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", action="store_true",
-                        help="for the world of tiny/world.py, favouring no way to compress")
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
-    parser.add_argument("--out", metavar="FOLDER",
-                        help=f"where clip/ and qwen2/ are read and written; default {OUT}, with "
-                             f"--world {WORLD_OUT}")
+    parser.add_argument("--out", metavar="FOLDER", default=OUT,
+                        help="where clip/ and qwen2/ are read and written; default %(default)s")
     parser.add_argument("--seed", type=int, default=10_000_000,
                         help="first drawing; apart from those of --preset tiny")
     for stage, steps in STEPS.items():
-        parser.add_argument(f"--{stage}-steps", type=int, metavar="N",
-                            help=f"default {steps}; with --world {WORLD_STEPS.get(stage, 'none')}")
-    parser.add_argument("--start", metavar="FOLDER", default=SHIPPED_CLIP,
-                        help="with --world: the ViT to start from, or none; default tiny/clip")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "auto"),
-                        help="of the multiplications; auto: bf16 where it was faster; default "
-                             "fp32, with --world auto")
+        parser.add_argument(f"--{stage}-steps", type=int, metavar="N", default=steps,
+                            help="default %(default)s")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="auto",
+                        help="of the multiplications; auto: bf16 where it is faster; default auto")
     parser.add_argument("--test", type=int, default=128, metavar="N",
-                        help="with --world: pictures of each print, and questions of each half, "
-                             "that are tested at a checkpoint; default %(default)s")
+                        help="pictures of each print, and questions of each half, that are tested "
+                             "at a checkpoint; default %(default)s")
     args = parser.parse_args(argv)
-    steps, stages = (WORLD_STEPS, WORLD_STAGES) if args.world else (STEPS, STAGES)
-    if args.stage not in (*stages, "all"):
-        parser.error(f"--stage {args.stage}: with --world there are {', '.join(stages)}")
-    for stage in STEPS:
-        given = getattr(args, f"{stage}_steps")
-        if stage not in steps and given is not None:
-            parser.error(f"--{stage}-steps: with --world there are steps of {', '.join(steps)}")
-        setattr(args, f"{stage}_steps", steps.get(stage) if given is None else given)
-    args.out = args.out or (WORLD_OUT if args.world else OUT)
-    args.in_bf16 = stages_in_bf16(args.precision or ("auto" if args.world else "fp32"))
+    args.in_bf16 = stages_in_bf16(args.precision)
     return args
 
 
 def main(argv=None):
     """Run one stage, or all in order."""
     args = arguments(argv)
-    stages = WORLD_STAGES if args.world else STAGES
-    if args.world:
-        print(f"in bfloat16: {', '.join(args.in_bf16) or 'nothing'}", flush=True)
-    for stage in stages if args.stage == "all" else [args.stage]:
-        stages[stage](args)
+    print(f"in bfloat16: {', '.join(args.in_bf16) or 'nothing'}", flush=True)
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        STAGES[stage](args)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""A drawn world in which compression costs something, and only where it should.
+"""The drawn world of `--preset tiny`, in which compression costs something where it should.
 
     python -m tiny.world --show 12 --out sheet.png     # one sheet of pictures with questions
-    python -m tiny.world --out data/world              # captions, conversations, two exams
+    python -m tiny.world --out data/tiny               # all that --preset tiny trains on
 
-It has two halves, drawn by tiny/kinds.py on one tile of 112 x 112 pixels:
+No picture, question or font comes from outside: Pillow draws everything with the typeface that it
+carries. The world has two halves, drawn by tiny/kinds.py on one tile of 112 x 112 pixels:
 
 fine    stands for OCR&Chart: lists, tables, receipts, forms and charts of many thin bars. Lines are
         11 or 14 pixels apart and stand at any pixel. The projector pools 28 x 28 pixels, so what
@@ -11,15 +12,19 @@ fine    stands for OCR&Chart: lists, tables, receipts, forms and charts of many 
 coarse  stands for General, Knowledge and Vision-Centric: large shapes, signs, flags and charts.
         Colours, kinds, titles, counts, left of and above, yes or no, letters A to D
 
-In the world of tiny/draw.py a pooled token holds one thing, so there pooling forgets nothing.
+A hash of what a picture says decides whether it is for training or for testing, so the two share no
+content, whatever the seeds. Whoever sees only a question can do no better than guess: TEMPLATES
+says among how many answers. Numbers have two digits, names come in any order, yes and no are
+equally frequent, so are the four letters. No answer is ambiguous: no number, name or colour that is
+asked for comes twice.
 
-A hash of what a picture says decides whether it is for training or for testing, as there. Whoever
-sees only a question can do no better than guess: TEMPLATES says among how many answers. Numbers
-have two digits, names come in any order, yes and no are equally frequent, so are the four letters.
-No answer is ambiguous: no number, name or colour that is asked for comes twice.
+The `write_*` functions store drawings in the two public formats that the real training data has:
+LLaVA JSON with a folder of images, and the Parquet files of Hugging Face. Tests are in
+tiny/standins.py.
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -41,6 +46,9 @@ HALVES = {"fine": tuple(FINE), "coarse": tuple(COARSE)}
 # here twice. The coarse kinds are equally frequent, so that none can be guessed.
 KINDS = 3 * (*FINE, "list", "table") + 4 * tuple(COARSE)
 
+PRETRAIN, FINETUNE = 8000, 16000                # captions and conversations to train on
+VERSION = 7                                     # to be raised whenever other pictures are drawn
+
 INSTRUCTIONS = (SHORT, PHRASE)                  # of short answers, as benchmarks have them
 YES_OR_NO = ("Yes", "No")
 
@@ -48,7 +56,7 @@ YES_OR_NO = ("Yes", "No")
 class Template(NamedTuple):
     """A form of question."""
     half: str
-    share: int         # of the exam of its half, in percent
+    share: int         # of the questions about its half, in percent
     answers: int       # how many are equally likely for who sees no picture
     kinds: tuple       # of pictures that it is asked about
 
@@ -89,11 +97,11 @@ TEMPLATES = {
     "larger": Template("coarse", 5, 2, ("shapes", "bars", "pie")),
     "rise": Template("coarse", 2, 2, ("line",)),
 }
-# What each of the thirteen benchmarks of the paper can be drawn from.
 CHOICES = tuple(name for name in TEMPLATES if name.endswith(" letter"))
+# The templates that each of the paper's thirteen benchmarks asks in tiny/standins.py.
 BENCHMARKS = {
     # General
-    "gqa": ("colour", "shape", "exists", "left", "above"),
+    "gqa": ("colour", "shape", "exists", "left", "above", "most"),
     "mme": ("exists", "left", "above", "larger", "rise"),
     # Knowledge
     "mmstar": CHOICES, "mmmu": CHOICES, "scienceqa": CHOICES, "ai2d": CHOICES,
@@ -101,12 +109,13 @@ BENCHMARKS = {
     "chartqa": ("bars value", "bars name", "bars colour", "bars item"),
     "docvqa": ("form field", "form which", "receipt price", "receipt item", "receipt amount",
                "receipt total"),
-    "textvqa": ("list number", "list name", "list below"),
-    "ocrbench": ("table cell", "table row", "table column", "list number"),
+    # Only what names no name: the benchmark's rule asks in small letters, training does not.
+    "textvqa": ("list name", "table row"),
+    "ocrbench": ("table cell", "table row", "table column", "list number", "list below"),
     # Vision-Centric
     "realworldqa": ("count", "kind", "title", "word", "colour letter"),
-    "cvbench2d": ("count", "left", "above"),
-    "cvbench3d": ("larger", "most"),
+    "cvbench2d": ("count letter", "left", "above"),
+    "cvbench3d": ("larger", "rise"),
 }
 
 
@@ -130,7 +139,8 @@ def compose(seed, split="train", kinds=KINDS, side=TILE):
 def in_random_order(rng, qa):
     """Questions in random order, such that often asked templates tend to come first.
 
-    A template shares its weight among its questions; for the formula see draw.in_random_order.
+    A template shares its weight among its questions. Sorting by random ** (1 / weight) draws
+    without replacement in proportion to the weights (Efraimidis and Spirakis, 2006).
     """
     names = [question.template for question in qa]
     weights = {name: TEMPLATES[name].share / names.count(name) for name in names}
@@ -220,17 +230,6 @@ def ask(seed, templates, split="test", side=TILE):
             return content, rng.choice(fitting)
 
 
-def make_exam(seed, count, half, side=TILE, scale=1):
-    """Yield `count` times (image, prompt, answer, template), all of the test split of a half.
-
-    A reply is right if it equals the answer as benchmarks.task.exact_match compares.
-    """
-    templates = templates_of(half)
-    for number in range(seed, seed + count):
-        content, question = ask(number, templates, "test", side)
-        yield content.paint(scale).image, prompt(question), question.answer, question.template
-
-
 # ---- writing -------------------------------------------------------------------------------------
 
 def make_stored(seed, kinds=KINDS, side=TILE, scale=1):
@@ -256,7 +255,7 @@ def write_captions(folder, count, seed=0, side=TILE, scale=1, mapper=map):
         (folder / "images" / name).write_bytes(content)
         turns = [{"from": "human", "value": "Say what the picture shows.\n<image>"},
                  {"from": "gpt", "value": drawing.caption}]
-        records.append({"id": f"world-{seed + number}", "image": name, "conversations": turns})
+        records.append({"id": f"drawn-{seed + number}", "image": name, "conversations": turns})
     with open(folder / "captions.json", "w") as file:
         json.dump(records, file, indent=0)
 
@@ -271,41 +270,37 @@ def write_conversations(folder, count, seed=0, side=TILE, scale=1, mapper=map):
         numbers = range(seed + shard * count // 2, seed + (shard + 1) * count // 2)
         rows = []
         for number, (drawing, content) in zip(numbers, mapper(make, numbers)):
-            rows.append({"id": f"world-{number}", "conversations": conversation(drawing),
-                         "data_source": f"world-{drawing.kind}",
+            rows.append({"id": f"drawn-{number}", "conversations": conversation(drawing),
+                         "data_source": f"drawn-{drawing.kind}",
                          "image": {"bytes": content, "path": f"{number}.png"}})
         draw.write_parquet_file(Path(folder, "data", f"train-{shard:05d}-of-00002.parquet"), rows)
 
 
-def write_exam(path, count, half, seed=0, side=TILE, scale=1):
-    """An exam as a Parquet file with the columns image, question, answer and template."""
-    rows = []
-    for number, (image, question, answer, template) in enumerate(
-            make_exam(seed, count, half, side, scale)):
-        rows.append({"image": {"bytes": draw.png(image), "path": f"{number}.png"},
-                     "question": question, "answer": answer, "template": template})
-    draw.write_parquet_file(path, rows)
+def write_all(folder, pretrain=PRETRAIN, finetune=FINETUNE, side=TILE, scale=1):
+    """Captions and conversations in one folder, drawn on all cores. -> whether it had to.
 
-
-def write_all(folder, pretrain=8000, finetune=16000, test=1000, side=TILE, scale=1):
-    """Captions, conversations and both exams in one folder, drawn on all cores.
-
-    `world.json` is written last. It says that all is there; then nothing is drawn again.
+    `drawn.json` is written last. It says that all is there; then nothing is drawn again. Where it
+    tells of another version, the stand-ins in eval/ are of that version, too: they are put aside as
+    eval.old1/, so that no model is asked about another world.
     """
     folder = Path(folder)
-    finished = folder / "world.json"
-    wanted = {"pretrain": pretrain, "finetune": finetune, "test": test, "side": side,
-              "scale": scale, "version": 1}      # to be raised whenever other pictures are drawn
-    if finished.exists() and json.loads(finished.read_text()) == wanted:
-        return
+    finished = folder / "drawn.json"
+    wanted = {"pretrain": pretrain, "finetune": finetune, "side": side, "scale": scale,
+              "version": VERSION}
+    found = json.loads(finished.read_text()) if finished.exists() else {}
+    if found == wanted:
+        return False
+    if found.get("version", VERSION) != VERSION and (folder / "eval").exists():
+        names = (folder / f"eval.old{number}" for number in itertools.count(1))
+        (folder / "eval").rename(next(name for name in names if not name.exists()))
+    finished.unlink(missing_ok=True)
     options = {"side": side, "scale": scale}
     with ProcessPoolExecutor() as pool:
         mapper = partial(pool.map, chunksize=32)
         write_captions(folder / "pretrain", pretrain, 0, mapper=mapper, **options)
         write_conversations(folder / "finetune", finetune, 1_000_000, mapper=mapper, **options)
-    for half in HALVES:
-        write_exam(folder / "eval" / f"{half}.parquet", test, half, **options)
     finished.write_text(json.dumps(wanted))
+    return True
 
 
 def overview(count, kinds=KINDS, side=TILE, zoom=3, seed=0):
@@ -328,7 +323,7 @@ def arguments(argv=None):
     """The command line, read."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="data/world",
+    parser.add_argument("--out", default="data/tiny",
                         help="folder to write to (with --show: the PNG file)")
     parser.add_argument("--show", type=int, default=0, metavar="N",
                         help="draw one sheet of N pictures instead")
@@ -347,9 +342,11 @@ def main(argv=None):
     if args.show:
         kinds = HALVES[args.half] if args.half else KINDS
         overview(args.show, kinds, side).save(args.out)
+        wrote = True
     else:
-        write_all(args.out, side=side, scale=args.scale)
-    print(f"tiny.world: wrote {args.out}")
+        wrote = write_all(args.out, side=side, scale=args.scale)
+    print(f"tiny.world: {'wrote' if wrote else 'nothing to draw,'} {args.out}"
+          f"{'' if wrote else ' is there'}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ from eval import folder_name
 from model import PRESETS, LLaVAVR, LLaVAVRConfig
 from storage.log import read as read_log
 from storage.weights import fingerprint, read_tensors
-from tiny import draw
+from tiny import world
 from tools import plan
 from tools.bench import timed
 from tools.cost import parameters
@@ -68,7 +68,7 @@ from tools.tables import (
     TEXT, TILES, last_world, lines_of, listing, markdown, minutes, put, scores)
 
 DRAWN = Path("data/tiny")
-DRAW = ["-m", "tiny.draw", "--out", str(DRAWN)]            # what draws it, after "python"
+DRAW = ["-m", "tiny.world", "--out", str(DRAWN)]            # what draws it, after "python"
 EXAM_TASKS = "all"          # of eval.py: the stand-ins of the thirteen benchmarks
 REFERENCE = plan.normal(plan.SELA)      # the model whose time is that of all, with --equal-time
 QUICK = {"limit": 48, "questions": 4, "seeds": 1}
@@ -530,11 +530,11 @@ def first_token(folder, ask, rounds=101):
     config, _ = LLaVAVRConfig.read(folder, {})
     plain = LLaVAVR(replace(config, projector="mlp", side=config.feature_side, remember=())).eval()
     plain.read_tokenizer(folder)
-    drawing = draw.make_drawing(0, "test")
+    drawing = world.make_drawing(0, "test")
     pad_id = model.tokenizer.token_to_id("<|endoftext|>")
     ways = {}
     for name, one in (("model", model), ("plain", plain)):
-        sample = one.encode_prompt(drawing.image, drawing.qa[0].question)
+        sample = one.encode_prompt(drawing.image, drawing.qa[0].text)
         ways[name] = functools.partial(one.prefill, [sample], pad_id, 1)
     seconds = timed(ways, rounds, torch.device("cpu"))
     ratios = [ours / theirs for ours, theirs in zip(seconds["model"], seconds["plain"])]

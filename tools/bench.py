@@ -30,7 +30,7 @@ from PIL import Image
 
 import data
 from model import PRESETS, LLaVAVR
-from tiny import draw
+from tiny import world
 from tools import cost
 from tools.convert import pinpoints, to_next
 
@@ -271,17 +271,17 @@ def inputs_of_transformers(model, padded, pictures, config):
 
 
 def answers(args, pictures=True):
-    """Questions about drawn charts, answered together and one at a time."""
+    """Questions about drawn pictures, answered together and one at a time."""
     model = build(args).eval()
     model.read_tokenizer(args.tokenizer)
-    scale = model.config.vision.image_size / 112         # draw.py draws for tiles of 112 pixels
+    scale = model.config.vision.image_size / 112         # drawn for tiles of 112 pixels
     images, questions = [], []
-    charts = math.ceil(args.count / args.each)
-    for number in range(charts):
-        chart = draw.make_drawing(args.seed + number, "test", draw.CHARTS, scale=scale)
-        for qa in chart.qa[:args.each]:                  # a chart may have fewer questions
-            images.append(chart.image if pictures else None)
-            questions.append(qa.question + draw.SHORT)
+    drawings = math.ceil(args.count / args.each)
+    for number in range(drawings):
+        drawing = world.make_drawing(args.seed + number, "test", side=224, scale=scale)
+        for qa in drawing.qa[:args.each]:                # one may have fewer questions
+            images.append(drawing.image if pictures else None)
+            questions.append(world.prompt(qa))
     images, questions = images[:args.count], questions[:args.count]
     count = len(questions)
 
@@ -292,7 +292,7 @@ def answers(args, pictures=True):
         for image, question in zip(images, questions):
             model.generate([image], [question], args.tokens)
     about = "about" if pictures else "without their"
-    print(f"{count} questions {about} {charts} pictures, at most {args.tokens} tokens each")
+    print(f"{count} questions {about} {drawings} pictures, at most {args.tokens} tokens each")
     compare(args, {f"{count} together": together, "one by one": one_by_one}, count, "answers")
 
 

@@ -294,7 +294,7 @@ def parse(argv):
                         help="processes of --check; default: none but this one")
     parser.add_argument("--template", choices=data.FRAME, default="chat")
     parser.add_argument("--mode", choices=data.MODES,
-                        help="default: square for plain, a4 for chat")
+                        help="default: square for plain and data/tiny, else a4")
     parser.add_argument("--tokenizer", metavar="FOLDER",
                         help="default: tiny/qwen2 for data/tiny, else Qwen2-0.5B-Instruct's")
     parser.add_argument("--tile", type=int,
@@ -307,7 +307,8 @@ def parse(argv):
     args.tiny = Path("data/tiny").resolve() in Path(args.check or args.data).resolve().parents
     args.side = args.side or (4 if args.tiny else 12)
     args.tile = args.tile or (112 if args.tiny else 336)
-    args.mode = args.mode or ("square" if args.template == "plain" else "a4")
+    one_tile = args.template == "plain" or args.tiny
+    args.mode = args.mode or ("square" if one_tile else "a4")
     args.tokenizer = args.tokenizer or ("tiny/qwen2" if args.tiny
                                         else "weights/Qwen2-0.5B-Instruct")
     return args
@@ -322,7 +323,7 @@ def main(argv=None):
         raise ValueError(f"--show {args.show}: ask for at least one sample")
     if args.tiny and not os.path.exists(args.data):
         raise FileNotFoundError(f"{args.data} does not exist: "
-                                "python -m tiny.draw --out data/tiny draws it; or give --data")
+                                "python -m tiny.world --out data/tiny draws it; or give --data")
     tokenizer = data.load_tokenizer(args.tokenizer)
     form = data.SampleFormat(args.template, args.mode, args.side, args.tile)
     show(records.open_records(args.data, args.images), args.show, tokenizer, form, args.out)

@@ -1,6 +1,6 @@
 """Shows on one page what a trained model does with a picture and a question.
 
-    python -m tools.look --preset tiny --image chart.png "How much is Bus?"      # writes look.html
+    python -m tools.look --preset tiny --image list.png "What number stands beside Iran?"
     python -m tools.look --model runs/7b/phase2 --image a.jpg "Who is this?" --out a.html
 
 The tiles and the order of their tokens, the saliency map (Eq. 3), what each vision token remembers,
