@@ -180,15 +180,21 @@ def test_the_answers_of_a_coarse_drill_are_true():
 
 
 def test_a_choice_drill_names_the_letter_of_its_word():
-    """In whatever form its options are printed."""
-    tokenizer = data.load_tokenizer(TOKENIZER)
+    """In whatever form its options are printed, as a drill and as a conversation."""
+    tokenizer, found = data.load_tokenizer(TOKENIZER), Counter()
     for number in range(20):
         sample = lessons.choice_drill(tokenizer, number)
-        text, trained = tokenizer.decode(sample["input_ids"]), [label for label in sample["labels"] if label >= 0]
-        assert len(trained) == 10
-        for letter, block in zip(tokenizer.decode(trained), re.findall(r" (?:Which is )?(\w+)\??\n(.*?)(?=\n?[A-D] |\n?[A-D]$)",
-                                                                       text, re.S)):
-            assert re.search(rf"(?:\({letter}\)|{letter}[.:]) {block[0]}\b", block[1]), (letter, block)
+        text = tokenizer.decode(sample["input_ids"], skip_special_tokens=False)
+        is_talk = "<|im_start|>" in text
+        asked = re.split(r"\n(?=[A-D] )|assistant\n(?=[A-D]<)|\n(?=[A-D]$)", text)
+        for block, rest in zip(asked, asked[1:]):
+            block = block[block.rfind("user\n"):].removeprefix("user\n") if is_talk else block
+            word = re.search(r"(?:^|[A-D] | )(?:Which is )?(\w+)\??\n", block)[1]
+            assert re.search(rf"(?:\({rest[0]}\)|\b{rest[0]}[.:]) {word}\b", block), (rest[0], block)
+            found[is_talk] += 1
+        trained = [label for label in sample["labels"] if label >= 0]
+        assert len(trained) == (12 if is_talk else 10)                          # a talk also ends its turns
+    assert min(found[True], found[False]) > 20
 
 
 def test_a_lesson_is_a_function_of_its_number():

@@ -290,6 +290,15 @@ def test_a_model_of_two_tables_is_one_point_and_parts_taken_out_are_none(results
     assert len(found) == len(plan.TABLES["fig1a"])
 
 
+def test_what_others_do_has_a_colour_of_its_own():
+    """A competitor drawn as ours would praise us."""
+    kinds = {row.label: plot.kind_of(row) for name in ("1", "4a", "4b", "beyond") for row in plan.TABLES[name]}
+    assert kinds["ours"] == kinds["narrow SELA, keys and values shared"] == "with Vision Remember"
+    others = ["Global Attn", "Defor Attn", "DeepStack's addition", "spatial vision aggregator (Cambrian)"]
+    assert {kinds[label] for label in others} == {"looks back in another way"}
+    assert kinds["FastV"] == "pruned or resized" and kinds["DeCo"] == "compressed"
+
+
 def test_figure_1a_has_every_group_with_and_without_remembering(results):
     """Over tokens of a tile; what is not compressed belongs to the curve without."""
     found = of_figure(results, "fig1a")

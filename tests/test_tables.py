@@ -46,7 +46,8 @@ def test_the_same_key_is_replaced_not_doubled(args):
     assert len(found) == len(changes) and [one["scores"]["Avg"]["score"] for one in found] == [50.0] * 6 + [60.0]
 
 
-@pytest.mark.parametrize("damaged", ["def test_a_damaged_line_is_named_and_never_lost(damaged, args):
+@pytest.mark.parametrize("damaged", ["<<<<<<< HEAD", "[1]", '{"flags": ""}'])
+def test_a_damaged_line_is_named_and_never_lost(damaged, args):
     """Only the last may be cut. Another was edited, and to rewrite the file without it would delete it."""
     args.out.write_text(f"{json.dumps(line())}\n{damaged}\n{json.dumps(line(seed=2))}\n")
     with pytest.raises(ValueError, match="line 2 is no result .*: mend or remove it") as caught:

@@ -33,6 +33,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 import data
+from benchmarks.task import LETTER
 from model import PRESETS
 from tiny import draw, kinds, world
 
@@ -220,6 +221,12 @@ def drill_sample(tokenizer, name, parts):
     return sample
 
 
+def talk_sample(tokenizer, name, turns):
+    """A conversation -> a sample for data.collate, without a picture."""
+    ids, labels = data.encode_chat(tokenizer, turns, [])
+    return {"id": name, "input_ids": ids, "labels": labels, "tiles": (), "plans": []}
+
+
 def copy_drill(tokenizer, number):
     """Words in any order, then the same words again."""
     rng = random.Random(number)
@@ -266,18 +273,33 @@ def colour_drill(tokenizer, number):
 
 
 def choice_drill(tokenizer, number):
-    """A word, options, and the letter of the word, ten times. A choice about a picture needs this
-    and a look at it, and from such choices alone the decoder did not learn it."""
+    """A word, options, and the letter of the word: ten as a drill, or six as a conversation.
+
+    A choice about a picture needs this and a look at it. From such choices alone the decoder
+    learned neither.
+    """
     rng = random.Random(f"choice {number}")
     words = [*WORDS[1:], *COLOURS[1:], *map(str, range(1, 100)), *draw.SHAPES, *COARSE,
              *world.YES_OR_NO]
-    parts = []
+    asked = []
     for _ in range(10):
         options = rng.sample(words, rng.choice((2, 4, 4, 4)))
         letter, word = rng.choice(list(zip(world.LETTERS, options)))
-        asked = rng.choice((f" Which is {word}?", f" {word}"))
-        parts += [(f"{asked}{some_form(rng)(options)}\n", False), (letter, True)]
-    return drill_sample(tokenizer, f"choice-{number}", parts)
+        text = rng.choice((f"Which is {word}?", word)) + some_form(rng)(options)
+        asked.append((text, letter))
+    if rng.random() < 0.3:
+        parts = [part for text, letter in asked
+                 for part in ((f" {text}{some_instruction(rng)}\n", False), (letter, True))]
+        return drill_sample(tokenizer, f"choice-{number}", parts)
+    turns = []
+    for text, letter in asked[:6]:
+        turns += [{"from": "human", "value": text + LETTER}, {"from": "gpt", "value": letter}]
+    return talk_sample(tokenizer, f"choice-{number}", turns)
+
+
+def some_instruction(rng):
+    """That of questions with options, or none."""
+    return rng.choice(("", LETTER))
 
 
 def some_form(rng):
@@ -295,8 +317,7 @@ def text_talk(tokenizer, number):
                  {"from": "gpt", "value": content.caption},
                  {"from": "human", "value": question}, *turns[1:]]
     turns[0]["value"] = turns[0]["value"].replace(data.MARK, content.caption)
-    ids, labels = data.encode_chat(tokenizer, turns, [])
-    return {"id": f"text-{number}", "input_ids": ids, "labels": labels, "tiles": [], "plans": []}
+    return talk_sample(tokenizer, f"text-{number}", turns)
 
 
 def text_drill(tokenizer, number):
@@ -381,8 +402,8 @@ def coarse_parts(rng, drawing):
     asked = []
     for question in drawing.qa:
         if question.options:
-            text = f"{question.text}{some_form(rng)(question.options)}\n"
-            asked.append((text, question.answer))
+            text = question.text + some_form(rng)(question.options) + some_instruction(rng)
+            asked.append((f"{text}\n", question.answer))
         else:
             asked.append((question.text, f" {question.answer},"))
     asked += [(f"any {colour}", " Yes," if colour in things else " No,")
@@ -470,8 +491,8 @@ def side_of(seed, step, single):
 
 # Lessons of the stage "joint", with their shares in its first third, which is to look things up,
 # and in the rest. Those of WITHOUT_PICTURES keep what the decoder knows.
-JOINT = {picture_drill: (10, 5), coarse_drill: (5, 4), picture_caption: (1, 2),
-         picture_talk: (2, 6), choice_drill: (1, 1), colour_drill: (1, 1), text_talk: (0, 1)}
+JOINT = {picture_drill: (10, 5), coarse_drill: (5, 5), picture_caption: (1, 2),
+         picture_talk: (2, 7), choice_drill: (1, 2), colour_drill: (1, 1), text_talk: (0, 1)}
 WITHOUT_PICTURES = (choice_drill, colour_drill, text_talk)
 
 

@@ -191,6 +191,7 @@ def prepare(args, programs):
     folder = exam_folder(args)
     if not folder.exists():
         unfinished = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(unfinished, ignore_errors=True)              # of a run that was stopped
         command, _, count = exam_words(args)[1:]
         programs.call(["-m", command, str(unfinished), count], log)
         unfinished.rename(folder)

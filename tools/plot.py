@@ -265,7 +265,8 @@ STYLE = {"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY,
          "svg.fonttype": "none", "svg.hashsalt": "tools.plot",
          "savefig.transparent": True}
 COLOURS = {"no compression": "#8a8a8a", "pruned or resized": "#2f9e5b", "compressed": "#3f83c8",
-           "with Vision Remember": "#dd6b20"}
+           "with Vision Remember": "#dd6b20", "looks back in another way": "#b0568f"}
+OTHERS = ("global", "deformable", "deepstack", "sva")       # how the interactions of others begin
 
 
 class System(NamedTuple):
@@ -287,7 +288,8 @@ def kind_of(row):
     if "--prune" in row.ask:
         return "pruned or resized"
     if "--remember none" not in row.flags:
-        return "with Vision Remember"
+        is_other = any(f"--interaction {name}" in row.flags for name in OTHERS)
+        return "looks back in another way" if is_other else "with Vision Remember"
     return "no compression" if "mlp" in row.flags else "compressed"
 
 
