@@ -491,8 +491,8 @@ def side_of(seed, step, single):
 
 # Lessons of the stage "joint", with their shares in its first third, which is to look things up,
 # and in the rest. Those of WITHOUT_PICTURES keep what the decoder knows.
-JOINT = {picture_drill: (10, 5), coarse_drill: (5, 5), picture_caption: (1, 2),
-         picture_talk: (2, 7), choice_drill: (1, 2), colour_drill: (1, 1), text_talk: (0, 1)}
+JOINT = {picture_drill: (10, 9), coarse_drill: (5, 3), picture_caption: (1, 2),
+         picture_talk: (2, 8), choice_drill: (1, 1), colour_drill: (1, 1), text_talk: (0, 1)}
 WITHOUT_PICTURES = (choice_drill, colour_drill, text_talk)
 
 
