@@ -117,14 +117,14 @@ def test_the_decoder_knows_no_pictures_and_data_no_model():
 
 def test_what_train_py_reaches_stays_an_afternoon():
     """Tokens of train.py and all it imports, and lines of the six story files. 24,000 tokens and 2,300 lines, a page more
-    since every compared system can be chosen, and 15 lines since heads start on features of their own. compared/ is not
-    counted: nobody needs it to follow the paper's own."""
+    since every compared system can be chosen, and 15 lines since heads start on features of their own, and ten since a drawn
+    preset trains on a part and a CPU in bf16. compared/ is not counted: nobody needs it to follow the paper's own."""
     tokens = {module: tokens_of(module) for module in reachable("train") if not module.startswith("compared")}
     lines = {module: len(lines_of(module)) for module in STORY}
     print(f"tokens {sum(tokens.values()):,} {tokens}\nlines of the story {sum(lines.values()):,} {lines}")
     assert {"train", "model", "data", "storage.weights"} <= tokens.keys()
-    assert sum(tokens.values()) <= 24_800
-    assert sum(lines.values()) <= 2_385
+    assert sum(tokens.values()) <= 24_900
+    assert sum(lines.values()) <= 2_395
 
 
 @pytest.mark.parametrize("module", PATHS)

@@ -69,6 +69,7 @@ from tools.tables import (
 
 DRAWN = Path("data/tiny")
 DRAW = ["-m", "tiny.world", "--out", str(DRAWN)]            # what draws it, after "python"
+PRECISION = "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"    # what trains faster here
 EXAM_TASKS = "all"          # of eval.py: the stand-ins of the thirteen benchmarks
 REFERENCE = plan.normal(plan.SELA)      # the model whose time is that of all, with --equal-time
 QUICK = {"limit": 48, "questions": 4, "seeds": 1}
@@ -208,13 +209,14 @@ def trainings(args, job):
     """What trains a job's model: a list of what follows "python", to be run in order. Ours come
     last, so they hold."""
     words = ["train.py", "--preset", PRESET, *shlex.split(job.flags), "--name", job.name,
-             "--seed", str(job.seed), "--out", str(args.runs), "--workers", "0"]
+             "--seed", str(job.seed), "--out", str(args.runs), "--workers", "0",
+             "--precision", PRECISION]
     if args.curve:
         words += ["--save-every", str(args.curve), "--keep-every", str(args.curve)]
     if args.equal_time:
         phases = zip(("1", "2"), args.records[job.flags, job.seed])
         return [[*words, "--phase", phase, *records] for phase, records in phases]
-    return [[*words, "--limit", str(args.limit)] if args.limit else words]
+    return [[*words, "--limit", str(args.limit or world.FINETUNE)]]       # which are all
 
 
 def eval_words(args, model, out, ask="", blind=False):
