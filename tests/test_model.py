@@ -227,7 +227,7 @@ def test_a_picture_over_its_budget_is_shrunk_as_planned(size):
 @pytest.mark.parametrize("kind", ("picture", "text"))
 def test_gradients_reach_all_that_is_trained_and_nothing_frozen(phase, kind):
     """Also where a batch holds no picture: DDP waits for a gradient of every parameter, if only of zero."""
-    model, recipe = wake(tiny_model()), train.recipe_of("tiny", phase)
+    model, recipe = wake(tiny_model()), train.RECIPES[phase]
     train.freeze(model, recipe.trains)
     train.touch_every_parameter(model)
     optimizer = train.build_optimizer(model, recipe)
