@@ -33,6 +33,11 @@ class Question(NamedTuple):
     about: str         # the fact. Whoever knows one answer about it knows the others
     options: tuple = ()     # to choose from, in order; the answer is then a letter
 
+    def with_options(self, options):
+        """The same question with options, one of which is its answer. So far it has none."""
+        letter = LETTERS[options.index(self.answer)]
+        return self._replace(answer=letter, options=tuple(options))
+
 
 class Print(NamedTuple):
     """A size of print, in pixels."""
@@ -342,9 +347,7 @@ def with_letters(rng, question, others):
     """The same question with four choices, whose answer is a letter. `others` are wrong answers."""
     options = [question.answer, *rng.sample(sorted(set(others) - {question.answer}), 3)]
     rng.shuffle(options)
-    letter = LETTERS[options.index(question.answer)]
-    return question._replace(answer=letter, template=f"{question.template} letter",
-                             options=tuple(options))
+    return question.with_options(options)._replace(template=f"{question.template} letter")
 
 
 def both_ways(rng, question, others):

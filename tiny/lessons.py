@@ -275,8 +275,8 @@ def colour_drill(tokenizer, number):
 def choice_drill(tokenizer, number):
     """A word, options, and the letter of the word: ten as a drill, or six as a conversation.
 
-    A choice about a picture needs this and a look at it. From such choices alone the decoder
-    learned neither.
+    A choice about a picture needs this and a look at the picture. Without this drill all choices
+    stayed at chance.
     """
     rng = random.Random(f"choice {number}")
     words = [*WORDS[1:], *COLOURS[1:], *map(str, range(1, 100)), *draw.SHAPES, *COARSE,
@@ -285,7 +285,7 @@ def choice_drill(tokenizer, number):
     for _ in range(10):
         options = rng.sample(words, rng.choice((2, 4, 4, 4)))
         letter, word = rng.choice(list(zip(world.LETTERS, options)))
-        text = rng.choice((f"Which is {word}?", word)) + some_form(rng)(options)
+        text = rng.choice((f"Which is {word}?", word)) + rng.choice(world.FORMS)(options)
         asked.append((text, letter))
     if rng.random() < 0.3:
         parts = [part for text, letter in asked
@@ -300,11 +300,6 @@ def choice_drill(tokenizer, number):
 def some_instruction(rng):
     """That of questions with options, or none."""
     return rng.choice(("", LETTER))
-
-
-def some_form(rng):
-    """How options are printed: one of the benchmarks' forms."""
-    return rng.choice((world.lines, world.lines, world.one_line, world.brackets))
 
 
 def text_talk(tokenizer, number):
@@ -402,7 +397,7 @@ def coarse_parts(rng, drawing):
     asked = []
     for question in drawing.qa:
         if question.options:
-            text = question.text + some_form(rng)(question.options) + some_instruction(rng)
+            text = question.text + rng.choice(world.FORMS)(question.options) + some_instruction(rng)
             asked.append((f"{text}\n", question.answer))
         else:
             asked.append((question.text, f" {question.answer},"))

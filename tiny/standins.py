@@ -85,8 +85,8 @@ def as_choice(sample, number):
     question, place = sample.question, number % 2
     if question.options:
         return sample
-    options = tuple(sorted(world.YES_OR_NO, key=question.answer.__eq__, reverse=place == 0))
-    return sample._replace(question=question._replace(answer=LETTERS[place], options=options))
+    options = sorted(world.YES_OR_NO, key=question.answer.__eq__, reverse=place == 0)
+    return sample._replace(question=question.with_options(options))
 
 
 # ---- General -------------------------------------------------------------------------------------

@@ -173,6 +173,9 @@ def brackets(options):
     return "".join(f"\n({letter}) {option}" for letter, option in zip(LETTERS, options))
 
 
+FORMS = (lines, lines, one_line, brackets)      # as often as benchmarks have them
+
+
 def prompt(question, form=lines, short=SHORT):
     """The text of a question with its instruction, as a benchmark asks it."""
     return question.text + (form(question.options) + LETTER if question.options else short)
@@ -193,19 +196,13 @@ def conversation(drawing, limit=8):
     turns = []
     for i, question in enumerate(list(asked.values())[:limit]):
         if question.answer in YES_OR_NO and rng.random() < 1 / 3:
-            question = as_choice(rng, question)
-        form, short = rng.choice((lines, lines, one_line, brackets)), rng.choice(INSTRUCTIONS)
+            question = question.with_options(rng.sample(YES_OR_NO, 2))
+        form, short = rng.choice(FORMS), rng.choice(INSTRUCTIONS)
         is_bare = i > 0 and not question.options
         text = question.text if is_bare else prompt(question, form, short)
         turns.append({"from": "human", "value": text if i else f"<image>\n{text}"})
         turns.append({"from": "gpt", "value": question.answer})
     return turns
-
-
-def as_choice(rng, question):
-    """A question for yes or no, with these as options A and B in any order."""
-    options = tuple(rng.sample(YES_OR_NO, 2))
-    return question._replace(answer=LETTERS[options.index(question.answer)], options=options)
 
 
 def templates_of(half):
