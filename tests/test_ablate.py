@@ -24,6 +24,7 @@ from compared import choices
 from helpers import ROOT, randomise, tiny_model
 from model import LLaVAVR
 from storage import checkpoint
+from tiny import world
 from tools import ablate, plan, tables
 from tools.cost import choose
 
@@ -101,6 +102,8 @@ def test_each_model_is_trained_once_and_each_row_gets_its_line(stub):
     """Table 1 of two seeds: five models a seed, of which one is asked in six ways."""
     ablate.main(["--table", "1", "--seeds", "2"])
     assert len(stub.of("train.py")) == len(set(stub.of("train.py"))) == 10
+    limits = {words[words.index("--limit") + 1] for words in stub.called if words[0] == "train.py"}
+    assert limits == {str(max(world.PRETRAIN, world.FINETUNE))}, "all that is drawn, not the part of --preset tiny"
     found = {(line["flags"], line["ask"], line["seed"]): line for line in lines()}
     assert len(found) == len(lines()) == 20
     line = found[plan.MLP, "--prune fastv:match", 2]
@@ -130,6 +133,14 @@ def test_a_line_holds_the_commands_that_make_it_again(stub):
     assert (args.limit, args.seed, args.out, args.remember) == (32, 1, "runs/ablation-limit32", ())
     assert run.model == Path("runs/ablation-limit32") / choices.folder_of(args) / "phase2"
     assert (str(run.data), run.prune, run.blind, run.draws) == ("data/tiny/exam-w-7", "pdrop", False, False)
+
+
+def test_an_exam_that_was_half_drawn_is_drawn_anew(stub):
+    """What is there would be left alone, and models would be asked half of a benchmark."""
+    left = Path("data/tiny/exam-w-7.partial")
+    (left / "GQA").mkdir(parents=True)
+    ablate.main(["--table", "5", "--seeds", "1", "--questions", "7"])
+    assert Path("data/tiny/exam-w-7").is_dir() and not Path("data/tiny/exam-w-7/GQA").exists() and not left.exists()
 
 
 def test_what_is_done_is_not_done_again(stub):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import qwen2
 from model import recomputed
-from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config, attention
+from qwen2 import QWEN2, KVCache, Packing, Qwen2, Qwen2Config, attention
 from tiny.parts import save_qwen2
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -219,6 +219,16 @@ def test_attention_is_causal_softmax_with_shared_heads():
     scores = q @ k.repeat_interleave(3, 1).transpose(-1, -2) / 4 ** 0.5
     scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
     assert torch.allclose(attention(q, k, v), scores.softmax(-1) @ v.repeat_interleave(3, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", (None, Packing.of([2, 3], 5, "cpu")))
+def test_a_cpu_attends_in_float32_under_autocast(scope):
+    """In bf16 the fused kernel's backward takes several times longer there; projections may stay in bf16."""
+    q, k, v = (torch.randn(1, heads, 5, 4).bfloat16() for heads in (6, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(q, k, v, scope)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, attention(q.float(), k.float(), v.float(), scope))
 
 
 def test_a_tied_head_is_one_parameter(model, tmp_path):

@@ -541,6 +541,14 @@ def test_a_gradient_that_is_no_number_stops_before_the_step(world, tmp_path, mon
         train.main(flags(world, tmp_path, "--phase", "1"))
 
 
+def test_a_drawn_preset_trains_on_a_part_unless_told_otherwise():
+    """Minutes on a laptop by default; data of one's own is never cut."""
+    def limit(*words):
+        return train.arguments(words).limit
+    assert limit("--preset", "tiny") == train.DRAWN_LIMIT and limit("--preset", "tiny", "--limit", "7") == 7
+    assert limit("--preset", "tiny", "--data", "mine.json") is None and limit("--preset", "0.5b") is None
+
+
 def test_vision_remember_learns_at_its_own_rate(world, tmp_path):
     """--remember-lr is the peak of Vision Remember alone; without it all that trains has one rate."""
     def peaks(*more):

@@ -69,7 +69,7 @@ from tools.tables import (
 
 DRAWN = Path("data/tiny")
 DRAW = ["-m", "tiny.world", "--out", str(DRAWN)]            # what draws it, after "python"
-PRECISION = "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"    # what trains faster here
+PRECISION = "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"    # which trains faster
 EXAM_TASKS = "all"          # of eval.py: the stand-ins of the thirteen benchmarks
 REFERENCE = plan.normal(plan.SELA)      # the model whose time is that of all, with --equal-time
 QUICK = {"limit": 48, "questions": 4, "seeds": 1}
