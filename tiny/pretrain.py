@@ -10,16 +10,17 @@ order; what they learn from is in tiny/lessons.py.
 
 tokenizer   byte-level BPE with Qwen2's splitting rule and special tokens, on all that is said in
             tiny/world.py
-language    the decoder alone, from noise. Drills to copy and to recall, then also facts and
-            conversations in which the caption stands in for the picture
+language    the decoder alone, from noise. Drills to copy, to recall and to choose, then also facts
+            and conversations in which the caption stands in for the picture
 vision      the ViT alone, from noise. Every half of a patch says what is printed in it and what
             belongs to that; the CLS token says which words and colours the picture holds. The
             drawing program knows all that. And a linear layer brings each patch near to the
             decoder's vectors of its words. It stands in for CLIP's contrastive training
 joint       the decoder and three projectors side by side: all 64 tokens, pooled 2 x 2 and pooled
-            4 x 4. A step takes one of them, each equally often; each has weights of its own. The
-            ViT is frozen, there is no Vision Remember, and the projectors are thrown away. Before
-            it, "align" trains the three projectors alone, on the same pictures
+            4 x 4. Each has weights of its own. A step with pictures takes one of them, after a
+            start on all 64 each equally often; some steps are text alone, to keep what the decoder
+            knows. The ViT is frozen, there is no Vision Remember, and the projectors are thrown
+            away. Before it, "align" trains the three projectors alone, on the same pictures
 
 The log has figures on pictures of the test split, by size of print, at every checkpoint. A stage
 writes a checkpoint every 500 steps and goes on from it when it is started again. Checkpoints and
@@ -54,7 +55,7 @@ from tiny.lessons import CLASSES, COLOURS, GLYPHS, SIDE, SIDES, TINY, WORDS
 from tiny.parts import save_clip, save_qwen2, start_small
 
 OUT, RUNS = "tiny", "runs/pretrain"
-STEPS = {"language": 7500, "vision": 20000, "align": 1000, "joint": 9000}
+STEPS = {"language": 7500, "vision": 20000, "align": 1000, "joint": 26000}
 CLASSES_SAID = len(WORDS) - 1 + len(COLOURS) - 1 + 10 + 1              # of `vocabulary`
 
 
