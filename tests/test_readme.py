@@ -80,12 +80,13 @@ def test_the_cited_line_is_the_equation(name, file, number, snippet):
 
 
 def test_the_result_is_that_of_the_results_folder():
-    """Score, standard error, n and blind score of each part, and the times, are copied and not retold."""
+    """Scores, standard errors, blind scores and times are copied and not retold."""
     page = PAGES["results/tiny.md"]
     measured = {row[0].split(" (")[0]: row[1:] for row in table_rows(page)}
-    for part in ("GQA", "ChartQA"):
+    for part in ("GQA", "ChartQA"):             # score  stderr  n of all  unparsed  blind ...
         score, error, *_ = printed = re.search(rf"^{part} +(.+)$", README, re.M)[1].split()
         assert [score, error, printed[6]] == measured[part]
+    assert re.search(r"^Avg +(.+)$", README, re.M)[1].split()[:2] == measured["Avg of all thirteen"][:2]
     steps = {"pip install": "install", "train.py": "drawing, phase 1 and phase 2", "eval.py": "evaluation, real and blind"}
     for command, step in steps.items():
         assert re.search(rf"^\$ .*{re.escape(command)}.*# (.+)$", README, re.M)[1] == measured[step][0]
