@@ -223,7 +223,7 @@ def test_attention_is_causal_softmax_with_shared_heads():
 
 @pytest.mark.parametrize("scope", (None, Packing.of([2, 3], 5, "cpu")))
 def test_a_cpu_attends_in_float32_under_autocast(scope):
-    """In bf16 the fused kernel's backward takes several times longer there; projections may stay in bf16."""
+    """The backward of the fused kernel is slow there in bf16; projections may stay in it."""
     q, k, v = (torch.randn(1, heads, 5, 4).bfloat16() for heads in (6, 2, 2))
     with torch.autocast("cpu", torch.bfloat16):
         found = attention(q, k, v, scope)
