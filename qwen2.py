@@ -171,7 +171,7 @@ def attention(q, k, v, scope=None):
     if isinstance(scope, Packing):
         return packed_attention(q, k, v, scope)
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):     # whose backward is slow in bf16
+        with torch.autocast("cpu", enabled=False):   # the backward pass is slow in bf16
             return attention(q.float(), k.float(), v.float(), scope)
     causal, grouped = scope is None, q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, scope, is_causal=causal, enable_gqa=grouped)
