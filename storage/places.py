@@ -28,8 +28,7 @@ HOW_TO_GET = {
         f'{FETCH_DATA} lmms-lab/LLaVA-NeXT-Data --include "data/*" '
         "--local-dir data/LLaVA-NeXT-Data",
     DATA["si"]:
-        f"{FETCH_DATA} lmms-lab/LLaVA-OneVision-Data --local-dir data/LLaVA-OneVision-Data "
-        "and list its folders in the .mix file (docs/data.md)",
+        "git checkout data, and its sets with the commands that it begins with",
 }
 
 

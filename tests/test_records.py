@@ -1,7 +1,11 @@
 """storage.records: the readers of JSON, zip and Parquet, mixtures of them, the estimate. Its index: test_check_data.py."""
 import json
+import math
 import os
 import pickle
+import re
+import shutil
+import subprocess
 import time
 import zipfile
 
@@ -9,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import ROOT
 from record_sets import ask, pack, png, three_records, write_numbers, write_parquet, write_set
 from storage import formats, records
 from storage.records import open_records
@@ -283,6 +288,34 @@ def test_a_mixture_hands_on_what_was_left_out(tmp_path):
     (tmp_path / "x.mix").write_text("a.json last 2")
     problems = []
     assert ids(open_records(tmp_path / "x.mix", problems=problems)) == [0, 2] and len(problems) == 1
+
+
+def test_the_mixture_of_onevision_names_every_source_of_the_stage(tmp_path):
+    """90 sources and 2,621,993 rows, as counted in LLaVA-OneVision's yaml. Six are out of use, and each of the others opens."""
+    text = (ROOT / "data/onevision-si.mix").read_text()
+    found = re.findall(r"^(# )?(LLaVA-\S+) +(all|first \d+%) +# ([\d,]+|\?)", text, re.MULTILINE)
+    rows = {}
+    for _, name, take, told in found:
+        share = 100 if take == "all" else int(take[6:-1])
+        rows[name] = 0 if told == "?" else math.ceil(int(told.replace(",", "")) * share / 100)
+    assert len(rows) == len(found) == 90 and sum(rows.values()) == 2_621_993
+    used = [name for out, name, _, _ in found if not out]
+    write_parquet(tmp_path / "one.parquet", [{"id": "0", "conversations": ask("A?")}])
+    for name in used:
+        (tmp_path / name).mkdir(parents=True)
+        shutil.copy(tmp_path / "one.parquet", tmp_path / name)
+    (tmp_path / "onevision-si.mix").write_text(text)
+    assert [part.path for part in open_records(tmp_path / "onevision-si.mix").parts] == [tmp_path / name for name in used]
+    assert len(used) == 84 and all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_the_mixture_of_onevision_is_part_of_the_repository():
+    """Data is ignored by git, but not this file."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("no git repository")
+    ignored = subprocess.run(["git", "check-ignore", "-q", "data/onevision-si.mix"], cwd=ROOT).returncode
+    others = subprocess.run(["git", "check-ignore", "-q", "data/tiny/finetune"], cwd=ROOT).returncode
+    assert (ignored, others) == (1, 0)
 
 
 # ------------------------------------------------------------------------------------------ estimate
