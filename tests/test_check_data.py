@@ -149,6 +149,47 @@ def test_check_names_twenty_and_counts_the_rest(tmp_path, capsys):
     assert out.count("it is missing") == 20 and out.endswith("and 10 more\n")
 
 
+def test_check_says_which_format_each_source_has_and_shows_a_sample_of_it(tmp_path, capsys):
+    """Who brings a set sees what will be trained before a night is spent on it: the format, marks that were put first, the
+    system block, the trained tokens of one sample of every source."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(png(40, 30))
+    system, question = {"role": "system", "content": "Be short."}, {"role": "user", "content": "What?"}
+    write_set(tmp_path, [{"messages": [system, question, {"role": "assistant", "content": "Bus"}]}], "m.jsonl", lines=True)
+    write_set(tmp_path, [{"image": "gone.png", "texts": [{"user": "First?", "assistant": "lost"}]},
+                         {"image": "a.png", "texts": [{"user": "Where?", "assistant": "here"}]}], "t.json")
+    (tmp_path / "both.mix").write_text("m.jsonl all\nt.json last 2")
+    flags = ["--check", str(tmp_path / "both.mix"), "--tokenizer", str(TOKENIZER), "--tile", "32", "--side", "4", "--mode", "square"]
+    assert check_data.main(flags) == 1
+    out = capsys.readouterr().out
+    assert out.startswith(f"{tmp_path}/m.jsonl: 1 as messages, 1 taken\n{tmp_path}/t.json: 2 as texts of FineVision or the Cauldron, "
+                          "marks put first, 2 taken\n")
+    assert (f"--- {tmp_path}/m.jsonl, row 0, record 0: " in out and "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n"
+            "What?<|im_end|>\n<|im_start|>assistant\n\u27e6Bus<|im_end|>\u27e7\n" in out)
+    assert f"--- {tmp_path}/t.json, row 2, record 1: " in out and "lost" not in out, "the first that can be trained on"
+    assert "user\n<image: 16 tokens>\nWhere?<|im_end|>\n<|im_start|>assistant\n\u27e6here<|im_end|>\u27e7" in out
+    assert out.endswith("row 1, record 0: picture gone.png: it is missing\n")
+
+
+def test_check_shows_samples_without_the_weights_of_qwen2(tmp_path, capsys, monkeypatch):
+    """Who has fetched nothing yet can look at a set all the same; and a source without a usable record says so."""
+    monkeypatch.setattr(check_data, "TOKENIZER", str(tmp_path / "gone"))
+    write_parquet(tmp_path / "a.parquet", [{"id": "0", "conversations": ask("A?", " ")}])
+    assert check_data.main(["--check", str(tmp_path / "a.parquet")]) == 1
+    out = capsys.readouterr().out
+    assert f"samples are shown with the tokenizer of tiny/qwen2, as {tmp_path}/gone is not there" in out
+    assert f"--- {tmp_path}/a.parquet: none of its first 20 records can be trained on" in out
+
+
+def test_answers_before_any_question_are_counted_and_are_no_defect(tmp_path, capsys):
+    """Training drops them, as LLaVA does, and a count says so."""
+    write_set(tmp_path, [{"id": "early", "conversations": ask("A?")[1:] + ask("B?", "no")}])
+    assert check_data.main(["--check", str(tmp_path / "set.json"), "--tokenizer", str(TOKENIZER)]) == 0
+    out = capsys.readouterr().out
+    assert any(line.split() == ["answers", "before", "any", "question", "1"] for line in out.splitlines())
+    assert out.endswith("no problem found\n") and "user\nB?<|im_end|>\n<|im_start|>assistant\n\u27e6no<|im_end|>\u27e7" in out
+
+
 def test_check_says_how_long_the_samples_are(tmp_path, capsys):
     """The two phases' plans at the sizes asked for; every record falls into one row of the table."""
     world.write_conversations(tmp_path, 3)
