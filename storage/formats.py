@@ -166,7 +166,8 @@ def check_turns(pairs):
     turn that is not the first."""
     for place, (role, text) in enumerate(pairs):
         if not isinstance(text, str):
-            raise ValueError(f"has no text in turn {place + 1}: each needs from and value")
+            raise ValueError(f"has no text in turn {place + 1}: each needs from and value, or role "
+                             "and content")
         if role not in ROLES or role == "system" and place > 0:
             raise ValueError(f"has the role {role!r} in turn {place + 1}: use human or user, gpt "
                              "or assistant, and system for the first turn")

@@ -8,7 +8,7 @@ import pytest
 
 import data
 from helpers import TOKENIZER
-from record_sets import ask, png, write_set
+from record_sets import ask, png, write_parquet, write_set
 from storage import formats, records
 from storage.formats import UNMARKED, one_form, record_problem, roles_and_texts
 from storage.records import open_records
@@ -134,12 +134,27 @@ def test_marks_are_put_first_only_where_no_record_of_the_set_has_any(tmp_path, c
     problems = []
     assert len(open_records(path, problems=problems)) == 1 and problems[0][0] == formats.MISMATCH
     rows = [{"conversations": ask(f"{n}?"), "image": {"bytes": BLOB, "path": None}} for n in range(5)]
+    rows[1]["image"] = None
     shards = open_records(write_rows(tmp_path / "bare.parquet", rows))
-    assert both(shards[4])[0][0] == ("user", "<image>\n4?")
+    assert both(shards[4])[0][0] == ("user", "<image>\n4?") and both(shards[1])[0][0] == ("user", "1?")
+    assert records.estimate(shards)["pictures"].tolist() == [1, 0, 1, 1, 1]
     rows[3]["conversations"] = ask("<image>")
     shards = open_records(write_rows(tmp_path / "mixed.parquet", rows))
     with pytest.raises(ValueError, match="row 4 of the set, record 4 has 0 <image> marks"):
         shards[4]
+
+
+def test_a_set_without_pictures_says_nothing_about_marks(tmp_path, capsys):
+    """The text sets of a mixture have a column of pictures too, all null. What it holds is known without reading it."""
+    write_parquet(tmp_path / "text.parquet", [{"id": "0", "conversations": ask("A?")}] * 5)
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+    images = pa.array([[], None], pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())])))
+    texts = pa.array([[{"user": "A?", "assistant": "B"}]] * 2)
+    for columns in ({"texts": texts}, {"texts": texts, "images": images}):
+        parquet.write_table(pa.table(columns), tmp_path / "none.parquet")
+        assert not open_records(tmp_path / "none.parquet").marks_first
+    assert not open_records(tmp_path / "text.parquet").marks_first and capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------- pictures in a .zip
