@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageFile
 from torch.nn.utils.rnn import pad_sequence
 
-from storage.records import MARK, roles_and_texts
+from storage.formats import MARK, check_turns, roles_and_texts
 
 IMAGE = -200      # in input_ids: "here stands one vision token"; never an id of the tokenizer
 IGNORE = -100     # in labels: not trained
@@ -206,7 +206,6 @@ def normalise(tiles):
 
 
 # ---------------------------------------------------------------------------------------- text
-ROLES = {"human": "user", "gpt": "assistant"}  # other names pass through
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 FRAME = {"chat": 21, "plain": 1}  # tokens around the text: system block, a round; line break
 
@@ -235,24 +234,25 @@ def text_ids(tokenizer, text):
 
 
 def read_turns(turns, has_image, spoken=False):
-    """A record's turns -> [(role, text)], with the roles of the template. As in LLaVA, a first turn
-    that is not the user's is dropped; and beside a picture, a turn's only mark moves to a line of
-    its own in front, unless it starts the turn. `spoken` answers come from a model and may be
-    empty. Raises ValueError for a turn without role or text, an empty answer, or no turn."""
-    pairs = [(ROLES.get(role, role), text) for role, text in roles_and_texts(turns)]
-    if pairs and pairs[0][0] != "user":
-        del pairs[0]
-    if not pairs:
+    """A record's turns -> [(role, text)], with the roles of the template. As in LLaVA, an answer
+    before the first question is dropped; and beside a picture, a turn's only mark moves to a line
+    of its own in front, unless it starts the turn. `spoken` answers come from a model and may be
+    empty. Raises ValueError for an unknown role, no text, an empty answer, or no turn."""
+    pairs = roles_and_texts(turns)
+    check_turns(pairs)
+    roles = [role for role, _ in pairs]
+    first = roles[:1].count("system")  # where the conversation begins
+    if roles[first:first + 1] == ["assistant"]:
+        del pairs[first]
+    if not pairs[first:]:
         raise ValueError("no turn is left: a conversation starts with a human turn")
     for place, (role, text) in enumerate(pairs):
-        if not isinstance(role, str) or not isinstance(text, str):
-            raise ValueError(f"turn {place + 1} lacks from or value")
         if has_image:
             if text.count(MARK) == 1 and not text.startswith(MARK):
                 text = f"{MARK}\n{text.replace(MARK, '').strip()}".strip()
             text = text.replace("QA_GT_caption_based_noisy", "")  # noise of LLaVA's own data
         if role == "assistant" and not text.strip() and not spoken:
-            raise ValueError(f"answer {place // 2 + 1} is empty: remove the turn or the record")
+            raise ValueError(f"answer {(place - first) // 2 + 1} is empty: remove turn or record")
         pairs[place] = role, text
     return pairs
 
@@ -264,7 +264,7 @@ def encode_chat(tokenizer, turns, image_tokens, system="You are a helpful assist
 
     turns         [{"from": "human" | "gpt", "value": text}], or with the keys role / content
     image_tokens  tokens of each picture, in place of its mark. If empty, marks stay text
-    system        None leaves the system block out
+    system        of turns that start without a system turn. None leaves the block out
     train         "answer": each answer and its <|im_end|>, our default. None: nothing.
                   "llava": the reference's mask: all of the assistant's turns, elsewhere every
                   <|im_start|>, <|im_end|> and single newline. They are easy, so its loss is lower
@@ -283,7 +283,7 @@ def encode_chat(tokenizer, turns, image_tokens, system="You are a helpful assist
     if image_tokens and marks != len(image_tokens):
         raise ValueError(f"{marks} {MARK} marks in the text but {len(image_tokens)} pictures: "
                          "they must agree")
-    if system is not None:
+    if system is not None and messages[0][0] != "system":
         messages.insert(0, ("system", system))
     start, end, _ = map(tokenizer.token_to_id, SPECIALS)
     newline = text_ids(tokenizer, "\n")

@@ -27,7 +27,7 @@ from compared import interactions, projectors
 from compared.graft import graft
 from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config
 from sela import Insertions, Memory, Sizes, VisionRemember, flat_index
-from storage.records import stands_for_picture
+from storage.formats import stands_for_picture
 from storage.weights import check_fingerprint, fingerprint, load_weights, read_config, save_weights
 
 # call a function, and call it again in the backward pass instead of keeping what it computed

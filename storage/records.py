@@ -1,14 +1,14 @@
-"""Readers of training data: LLaVA JSON, Parquet, and mixtures of both, read where they lie.
+"""Readers of training data: JSON, Parquet, and mixtures of both, read where they lie.
 
 `open_records` picks the reader. A reader is a sequence of records {"id": str, "conversations":
-[turns], "images": [bytes]}, and a DataLoader worker can be handed it. `reader[i]` checks the record
-and raises. Beside that every reader has
+[turns], "images": [bytes]}, whatever format they come in (storage/formats.py), and a DataLoader
+worker can be handed it. `reader[i]` checks the record and raises. Beside that every reader has
 
     read(i)         the record unchecked, with None for a missing picture, and with "names": how to
                     call each picture in a message
     counts()        (records, 2) int64: characters of all turns, pictures; no picture is opened
     fingerprint()   a short text that changes when the data changes
-    starts          first row of each block that is cheap to read together. LlavaJSON has none:
+    starts          first row of each block that is cheap to read together. JSONRecords has none:
                     there any row is as cheap as its neighbour
 
 At the end stands the index of a set, which says how large each record is without reading it:
@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import zipfile
 from fractions import Fraction
 from pathlib import Path
@@ -32,62 +33,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as parquet
 
+from storage import columns
+from storage.formats import (COLUMNS, FORMATS, MALFORMED, MARK, MISMATCH, UNMARKED, decode_text,
+                             format_of, is_path, json_files, one_form, put_marks_first,
+                             record_problem, roles_and_texts, scan_json)
 from storage.weights import sampled_hash
 
-MARK = "<image>"                # in text: "here stands one picture"
-ANSWERING = "gpt", "assistant"  # roles whose text may not be empty
 KEPT = 4                        # row groups of Parquet in memory: a sampler reads several at a time
 SEED = 20250606                 # of `random` in a mixture
 
-# Kinds of problem that a record can have.
-MALFORMED, MISMATCH, EMPTY = "malformed records", "mark/picture mismatches", "empty answers"
-
-
-# ------------------------------------------------------------------------------------- records
-
-def roles_and_texts(turns):
-    """[(role, text)] of turns with LLaVA's keys, from and value, or with those of chats, role and
-    content. None stands for what a turn lacks."""
-    turns = [turn if isinstance(turn, dict) else {} for turn in turns]
-    return [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
-            for turn in turns]
-
-
-def record_problem(record, pictures):
-    """What is wrong with a LLaVA record that comes with this list of pictures -> (one of the kinds
-    above, words that go on after "record ID"), or None."""
-    turns = record.get("conversations")
-    if not turns or not isinstance(turns, list):
-        return MALFORMED, "has no list of conversations"
-    pairs = roles_and_texts(turns)
-    if not all(isinstance(text, str) for _, text in pairs):
-        return MALFORMED, "has a turn without text: each needs from and value"
-    if not all(isinstance(name, (str, bytes)) for name in pictures):
-        return MALFORMED, "has a picture that is neither a path nor bytes"
-    marks = sum(text.count(MARK) for _, text in pairs)
-    if marks != len(pictures) and (pictures or stands_for_picture(pairs[0][1])):
-        return MISMATCH, (f"has {marks} {MARK} marks but {len(pictures)} pictures: "
-                          "they must agree")
-    if any(role in ANSWERING and not text.strip() for role, text in pairs):
-        return EMPTY, "has an empty answer: remove it, or the record"
-    return None
-
-
-def stands_for_picture(question):
-    """Whether a text that comes without a picture needs one. A mark at its start or end stands for
-    a picture; a mark within a sentence may be what the text is about."""
-    text = question.strip()
-    return text.startswith(MARK) or text.endswith(MARK)
-
-
-def as_list(value):
-    """A record's `image`, which may be absent, one or a list, as a list."""
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
-
-
-# ------------------------------------------------------------------------------------- readers
 
 class PerProcess:
     """Open handles that every DataLoader worker opens for itself: processes that share an open file
@@ -105,87 +59,34 @@ class PerProcess:
         return vars(self) | {"_handles": {}}
 
 
-class LlavaJSON(PerProcess):
-    """A .json list or .jsonl file of LLaVA records, pictures in a folder or in a .zip that stays
-    packed.
+class Pictures(PerProcess):
+    """Where the pictures lie that records name by path: in a folder, or in a .zip that stays
+    packed. By default images/, the set's own folder or images.zip in it, whichever has one."""
 
-    The text is read once, to check every record and to note where it lies in the file. The records
-    stay on the disk: each costs 32 bytes of memory, and a DataLoader worker has no large object to
-    copy. Arguments and errors: see `open_records`.
-    """
-
-    def __init__(self, path, images=None, problems=None):
-        self.path = Path(path)
-        table, refused, shown = [], [], []
-        for number, (line, start, end, record) in enumerate(self._scan()):
-            names = as_list(record.get("image"))
-            problem = record_problem(record, names)
-            if problem:
-                kind, words = problem
-                name = record.get("id", number)
-                refused.append((kind, f"{self.path}:{line}: record {name} {words}"))
-                continue
-            characters = sum(len(text) for _, text in roles_and_texts(record["conversations"]))
-            table.append((start, end, characters, len(names)))
-            if len(shown) < 100:
-                shown += names[:1]
-        if refused and (problems is None or not table):
-            more = f" (and {len(refused) - 1} more such records)" if len(refused) > 1 else ""
-            raise ValueError(refused[0][1] + more)
-        if problems is not None:
-            problems += refused
-        self.spans, self.sizes = np.hsplit(np.array(table, np.int64), 2)
-        self.images = self._find_images(images, shown)
-
-    def _scan(self):
-        """Yields (line, first byte, end byte, record) of every record of the file; {} for one that
-        is no object. ValueError, with file and line, for what is no JSON and for a file that ends
-        too early."""
-        text = self.path.read_bytes().decode("latin-1")  # a character a byte: its places are bytes
-        gap, decoder = re.compile("[ \t\r\n,]*"), json.JSONDecoder()
-        head = re.match("(?:\xef\xbb\xbf)?[ \t\r\n,]*(\\[?)", text)  # byte order mark, opened list
-        at, end, line = 0, head.end(), 1
-        while True:
-            start = gap.match(text, end).end()
-            line += text.count("\n", at, start)
-            at = start
-            if at == len(text) or text[at] == "]":
-                break
-            try:
-                record, end = decoder.raw_decode(text, at)
-                if not text[at:end].isascii():  # decode its letters, not its bytes
-                    record = json.loads(text[at:end].encode("latin-1"))
-            except ValueError as error:
-                raise ValueError(f"{self.path}:{line}: not valid JSON from here ({error})"
-                                 ) from error
-            if not isinstance(record, dict):
-                record = {}
-            yield line, at, end, record
-        if end == head.end():
-            raise ValueError(f"{self.path}:{line}: the file ends without a record")
-        if head[1] and at == len(text):
-            raise ValueError(f"{self.path}:{line}: the file ends inside the list")
-
-    def _find_images(self, images, shown):
-        """The place given, or the first of three that holds one of the pictures `shown`; of a few,
-        since single ones may be missing."""
+    def __init__(self, path, images=None):
+        folder = path if path.is_dir() else path.parent
+        self.places = [folder / "images", folder, folder / "images.zip"]
         if images:
-            if not Path(images).exists():
-                raise FileNotFoundError(f"{images} does not exist: "
-                                        f"give the folder or .zip of the pictures of {self.path}")
-            return Path(images)
-        folder = self.path.parent
-        places = [folder / "images", folder, folder / "images.zip"]
-        for place in places:
-            if not shown or any(self._picture(place, name) is not None for name in shown):
-                return place
-        raise FileNotFoundError(f"picture {shown[0]} of {self.path} is in none of "
-                                f"{', '.join(map(str, places))}: "
-                                "name the folder or .zip with the pictures")
+            place = Path(images)
+            if not place.is_dir() and not (place.is_file() and place.suffix == ".zip"):
+                what = "is no folder or .zip" if place.exists() else "does not exist"
+                raise FileNotFoundError(f"{images} {what}: "
+                                        f"give the folder or .zip of the pictures of {path}")
+            self.places = [place]
 
-    def _picture(self, place, name):
-        """The bytes of a picture in a folder or .zip, in a .zip also below images/; None if there
-        is no such picture."""
+    def get(self, picture):
+        """The bytes of a picture as storage/formats.py gives it, None if there is no such file.
+        Raises ValueError for base64 or a .zip that cannot be read."""
+        if not isinstance(picture, str):
+            return picture if isinstance(picture, bytes) else None
+        if not is_path(picture):
+            return decode_text(picture)
+        found = (self._find(place, picture) for place in self.places)
+        return next((blob for blob in found if blob is not None), None)
+
+    def _find(self, place, name):
+        """A picture in a folder or .zip, or None. In a .zip it may lie below images/ or a folder of
+        the .zip's own name."""
         if place.suffix != ".zip":
             path = place / name
             return path.read_bytes() if path.is_file() else None
@@ -193,7 +94,7 @@ class LlavaJSON(PerProcess):
             return None
         try:
             archive = self.handle(place, lambda: zipfile.ZipFile(place))
-            for member in (name, f"images/{name}"):
+            for member in (name, f"images/{name}", f"{place.stem}/{name}"):
                 if member in archive.NameToInfo:
                     return archive.read(member)
         except Exception as error:  # damaged, locked, or packed by a method that Python lacks
@@ -201,74 +102,155 @@ class LlavaJSON(PerProcess):
                              "fetch it again") from error
         return None
 
+    def __str__(self):
+        return ", ".join(map(str, self.places))
+
+
+class Reader(PerProcess):
+    """What the readers of JSON and of Parquet share. They have `path`, `pictures`, and for a row of
+    the set `_load`, its record as it is stored, and `_file`, where that is."""
+    marks_first = False  # whether pictures are put before the first question: no record has a mark
+
+    def read(self, i):
+        """{"id": str, "conversations": [turns], "images": [bytes or None], "names": [str]}. Raises
+        ValueError for what is no record."""
+        i = range(len(self))[i]  # negative numbers count from the end; IndexError beyond it
+        record = self._load(i)
+        name = str(i if record.get("id") is None else record["id"])
+        try:
+            turns, pictures = one_form(record)
+            images = [self.pictures.get(picture) for picture in pictures]
+        except ValueError as error:
+            raise ValueError(f"{self._file(i)}: row {i} of the set, record {name} {error}"
+                             ) from error
+        if self.marks_first and pictures:
+            turns = put_marks_first(turns, len(pictures))
+        names = [picture if isinstance(picture, str) and len(picture) < 200 else f"number {k}"
+                 for k, picture in enumerate(pictures, 1)]
+        return {"id": name, "conversations": turns, "images": images, "names": names}
+
+    def __getitem__(self, i):
+        """{"id": str, "conversations": [turns], "images": [bytes]}. ValueError names a bad record,
+        FileNotFoundError a missing picture."""
+        i = range(len(self))[i]
+        record = self.read(i)
+        names = record.pop("names")
+        problem = record_problem(record["conversations"], names)
+        if problem:
+            raise ValueError(f"{self._file(i)}: row {i} of the set, "
+                             f"record {record['id']} {problem[1]}")
+        if None in record["images"]:
+            name = names[record["images"].index(None)]
+            raise FileNotFoundError(f"record {record['id']}: "
+                                    f"picture {name} is not in {self.pictures}")
+        return record
+
+
+class JSONRecords(Reader):
+    """A .json list or .jsonl file of records, or all below a folder in order of path, pictures in
+    them or in a folder or .zip.
+
+    The text is read once, to check every record and to note where it lies in its file. The records
+    stay on the disk: each costs 40 bytes of memory, and a DataLoader worker has no large object to
+    copy. Arguments and errors: see `open_records`.
+    """
+
+    def __init__(self, path, images=None, problems=None):
+        self.path, self.pictures, self.files = path, Pictures(path, images), json_files(path)
+        self.formats = dict.fromkeys(FORMATS, 0)  # records of each
+        table, refused, shown, marked = [], [], [], False
+        for number, file in enumerate(self.files):
+            for where, start, end, record in scan_json(file):
+                kind = None
+                try:
+                    self.formats[format_of(record)] += 1
+                    turns, pictures = one_form(record)
+                    kind, words = record_problem(turns, pictures) or (None, "")
+                except ValueError as error:
+                    kind, words = MALFORMED, str(error)
+                if kind:
+                    refused.append((kind, f"{where} {words}"))
+                if kind not in (None, UNMARKED):
+                    continue
+                marked = marked or bool(pictures) and not kind
+                characters = sum(len(text) for _, text in roles_and_texts(turns))
+                table.append((number, start, end, characters, len(pictures), kind == UNMARKED))
+                if len(shown) < 100:
+                    shown += [(kind, each) for each in pictures[:1] if isinstance(each, str)]
+        table = np.array(table, np.int64).reshape(-1, 6)
+        lacks = table[:, 5] == 1
+        self.marks_first = bool(lacks.any()) and not marked
+        if self.marks_first:
+            refused = [each for each in refused if each[0] != UNMARKED]
+            table[lacks, 3] += table[lacks, 4] * len(MARK + " ")
+        else:
+            refused = [(MISMATCH if kind == UNMARKED else kind, words) for kind, words in refused]
+            table = table[~lacks]
+        if refused and (problems is None or not len(table)):
+            more = f" (and {len(refused) - 1} more such records)" if len(refused) > 1 else ""
+            raise ValueError(refused[0][1] + more)
+        if problems is not None:
+            problems += refused
+        self.spans, self.sizes = table[:, :3].copy(), table[:, 3:5].copy()
+        paths = [each for kind, each in shown if is_path(each) and (self.marks_first or not kind)]
+        if paths and not images and all(self.pictures.get(each) is None for each in paths):
+            raise FileNotFoundError(f"picture {paths[0]} of {path} is in none of {self.pictures}: "
+                                    "name the folder or .zip with the pictures")
+
     def __len__(self):
         return len(self.spans)
 
-    def read(self, i):
-        """{"id": str, "conversations": [turns], "images": [bytes or None], "names": [str]}."""
-        i = range(len(self))[i]  # negative numbers count from the end; IndexError beyond it
-        start, end = self.spans[i].tolist()
-        file = self.handle(self.path, lambda: open(self.path, "rb"))
-        file.seek(start)
-        record = json.loads(file.read(end - start))
-        names = as_list(record.get("image"))
-        return {"id": str(record.get("id", i)), "conversations": record["conversations"],
-                "images": [self._picture(self.images, name) for name in names],
-                "names": names}
+    def _file(self, i):
+        return self.files[self.spans[i, 0]]
 
-    def __getitem__(self, i):
-        """{"id": str, "conversations": [turns], "images": [bytes]}. FileNotFoundError names a
-        missing picture."""
-        record = self.read(i)
-        for name, image in zip(record.pop("names"), record["images"]):
-            if image is None:
-                raise FileNotFoundError(f"record {record['id']}: "
-                                        f"picture {name} is not in {self.images}")
-        return record
+    def _load(self, i):
+        number, start, end = self.spans[i].tolist()
+        with open(self.files[number], "rb") as file:
+            file.seek(start)
+            return json.loads(file.read(end - start))
 
     def counts(self):
         """(records, 2) int64: characters of all turns, pictures."""
         return self.sizes
 
     def fingerprint(self):
-        """Of the file's size and samples of it; where the pictures lie does not enter."""
-        return f"json {self.path.stat().st_size} {sampled_hash(self.path)[:16]}"
+        """Of the size of each file and samples of it; where the pictures lie does not enter."""
+        files = [f"{file.stat().st_size} {sampled_hash(file)[:16]}" for file in self.files]
+        if len(files) > 1:
+            files = [str(len(files)), digest_of(files)]
+        return " ".join(["json", *files])
 
 
-class ParquetShards(PerProcess):
+class ParquetShards(Reader):
     """One .parquet file, or all below a folder in order of path (lmms-lab/LLaVA-NeXT-Data).
 
-    Columns: conversations, and where present id and image (struct{bytes, path}, binary, a list of
-    either, or null for text). Parquet is read a row group at a time, and the last few are kept.
-    `starts` gives the first row of each group, for a sampler that shuffles groups and the rows
-    within them rather than read a group for every row.
+    Columns: those of storage/formats.py. Parquet is read a row group at a time, and the last few
+    are kept. `starts` gives the first row of each group, for a sampler that shuffles groups and the
+    rows within them rather than read a group for every row.
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
-        self.files = [self.path] if self.path.is_file() else sorted(self.path.rglob("*.parquet"))
-        if not self.files:
-            raise FileNotFoundError(f"no .parquet file below {path}: "
-                                    "fetch data/ of LLaVA-NeXT-Data there")
-        self.starts, self.groups, self.rows = [], [], 0  # of each group: (number of file, of group)
+    def __init__(self, path, images=None):
+        self.path, self.pictures = path, Pictures(path, images)
+        self.files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        self.formats = dict.fromkeys(FORMATS, 0)
+        self.keys, self.starts, self.groups, self.rows = [], [], [], 0
+        with_pictures = False
         for number, file in enumerate(self.files):
             try:
                 meta = parquet.read_metadata(file)
             except Exception as error:
                 raise ValueError(f"{file} is no complete parquet file ({error}): "
                                  "download it again") from error
-            columns = {field.name: str(field.type) for field in meta.schema.to_arrow_schema()}
-            turns, image = columns.get("conversations", ""), columns.get("image", "null")
-            if "value: " not in turns and "content: " not in turns:
-                raise ValueError(f"{file} has no column conversations with from and value, "
-                                 f"only {', '.join(columns)}")
-            if "binary" not in image and "null" not in image:
-                raise ValueError(f"{file} has no pictures in its column image, which is {image}: "
-                                 "store their bytes")
+            self.keys.append(columns.column_of_turns(file, meta.schema.to_arrow_schema()))
+            self.formats[self.keys[-1]] += meta.num_rows
             for group in range(meta.num_row_groups):
                 self.starts.append(self.rows)
-                self.groups.append((number, group))
+                self.groups.append((number, group))  # number of the file, of the group in it
                 self.rows += meta.row_group(group).num_rows
+                with_pictures = with_pictures or columns.has_pictures(meta.row_group(group))
+        # A set that has marks shows one in its first thousands of rows.
+        if with_pictures and not any(marks for _, marks in next(self._texts(), ())):
+            self.marks_first = not any(marks for batch in self._texts() for _, marks in batch)
 
     def __len__(self):
         return self.rows
@@ -278,6 +260,13 @@ class ParquetShards(PerProcess):
         which = bisect.bisect_right(self.starts, i) - 1
         return which, i - self.starts[which]
 
+    def _file(self, i):
+        return self.files[self.groups[self._find(i)[0]][0]]
+
+    def _load(self, i):
+        which, row = self._find(i)
+        return self._group(which).slice(row, 1).to_pylist()[0]
+
     def _group(self, which):
         """A row group as a table. The KEPT that were used last stay in memory."""
         cached = self.handle("groups", lambda: functools.lru_cache(KEPT)(self._read_group))
@@ -286,48 +275,24 @@ class ParquetShards(PerProcess):
     def _read_group(self, which):
         number, group = self.groups[which]
         file = self.handle(number, lambda: parquet.ParquetFile(self.files[number]))
-        return file.read_row_group(group, columns=["id", "conversations", "image"])  # if there
+        return file.read_row_group(group, columns=list(COLUMNS))  # those that it has
 
-    def read(self, i):
-        """{"id": str, "conversations": [turns], "images": [bytes], "names": [str]}."""
-        i = range(self.rows)[i]
-        which, row = self._find(i)
-        record = self._group(which).slice(row, 1).to_pylist()[0]
-        images = [image["bytes"] if isinstance(image, dict) else image
-                  for image in as_list(record.get("image"))]
-        images = [image for image in images if image is not None]
-        name = record.get("id")
-        return {"id": str(i if name is None else name), "conversations": record["conversations"],
-                "images": images, "names": [f"number {k + 1}" for k in range(len(images))]}
-
-    def __getitem__(self, i):
-        """{"id": str, "conversations": [turns], "images": [bytes]}. ValueError names a bad record,
-        file and row."""
-        i = range(self.rows)[i]
-        record = self.read(i)
-        problem = record_problem(record, record.pop("names"))
-        if problem:
-            number, _ = self.groups[self._find(i)[0]]
-            raise ValueError(f"{self.files[number]}: row {i} of the set, "
-                             f"record {record['id']} {problem[1]}")
-        return record
+    def _texts(self):
+        """Yields of every batch of rows (rows, 2) int64: characters of all turns, marks."""
+        for path, key in zip(self.files, self.keys):
+            with parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(columns=[key]):
+                    yield columns.text_sizes(key, batch.column(0))
 
     def counts(self):
         """(records, 2) int64: characters of all turns, pictures. Only the text is read: a usable
         record has as many marks as pictures. A rare text that has no picture and merely talks about
-        "<image>" counts as one with a picture."""
-        import pyarrow.compute as compute
-        found = []
-        for path in self.files:
-            with parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(columns=["conversations"]):
-                    turns = batch.column(0)
-                    row = compute.list_parent_indices(turns)                 # of each turn
-                    key = "value" if "value: " in str(turns.type) else "content"
-                    text = compute.struct_field(turns.flatten(), key).fill_null("")
-                    of_turn = compute.utf8_length(text), compute.count_substring(text, MARK)
-                    found += zip(*(np.bincount(row, each, len(turns)) for each in of_turn))
-        return np.array(found, np.int64).reshape(-1, 2)
+        "<image>" counts as one with a picture. Without marks the paths of pictures are counted."""
+        sizes = np.concatenate([np.zeros((0, 2), np.int64), *self._texts()])
+        if self.marks_first:
+            sizes[:, 1] = np.concatenate([columns.picture_counts(path) for path in self.files])
+            sizes[:, 0] += sizes[:, 1] * len(MARK + " ")
+        return sizes
 
     def fingerprint(self):
         """Of the names, sizes and row counts of the files."""
@@ -448,28 +413,39 @@ def take_rows(take, count, number):
 
 
 def open_records(path, images=None, problems=None):
-    """The reader of a .json, .jsonl, .parquet, of a folder of .parquet files or of a .mix.
+    """The reader of a .json, .jsonl, .parquet, of a folder of them (of .parquet, if it has any) or
+    of a .mix.
 
-    images    folder or .zip of a JSON's pictures; by default `images/`, the JSON's own folder or
-              `images.zip` in it, whichever holds one of the first pictures
+    images    folder or .zip of the pictures; by default `images/`, the set's own folder or
+              `images.zip` in it, whichever has a picture
     problems  a list. Records of a JSON that cannot be used are left out and added to it, as (kind,
-              "PATH:LINE: record ID what is wrong"). Without it the set is refused. Of Parquet only
-              reading shows them, since looking at all would take minutes
+              "PATH:LINE: record NUMBER, id ID, what is wrong"). Without it the set is refused. Of
+              Parquet only reading shows them, since looking at all would take minutes
+
+    A set with pictures, but without a mark, gets the marks before each first question, and one line
+    on stderr says so.
 
     Raises FileNotFoundError for what is missing, ValueError for what is malformed.
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: give a LLaVA .json or .jsonl, a .parquet, "
-                                "a folder of these or a .mix")
-    if path.is_dir() or path.suffix == ".parquet":
-        return ParquetShards(path)
-    if path.suffix in (".json", ".jsonl"):
-        return LlavaJSON(path, images, problems)
+        raise FileNotFoundError(f"{path} does not exist: give a .json, .jsonl, .parquet or .mix, "
+                                "or a folder of one of the first three")
     if path.suffix == ".mix":
         return Mixture(path, problems)
-    raise ValueError(f"{path} is neither .json, .jsonl, .parquet, a folder of .parquet files "
-                     "nor a .mix")
+    if path.suffix == ".parquet" or path.is_dir() and any(path.rglob("*.parquet")):
+        reader = ParquetShards(path, images)
+    elif path.suffix in (".json", ".jsonl") or path.is_dir() and json_files(path):
+        reader = JSONRecords(path, images, problems)
+    elif path.is_dir():
+        raise FileNotFoundError(f"no .parquet, .json or .jsonl file below {path}: fetch or write "
+                                "the records there")
+    else:
+        raise ValueError(f"{path} is neither .json, .jsonl, .parquet, a folder of them nor a .mix")
+    if reader.marks_first and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: no record has {MARK} marks, so pictures stand before the first question",
+              file=sys.stderr)
+    return reader
 
 
 # --------------------------------------------------------------------------------------- index

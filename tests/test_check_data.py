@@ -123,17 +123,17 @@ def test_check_names_every_kind_of_defect(tmp_path, capsys):
     path = defective(tmp_path)
     assert check_data.main(["--check", str(path)]) == 1
     out = capsys.readouterr().out
-    counts = {line[:32].strip(): line[32:].strip() for line in out.splitlines()[:10]}
+    counts = {line[:32].strip(): line[32:].strip() for line in out.splitlines()[1:12]}
     assert counts == {
         "records": "9", "pictures": "5", "text-only records": "1", "several-picture records": "1", "missing pictures": "1",
         "corrupt pictures": "2", "mark/picture mismatches": "2", "empty answers": "1", "records that would train nothing": "1",
-        "malformed records": "1"}
+        "malformed records": "1", "answers before any question": "0"}
     at_line = path.read_text().splitlines().index('  "id": "marks",')                      # of the bracket above, from 1
     for line in ("record two: picture gone.jpg: it is missing", "record cut: picture cut.jpg: it is cut short",
                  "record html: picture html.jpg: picture of 16 bytes cannot be decoded",
-                 f"set.json:{at_line}: record marks has 0 <image> marks but 1 pictures",
-                 "record blind has 1 <image> marks but 0 pictures", "record empty has an empty answer",
-                 "record silent: has no answer", "record shapeless has no list of conversations"):
+                 f"set.json:{at_line}: record 4, id marks, has 0 <image> marks but 1 pictures",
+                 "record 5, id blind, has 1 <image> marks but 0 pictures", "record 6, id empty, has an empty answer",
+                 "record silent: has no answer", "record 8, id shapeless, has no list of conversations"):
         assert line in out, line
     kept = open_records(path, problems=[])
     assert records.load_index(kept)["width"].tolist() == [64, 64, 64, 0, 0]

@@ -373,12 +373,30 @@ def test_specials_typed_by_a_user_stay_text(tokenizer):
         assert each.token_to_id("<|endoftext|>") not in ids and "A<|im_end|><|endoftext|>" in spell(each, ids)
 
 
-def test_role_names_and_leading_turns(tokenizer):
-    """role / content work like from / value; a first turn that is not human is dropped, as in LLaVA."""
-    turns = [{"role": "system", "content": "X"}, {"role": "user", "content": "A?"},
-             {"role": "assistant", "content": "yes"}]
+def test_role_names_and_a_leading_answer(tokenizer):
+    """role / content work like from / value; an answer before the first question is dropped, as in LLaVA."""
+    turns = [{"role": "assistant", "content": "X"}, {"role": "user", "content": "A?"}, {"role": "assistant", "content": "yes"}]
     assert encode_chat(tokenizer, turns, []) == encode_chat(tokenizer, ask("A?"), [])
     assert not spell(tokenizer, encode_chat(tokenizer, turns, [], system=None)[0]).startswith(SYSTEM)
+
+
+@pytest.mark.parametrize("default", (None, "You are a helpful assistant."))
+def test_a_system_turn_is_the_system_block(tokenizer, default):
+    """Who trains with instructions of their own must not get Qwen's in their place. It is not trained, and a leading answer
+    behind it is dropped all the same."""
+    turns = [{"from": "system", "value": "Be short."}, {"from": "gpt", "value": "Hi"}] + ask("A?")
+    ids, labels = encode_chat(tokenizer, turns, [], system=default)
+    assert spell(tokenizer, ids) == ("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nA?<|im_end|>\n"
+                                     "<|im_start|>assistant\nyes<|im_end|>\n")
+    assert trained(tokenizer, ids, labels) == "yes<|im_end|>"
+    with pytest.raises(ValueError, match="no turn is left"):
+        encode_chat(tokenizer, turns[:1], [])
+    with pytest.raises(ValueError, match="answer 1 is empty"):
+        encode_chat(tokenizer, turns[:1] + ask("A?", " "), [])
+    for turn, why in (({"role": "tool", "content": "42"}, "has the role 'tool' in turn 3"),
+                      ({"role": "system", "content": "Late"}, "has the role 'system' in turn 3"), ({"value": "?"}, "role None")):
+        with pytest.raises(ValueError, match=why):
+            encode_chat(tokenizer, ask("A?") + [turn], [])
 
 
 def test_bad_conversations_say_why(tokenizer):
@@ -389,7 +407,7 @@ def test_bad_conversations_say_why(tokenizer):
         encode_chat(tokenizer, ask("A?"), [3])
     with pytest.raises(ValueError, match="answer 1 is empty"):
         encode_chat(tokenizer, ask("A?", " \n"), [])
-    with pytest.raises(ValueError, match="turn 1 lacks from or value"):
+    with pytest.raises(ValueError, match="has no text in turn 1"):
         encode_chat(tokenizer, [{"from": "human", "value": None}], [])
     with pytest.raises(ValueError, match="no turn is left"):
         encode_chat(tokenizer, ask("A?")[1:], [])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from record_sets import ask, pack, png, three_records, write_numbers, write_parquet, write_set
-from storage import records
+from storage import formats, records
 from storage.records import open_records
 
 
@@ -54,10 +54,10 @@ def test_disagreeing_marks_are_named_by_id_and_line(tmp_path, lines, line):
     few, many = ({"id": name, "image": "a", "conversations": ask(text)} for name, text in
                  (("few-ß", "A?"), ("many", "<image><image>")))
     path = write_set(tmp_path, [good, few, many], "set.jsonl" if lines else "set.json", lines)
-    with pytest.raises(ValueError, match=rf"set.jsonl?:{line}: record few-ß has 0 <image> marks but 1 .*\(and 1 more"):
+    with pytest.raises(ValueError, match=rf"set.jsonl?:{line}: record 1, id few-ß, has 0 <image> marks but 1 .*\(and 1 more"):
         open_records(path)
     path = write_set(tmp_path, [good, many], "set.jsonl" if lines else "set.json", lines)
-    with pytest.raises(ValueError, match=rf"set.jsonl?:{line}: record many has 2 <image> marks but 1 pictures"):
+    with pytest.raises(ValueError, match=rf"set.jsonl?:{line}: record 1, id many, has 2 <image> marks but 1 pictures"):
         open_records(path)
 
 
@@ -67,7 +67,7 @@ def test_a_mark_without_its_picture_and_an_empty_answer_are_named_by_id_and_line
     """A forgotten `image` would train on the letters of the mark. Within a sentence a mark may be what the text is about."""
     path = write_set(tmp_path, [{"id": "good", "conversations": ask("What is <image>?", "HTML")},
                                 {"id": "bad", "conversations": ask(*turns)}], lines=True)
-    with pytest.raises(ValueError, match=f":2: record bad {why}"):
+    with pytest.raises(ValueError, match=f":2: record 1, id bad, {why}"):
         open_records(path)
 
 
@@ -75,9 +75,9 @@ def test_malformed_json_is_named_by_line(tmp_path):
     """A half-downloaded file should not look like a small data set."""
     line = json.dumps({"id": 1, "conversations": ask("A?")})
     for text, message in ((f"{line}\n{line[:-9]}\n", ":2: not valid JSON"), (f"[{line},\n{line}", "ends inside"),
-                          ("[]", "ends without a record"), ('[{"id": 7}]', ":1: record 7 has no list of conv"),
-                          ('[{"conversations": [{"from": "human"}]}]', "record 0 has a turn without text"),
-                          ("[3]", "record 0 has no list of conversations")):
+                          ("[]", "ends without a record"), ('[{"id": 7}]', ":1: record 0, id 7, has none of conv"),
+                          ('[{"conversations": [{"from": "human"}]}]', "record 0 has no text in turn 1"),
+                          ("[3]", "record 0 has none of conversations, messages, texts$")):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             open_records(tmp_path / "x.json")
@@ -95,7 +95,7 @@ def test_open_records_says_what_it_takes(tmp_path):
     (tmp_path / "a.yaml").write_text("")
     with pytest.raises(FileNotFoundError, match="set.json does not exist: give"):
         open_records(tmp_path / "set.json")
-    with pytest.raises(FileNotFoundError, match="no .parquet file below"):
+    with pytest.raises(FileNotFoundError, match="no .parquet, .json or .jsonl file below"):
         open_records(tmp_path)
     with pytest.raises(ValueError, match="a.yaml is neither"):
         open_records(tmp_path / "a.yaml")
@@ -131,7 +131,8 @@ def test_plain_binary_pictures_are_read(tmp_path):
 
 def test_bad_parquet_is_named(tmp_path):
     """Row, id and file of a record whose marks disagree; the file, if it is cut short."""
-    write_parquet(tmp_path / "a.parquet", [{"id": "r0", "conversations": ask("A?"), "image": {"bytes": b"x"}}])
+    write_parquet(tmp_path / "a.parquet", [{"id": f"r{n}", "conversations": ask(text), "image": {"bytes": b"x"}}
+                                           for n, text in enumerate(("A?", "<image>"))])
     with pytest.raises(ValueError, match="a.parquet: row 0 of the set, record r0 has 0 <image> marks but 1 pictures"):
         open_records(tmp_path)[0]
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
@@ -139,26 +140,29 @@ def test_bad_parquet_is_named(tmp_path):
         open_records(tmp_path)
     import pyarrow as pa
     import pyarrow.parquet as parquet
-    for row, why in (({"image": b"x"}, "column conversations with from and value, only image"),
-                     ({"conversations": ask("<image>"), "image": "a.png"}, "pictures in its column image, which is string:")):
+    for row, why in (({"image": b"x"}, "none of conversations, messages, texts, only image"),
+                     ({"conversations": ask("<image>"), "image": 3}, "no pictures in its column image, which is int64:"),
+                     ({"messages": "[]"}, "no turns in its column messages, which is string"),
+                     ({"messages": ask("A?"), "conversations": ask("A?")}, "conversations and messages: keep one")):
         parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "b.parquet")
-        with pytest.raises(ValueError, match=f"b.parquet has no {why}"):
+        with pytest.raises(ValueError, match=f"b.parquet has {why}"):
             open_records(tmp_path)
 
 
 def test_bad_records_can_be_left_out_and_listed(tmp_path):
     """One bad record in 779 000 need not stop a training: given a list, the reader says there what it leaves out."""
-    good = {"id": "good", "conversations": ask("A?", "ä")}
+    good = {"id": "good", "image": "a", "conversations": ask("<image>", "ä")}
     marks = {"id": "marks", "image": "a", "conversations": ask("A?")}
+    (tmp_path / "a").write_bytes(b"picture")
     path = write_set(tmp_path, [{"id": "none"}, good, marks, good], lines=True)
     problems = []
     kept = open_records(path, problems=problems)
-    assert [record["id"] for record in kept] == ["good", "good"] and kept.counts().tolist() == [[3, 0]] * 2
+    assert [record["id"] for record in kept] == ["good", "good"] and kept.counts().tolist() == [[8, 1]] * 2
     assert problems == [
-        (records.MALFORMED, f"{path}:1: record none has no list of conversations"),
-        (records.MISMATCH, f"{path}:3: record marks has 0 <image> marks but 1 pictures: they must agree")]
+        (formats.MALFORMED, f"{path}:1: record 0, id none, has none of conversations, messages, texts, only id"),
+        (formats.MISMATCH, f"{path}:3: record 2, id marks, has 0 <image> marks but 1 pictures: they must agree")]
     write_set(tmp_path, [{"id": "none"}], lines=True)
-    with pytest.raises(ValueError, match="set.json:1: record none"):
+    with pytest.raises(ValueError, match="set.json:1: record 0, id none,"):
         open_records(path, problems=[])
 
 
@@ -258,7 +262,7 @@ def test_starts_of_a_mixture_are_those_of_the_groups_taken_from(tmp_path):
     ("a.json first 1 images=. all", "is not understood"), ("a.json first 11", "first 11 asks for 11 records of 10"),
     ("a.json random 0", "asks for 0"), ("a.json last 101%", "asks for 11"),
     ("x.mix all", "x.mix is a mixture too: list its sources here"), ("'a.json all", "No closing quotation"),
-    ("bad.json all", "bad.json:2: record 0 has no list")])
+    ("bad.json all", "bad.json:2: record 0 has none of")])
 def test_a_bad_line_of_a_mixture_is_named(tmp_path, line, why):
     """File and line first, then what is wrong there."""
     write_numbers(tmp_path, "a.json", 10)
@@ -303,7 +307,7 @@ def test_an_estimate_reads_no_picture_of_parquet(tmp_path, monkeypatch):
         guess = records.estimate(source)
         assert guess["pictures"].tolist()[:3] == [len(source[n]["images"]) for n in range(3)]
         assert guess["pictures"][3] == 1 and source[3]["images"] == [] and guess["chars"].tolist()[1:3] == [12, 5]
-    assert asked == [["conversations"]] * 3
+    assert asked == [["conversations"]] * 6, "a look whether there are marks, then all"
 
 
 @pytest.mark.slow

@@ -23,11 +23,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from storage import records
-from storage.records import EMPTY, MALFORMED, MISMATCH
+from storage import formats, records
+from storage.formats import EMPTY, FORMATS, MALFORMED, MISMATCH, UNMARKED, roles_and_texts
 
 MISSING, CORRUPT = "missing pictures", "corrupt pictures"
 NOTHING = "records that would train nothing"
+DROPPED = "answers before any question"  # no defect: training drops them, as LLaVA does
+TOKENIZER, TRIED = "weights/Qwen2-0.5B-Instruct", 20
 DEFECTS = (MISSING, CORRUPT, MISMATCH, EMPTY, NOTHING, MALFORMED)  # in the order they are printed
 
 
@@ -47,31 +49,31 @@ def decode(blob):
     return size, "it is cut short, training sees it as far as it goes"
 
 
-def text_problem(record):
-    """What is wrong with the turns of a `reader.read(i)` -> (one of DEFECTS, why) or None."""
-    problem = records.record_problem(record, record["names"])
+def text_problems(record):
+    """What is wrong with the turns of a `reader.read(i)` -> [(one of DEFECTS or DROPPED, why)]."""
+    turns = record["conversations"]
+    problem = formats.record_problem(turns, record["names"])
     if problem:
-        return problem
+        kind, why = problem
+        return [(MISMATCH if kind == UNMARKED else kind, why)]
     try:
-        turns = data.read_turns(record["conversations"], bool(record["names"]))
+        read = data.read_turns(turns, bool(record["names"]))
     except ValueError as error:
-        return NOTHING, str(error)
-    if not any(role == "assistant" for role, _ in turns):
-        return NOTHING, "has no answer"
-    return None
+        return [(NOTHING, str(error))]
+    found = [] if len(read) == len(turns) else [(DROPPED, "starts with an answer")]
+    if not any(role == "assistant" for role, _ in read):
+        found.append((NOTHING, "has no answer"))
+    return found
 
 
 def examine(source, i):
-    """Record i, every picture decoded -> (its row of the index, [(one of DEFECTS, where and why)]).
-    A record that cannot be read at all is a row of zeros."""
+    """Record i, every picture decoded -> (its row of the index, [(one of DEFECTS or DROPPED, where
+    and why)]). A record that cannot be read at all is a row of zeros."""
     try:
         record = source.read(i)
     except (ValueError, OSError) as error:
         return (0, 0, 0, 0), [(MALFORMED, f"row {i}: {error}")]
-    found, sizes = [], []
-    problem = text_problem(record)
-    if problem:
-        found.append(problem)
+    found, sizes = text_problems(record), []
     for name, blob in zip(record["names"], record["images"]):
         if blob is None:
             sizes.append((0, 0))
@@ -81,8 +83,8 @@ def examine(source, i):
         sizes.append(size)
         if why:
             found.append((CORRUPT, f"picture {name}: {why}"))
-    turns = record["conversations"] or []
-    texts = [text for _, text in records.roles_and_texts(turns) if isinstance(text, str)]
+    pairs = roles_and_texts(record["conversations"])
+    texts = [text for _, text in pairs if isinstance(text, str)]
     width, height = sizes[0] if sizes else (0, 0)
     where = f"row {i}, record {record['id']}"
     return ((sum(map(len, texts)), len(sizes), width, height),
@@ -110,7 +112,7 @@ class Blocks:
 
 def examine_all(source, workers=0, progress=None):
     """Every record of a reader, looked at by `workers` processes -> (its index, (records,) of
-    records.ROW; [(one of DEFECTS, where and why)]).
+    records.ROW; [(one of DEFECTS or DROPPED, where and why)]).
 
     progress is called with a number of records as they are done, such as a tqdm bar's update.
     """
@@ -142,24 +144,43 @@ def save_index(source, rows):
               file=sys.stderr)
 
 
-def check(path, images, workers, side, tile):
-    """Reads all of a set, prints what it holds and what is wrong with it, writes its index.
-    -> number of problems"""
+def sources_of(source):
+    """[(reader, rows)] of the sets of a mixture, or of the one set: rows are those of `source`."""
+    if not isinstance(source, records.Mixture):
+        return [(source, range(len(source)))]
+    return [(part, np.flatnonzero(source.part == number).tolist())
+            for number, part in enumerate(source.parts)]
+
+
+def print_formats(source):
+    """Which formats the sets come in, and where marks are put first."""
+    for part, rows in sources_of(source):
+        counts = [f"{count:,} as {FORMATS[key]}" for key, count in part.formats.items() if count]
+        first = ", marks put first" if part.marks_first else ""
+        taken = "" if part is source else f", {len(rows):,} taken"
+        print(f"{part.path}: {', '.join(counts)}{first}{taken}")
+
+
+def check(args):
+    """Reads all of a set, prints what it holds and what is wrong with it, a sample of each source
+    as it will be trained, and writes its index. -> number of problems"""
     refused = []
-    source = records.open_records(path, images, refused)
+    source = records.open_records(args.check, args.images, refused)
     with tqdm(total=len(source), unit=" records", mininterval=1) as bar:
-        index, found = examine_all(source, workers, bar.update)
+        index, found = examine_all(source, args.workers, bar.update)
     save_index(source, index)
-    problems = refused + found
+    problems = refused + [each for each in found if each[0] != DROPPED]
+    print_formats(source)
     pictures = index["pictures"]
     counts = {"records": len(source) + len(refused), "pictures": pictures.sum(),
               "text-only records": (pictures == 0).sum(),
               "several-picture records": (pictures > 1).sum()}
-    for defect in DEFECTS:
-        counts[defect] = sum(kind == defect for kind, _ in problems)
+    for kind in (DROPPED, *DEFECTS):
+        counts[kind] = sum(each == kind for each, _ in refused + found)
     for name, count in counts.items():
         print(f"{name:<32}{count:>15,}")
-    print_lengths(index, side, tile)
+    print_lengths(index, args.side, args.tile)
+    show_sources(source, args)
     for _, why in problems[:20]:
         print(why)
     if not problems:
@@ -258,17 +279,41 @@ def sheet(samples):
     return page
 
 
+def print_sample(sample, where, tokenizer):
+    """A sample as the model gets it, what is trained marked."""
+    start, end = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("\u27e6", "\u27e7")
+    trained = sum(label != data.IGNORE for label in sample["labels"])
+    print(f"--- {where}, record {sample['id']}: {len(sample['input_ids'])} tokens, "
+          f"{trained} trained {start}like this{end}")
+    print(spell(sample, tokenizer, start, end))
+
+
+def show_sources(source, args):
+    """Prints the first sample of each source that can be trained on. Without the tokenizer of the
+    weights, that of tiny/qwen2 cuts the text, and a line says so."""
+    folder = args.tokenizer
+    if not os.path.exists(folder) and folder == TOKENIZER:
+        folder = "tiny/qwen2"
+        print(f"samples are shown with the tokenizer of {folder}, as {TOKENIZER} is not there")
+    tokenizer = data.load_tokenizer(folder)
+    form = data.SampleFormat(args.template, args.mode, args.side, args.tile)
+    for part, rows in sources_of(source):
+        for row in rows[:TRIED]:
+            with contextlib.suppress(ValueError, OSError):
+                sample = data.encode_sample(source[row], tokenizer, form)
+                print_sample(sample, f"{part.path}, row {row}", tokenizer)
+                break
+        else:
+            print(f"--- {part.path}: none of its first {TRIED} records can be trained on")
+
+
 def show(source, count, tokenizer, form, out):
     """Prints `count` samples, evenly spaced over the set, as the model gets them, and saves their
     tiles to `out`."""
     rows = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
     samples = [data.encode_sample(source[i], tokenizer, form) for i in rows]
-    start, end = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("\u27e6", "\u27e7")
     for i, sample in zip(rows, samples):
-        trained = sum(label != data.IGNORE for label in sample["labels"])
-        print(f"--- row {i}, record {sample['id']}: {len(sample['input_ids'])} tokens, "
-              f"{trained} trained {start}like this{end}")
-        print(spell(sample, tokenizer, start, end))
+        print_sample(sample, f"row {i}", tokenizer)
     page = sheet(samples)
     if page:
         page.save(out)
@@ -289,7 +334,7 @@ def parse(argv):
     parser.add_argument("--data", default="data/tiny/finetune", metavar="PATH",
                         help="what --show shows; default: %(default)s")
     parser.add_argument("--images", metavar="PLACE",
-                        help="folder or .zip with the pictures of a .json")
+                        help="folder or .zip with the pictures that records name by path")
     parser.add_argument("--workers", type=int, default=0,
                         help="processes of --check; default: none but this one")
     parser.add_argument("--template", choices=data.FRAME, default="chat")
@@ -309,8 +354,7 @@ def parse(argv):
     args.tile = args.tile or (112 if args.tiny else 336)
     one_tile = args.template == "plain" or args.tiny
     args.mode = args.mode or ("square" if one_tile else "a4")
-    args.tokenizer = args.tokenizer or ("tiny/qwen2" if args.tiny
-                                        else "weights/Qwen2-0.5B-Instruct")
+    args.tokenizer = args.tokenizer or ("tiny/qwen2" if args.tiny else TOKENIZER)
     return args
 
 
@@ -318,7 +362,7 @@ def main(argv=None):
     """The command line -> exit status, 1 if --check found a problem. Raises ValueError, OSError."""
     args = parse(argv)
     if args.check:
-        return int(check(args.check, args.images, args.workers, args.side, args.tile) > 0)
+        return int(check(args) > 0)
     if args.show < 1:
         raise ValueError(f"--show {args.show}: ask for at least one sample")
     if args.tiny and not os.path.exists(args.data):

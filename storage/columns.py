@@ -1,0 +1,72 @@
+"""What the columns of a Parquet file hold: which has the turns, how many letters and pictures its
+rows have. No picture is read."""
+import re
+
+import numpy as np
+import pyarrow.compute as compute
+import pyarrow.parquet as parquet
+
+from storage.formats import MARK, as_list, format_of, roles_and_texts, turns_of
+
+
+def column_of_turns(file, schema):
+    """The one of FORMATS that a Parquet file has. Raises ValueError, also for pictures that are
+    none."""
+    columns = {field.name: str(field.type) for field in schema if str(field.type) != "null"}
+    try:
+        key = format_of(columns)
+    except ValueError as error:
+        raise ValueError(f"{file} {error}") from None
+    if not re.search("(value|content|user): ", columns[key]):
+        raise ValueError(f"{file} has no turns in its column {key}, which is {columns[key]}")
+    for name in ("image", "images"):
+        if not re.search("binary|string|null", columns.get(name, "null")):
+            raise ValueError(f"{file} has no pictures in its column {name}, which is "
+                             f"{columns[name]}: store their bytes or paths")
+    return key
+
+
+def picture_leaves(group):
+    """The metadata of the columns of a row group that belong to its pictures."""
+    leaves = map(group.column, range(group.num_columns))
+    return [leaf for leaf in leaves if leaf.path_in_schema.split(".")[0] in ("image", "images")]
+
+
+def has_pictures(group):
+    """Whether a row group may have a picture, from its metadata."""
+    return any(leaf.statistics is None or leaf.statistics.null_count < leaf.num_values
+               for leaf in picture_leaves(group))
+
+
+def picture_counts(path):
+    """(rows,) int64: pictures of every row of a Parquet file, counted by the paths beside their
+    bytes; one each where there are no paths."""
+    with parquet.ParquetFile(path) as file:
+        rows = file.metadata.num_rows
+        leaves = [leaf.path_in_schema for leaf in picture_leaves(file.metadata.row_group(0))] \
+            if rows else []
+        paths = [leaf for leaf in leaves if leaf.endswith(".path")]
+        if not paths:
+            return np.ones(rows, np.int64)
+        batches = file.iter_batches(columns=paths)
+        lists = [as_list(row) for batch in batches for row in batch.column(0).to_pylist()]
+    return np.array([len(each) - each.count(None) for each in lists], np.int64)
+
+
+def text_sizes(key, column):
+    """A column of turns in format `key` -> (rows, 2) int64: characters of all turns, marks."""
+    name = re.search("(value|content): (large_)?string", str(column.type))
+    if name:                                                                 # turns without parts
+        row = compute.list_parent_indices(column)                            # of each turn
+        text = compute.struct_field(column.flatten(), name[1]).fill_null("")
+        of_turn = compute.utf8_length(text), compute.count_substring(text, MARK)
+        return np.stack([np.bincount(row, each, len(column)) for each in of_turn], 1).astype(int)
+    sizes = []
+    for given in column.to_pylist():
+        try:
+            pairs = roles_and_texts(turns_of({key: given}, key)[0])
+        except ValueError:  # reading the record will say why
+            pairs = []
+        text = "".join(text for _, text in pairs if isinstance(text, str))
+        sizes.append((len(text), text.count(MARK)))
+    return np.array(sizes, np.int64).reshape(-1, 2)

@@ -1,0 +1,250 @@
+"""The formats that records come in, and one form for all of them: turns with marks, and pictures.
+
+    conversations   LLaVA: turns of from and value, with <image> where a picture stands
+    messages        OpenAI, Hugging Face: turns of role and content. content is a text, or a list of
+                    parts: {"type": "text", "text": ...}, {"type": "image" or "image_url", ...}
+    texts           FineVision, the Cauldron: rounds of user and assistant, and no marks
+
+Pictures stand in `image` or `images`, one or a list, or in their parts. Each is a path, bytes,
+base64, a data: URL, or a dict with one of these. A text in `system` becomes the first turn.
+
+Nothing is dropped or guessed: what has no place in the one form is a ValueError whose words go on
+after "record ID".
+"""
+import base64
+import json
+import re
+
+MARK = "<image>"  # in text: "here stands one picture"
+FORMATS = {"conversations": "LLaVA's conversations", "messages": "messages",
+           "texts": "texts of FineVision or the Cauldron"}
+COLUMNS = ("id", *FORMATS, "image", "images", "system")
+NOT_READ = "video", "videos", "audio", "audios"
+# Keys of a picture that is written as a dict, and of a part of a message. HF: bytes before path.
+PICTURE_KEYS = "bytes", "base64", "path", "url", "image", "image_url"
+# How base64 begins of JPEG, PNG, GIF, WebP and TIFF.
+BASE64 = "/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK"
+LONGEST_PATH = 1000
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+         "system": "system"}
+
+# Kinds of problem that a record can have. UNMARKED is MISMATCH, unless no record of the set has a
+# mark: then marks are put first.
+MALFORMED, MISMATCH, EMPTY = "malformed records", "mark/picture mismatches", "empty answers"
+UNMARKED = "pictures without marks"
+
+
+def roles_and_texts(turns):
+    """[(role, text)] of turns with LLaVA's keys, from and value, or with those of chats, role and
+    content. Roles are those of the template; one that it lacks, and None for what a turn lacks, are
+    left as they are."""
+    turns = [turn if isinstance(turn, dict) else {} for turn in turns]
+    pairs = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
+             for turn in turns]
+    return [(ROLES.get(role, role) if isinstance(role, str) else None, text)
+            for role, text in pairs]
+
+
+def format_of(record):
+    """The one of FORMATS that a record has. Raises ValueError."""
+    found = [key for key in FORMATS if record.get(key) is not None]
+    if len(found) > 1:
+        raise ValueError(f"has {' and '.join(found)}: keep one of them")
+    if not found:
+        only = f", only {', '.join(record)}" if record else ""
+        raise ValueError(f"has none of {', '.join(FORMATS)}{only}")
+    return found[0]
+
+
+def one_form(record):
+    """A record of any format -> (turns, pictures). The turns are as `roles_and_texts` reads them; a
+    picture is bytes, or a text as `decode_text` reads it. Raises ValueError."""
+    turns, brought = turns_of(record, format_of(record))
+    unread = [key for key in NOT_READ if record.get(key)]
+    if unread:
+        raise ValueError(f"has {unread[0]}: only text and pictures are read")
+    beside = [given for key in ("image", "images") for given in as_list(record.get(key))]
+    pictures = [picture for picture in map(reference, beside) if picture is not None]
+    if record.get("image") and record.get("images"):
+        raise ValueError("has image and images: keep one of them")
+    own = [picture for picture in brought if picture is not None]
+    if own and (pictures or len(own) < len(brought)):
+        raise ValueError("has pictures in some parts of its messages and others elsewhere: put all "
+                         "into the parts, or all into images")
+    if brought and not own and len(brought) != len(pictures):
+        raise ValueError(f"has {len(brought)} picture parts but {len(pictures)} pictures: "
+                         "they must agree")
+    return turns, own or pictures
+
+
+def turns_of(record, key):
+    """The turns of a record of format `key` -> (turns, pictures of their parts, None for a part
+    that only says where one stands). Raises ValueError."""
+    given = record[key]
+    if not given or not isinstance(given, list):
+        raise ValueError(f"has no list of {key}")
+    given = [each if isinstance(each, dict) else {} for each in given]
+    if key == "texts":
+        given = [{"role": role, "content": each.get(role)} for each in given
+                 for role in ("user", "assistant")]
+    turns, brought = [], []
+    for turn in given:
+        parts = turn.get("value", turn.get("content"))
+        if isinstance(parts, list):
+            turn = {"role": turn.get("from", turn.get("role")), "content": join(parts, brought)}
+        turns.append(turn)
+    if record.get("system"):
+        turns.insert(0, {"role": "system", "content": record["system"]})
+    return turns, brought
+
+
+def join(parts, brought):
+    """The parts of a message -> its text, a mark for each picture, as LLaVA writes them: a line
+    break behind, a space between two. Adds the pictures to `brought`. Raises ValueError."""
+    text = ""
+    for part in parts:
+        part = part if isinstance(part, dict) else {}
+        kind, words = part.get("type"), part.get("text")
+        if kind == "text" and isinstance(words, str):
+            text += "\n" + words if text.endswith(MARK) and words[:1].strip() else words
+        elif kind in ("image", "image_url"):
+            if part.get("index") not in (None, len(brought)):
+                raise ValueError(f"has a part for picture {part['index']} where picture "
+                                 f"{len(brought)} is next: put the parts in order, from 0")
+            text += " " + MARK if text.endswith(MARK) else MARK
+            brought.append(reference(part))
+        else:
+            raise ValueError(f"has a part of type {kind!r} without text: parts are "
+                             '{"type": "text", "text": ...} or {"type": "image", ...}')
+    return text
+
+
+def reference(picture):
+    """A picture as a record gives it -> its bytes, or its path or base64 as text. None for
+    nothing."""
+    while isinstance(picture, dict):
+        picture = next((picture[key] for key in PICTURE_KEYS if picture.get(key)), None)
+    return None if picture == "" else picture
+
+
+def as_list(value):
+    """A record's `image`, which may be absent, one or a list, as a list."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def is_path(text):
+    """Whether the text of a picture is a path, and neither base64 nor a data: URL."""
+    return not text.startswith(("data:", *BASE64)) and len(text) <= LONGEST_PATH
+
+
+def decode_text(text):
+    """Base64 or a data: URL -> the bytes of the picture. Raises ValueError."""
+    head, _, body = text.partition(",") if text.startswith("data:") else ("", "", text)
+    if head and not head.endswith(";base64"):
+        raise ValueError(f"has a picture {head[:40]} that is not base64")
+    try:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except ValueError as error:
+        raise ValueError(f"has a picture of {len(body)} letters that are no base64 ({error})"
+                         ) from None
+
+
+def put_marks_first(turns, count):
+    """Turns without marks -> a copy with `count` marks on a line before the first question."""
+    turns = list(turns)
+    for place, (role, text) in enumerate(roles_and_texts(turns)):
+        if role == "user" and isinstance(text, str):
+            turns[place] = {"role": role, "content": " ".join([MARK] * count) + "\n" + text}
+            break
+    return turns
+
+
+def check_turns(pairs):
+    """Raises ValueError for [(role, text)] with a turn without text, an unknown role, or a system
+    turn that is not the first."""
+    for place, (role, text) in enumerate(pairs):
+        if not isinstance(text, str):
+            raise ValueError(f"has no text in turn {place + 1}: each needs from and value")
+        if role not in ROLES or role == "system" and place > 0:
+            raise ValueError(f"has the role {role!r} in turn {place + 1}: use human or user, gpt "
+                             "or assistant, and system for the first turn")
+
+
+def record_problem(turns, pictures):
+    """What is wrong with turns and pictures as `one_form` gives them -> (one of the kinds above,
+    words that go on after "record ID"), or None."""
+    pairs = roles_and_texts(turns)
+    try:
+        check_turns(pairs)
+    except ValueError as error:
+        return MALFORMED, str(error)
+    for picture in pictures:
+        if not isinstance(picture, (str, bytes)):
+            return MALFORMED, "has a picture that is neither a path nor bytes"
+        if isinstance(picture, str) and picture.startswith(("http://", "https://")):
+            return MALFORMED, (f"has the web address {picture[:60]} as picture, and nothing is "
+                               "fetched: save it and give its path")
+    if any(role == "assistant" and not text.strip() for role, text in pairs):
+        return EMPTY, "has an empty answer: remove it, or the record"
+    marks = sum(text.count(MARK) for _, text in pairs)
+    question = next((text for role, text in pairs if role == "user"), None)
+    if marks != len(pictures) and (pictures or stands_for_picture(question or "")):
+        return UNMARKED if question is not None and not marks else MISMATCH, (
+            f"has {marks} {MARK} marks but {len(pictures)} pictures: they must agree")
+    return None
+
+
+def stands_for_picture(question):
+    """Whether a text that comes without a picture needs one. A mark at its start or end stands for
+    a picture; a mark within a sentence may be what the text is about."""
+    text = question.strip()
+    return text.startswith(MARK) or text.endswith(MARK)
+
+
+# ---------------------------------------------------------------------------------- JSON files
+
+def json_files(path):
+    """The file itself, or all .json and .jsonl below a folder, in order of path."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*.json*") if file.suffix in (".json", ".jsonl"))
+
+
+def scan_json(path):
+    """Yields (how a message calls it, first byte, end byte, record) of every record of a file; {}
+    for one that is no object. ValueError, with file, line, number from 0 and column, for what is no
+    JSON, and for a file that ends too early."""
+    text = path.read_bytes().decode("latin-1")  # a character a byte: its places are bytes
+    gap, decoder = re.compile("[ \t\r\n,]*"), json.JSONDecoder()
+    head = re.match("(?:\xef\xbb\xbf)?[ \t\r\n,]*(\\[?)", text)  # byte order mark, opened list
+    at, end, line, number = 0, head.end(), 1, 0
+    while True:
+        start = gap.match(text, end).end()
+        line += text.count("\n", at, start)
+        at = start
+        if at == len(text) or head[1] and text[at] == "]":
+            break
+        try:
+            record, end = decoder.raw_decode(text, at)
+            if not text[at:end].isascii():  # decode its letters, not its bytes
+                record = json.loads(text[at:end].encode("latin-1"))
+        except ValueError as error:
+            place = error.pos if isinstance(error, json.JSONDecodeError) else at
+            begin = text.rfind("\n", 0, place) + 1
+            column = len(text[begin:place].encode("latin-1").decode("utf-8", "replace")) + 1
+            raise ValueError(f"{path}:{line}: not valid JSON in record {number}, at line "
+                             f"{text.count(chr(10), 0, place) + 1}, column {column}: "
+                             f"{getattr(error, 'msg', 'it is not UTF-8')}") from error
+        if not isinstance(record, dict):
+            record = {}
+        name = "" if record.get("id") is None else f", id {record['id']},"
+        yield f"{path}:{line}: record {number}{name}", at, end, record
+        number += 1
+    if end == head.end():
+        raise ValueError(f"{path}:{line}: the file ends without a record")
+    if head[1] and at == len(text):
+        raise ValueError(f"{path}:{line}: the file ends inside the list")
+    if text[at + 1:].strip():
+        raise ValueError(f"{path}:{line}: the list ends here, and more text follows")
