@@ -27,7 +27,7 @@ from compared import interactions, projectors
 from compared.graft import graft
 from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config
 from sela import Insertions, Memory, Sizes, VisionRemember, flat_index
-from storage.formats import stands_for_picture
+from storage.formats import put_marks_first, stands_for_picture
 from storage.weights import check_fingerprint, fingerprint, load_weights, read_config, save_weights
 
 # call a function, and call it again in the backward pass instead of keeping what it computed
@@ -324,14 +324,12 @@ class LLaVAVR(nn.Module):
         images = images if isinstance(images, (list, tuple)) else [images]
         images = [image for image in images if image is not None]
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        turns = data.read_turns(turns, False, spoken=True)
-        turns = [{"role": role, "content": text} for role, text in turns]
-        if not images and any(stands_for_picture(turn["content"]) for turn in turns):
+        texts = [text for _, text in data.read_turns(turns, False, spoken=True)]
+        if not images and any(map(stands_for_picture, texts)):
             raise ValueError(f"the prompt asks about {data.MARK} but comes without a picture: give "
                              "one, or leave the mark out")
-        if images and not any(data.MARK in turn["content"] for turn in turns):
-            first = next(turn for turn in turns if turn["role"] == "user")
-            first["content"] = " ".join([data.MARK] * len(images)) + "\n" + first["content"]
+        if images and not any(data.MARK in text for text in texts):
+            turns = put_marks_first(turns, len(images))                  # in a copy
         config = self.config
         form = data.SampleFormat("chat", config.image_mode, config.side, config.vision.image_size)
         plans, tiles = data.read_pictures(images, form)

@@ -344,8 +344,18 @@ def test_turns_of_both_kinds_are_one_prompt():
     assert chat[0] == {"role": "user", "content": "One?"}, "in a copy"
 
 
+@pytest.mark.parametrize("image", [None, picture(*SMALL)])
+def test_a_system_turn_takes_the_place_of_the_default(image):
+    """And the pictures stand before the question still, not before the system prompt."""
+    model, question = tiny_model(), {"role": "user", "content": "One?"}
+    def ids(*turns):
+        return model.encode_prompt(image, list(turns))["input_ids"]
+    default = {"role": "system", "content": "You are a helpful assistant."}
+    assert ids(question) == ids(default, question) != ids({**default, "content": "Be brief."}, question)
+
+
 @pytest.mark.parametrize("turns, message", [
-    ([], "no turn is left"), ([{"role": "user"}], "turn 1 lacks"),
+    ([], "no turn is left"), ([{"role": "user"}], "no text in turn 1"),
     ([{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two"}], "the last turn is already an answer"),
     ([{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two"},
       {"role": "user", "content": "<image>\nThree?"}], "asks about <image> but comes without a picture")])
