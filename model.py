@@ -27,11 +27,12 @@ from compared import interactions, projectors
 from compared.graft import graft
 from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config
 from sela import Insertions, Memory, Sizes, VisionRemember, flat_index
-from storage.formats import stands_for_picture
+from storage.formats import put_marks_first, stands_for_picture
 from storage.weights import check_fingerprint, fingerprint, load_weights, read_config, save_weights
 
 # call a function, and call it again in the backward pass instead of keeping what it computed
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+most_likely = partial(torch.argmax, dim=-1)     # the greedy choice: logits (B, V) -> tokens (B,)
 
 
 class AAP(nn.Sequential):
@@ -256,14 +257,15 @@ class LLaVAVR(nn.Module):
         return torch.cat([grid, newline], 1).flatten(0, 1)               # (rows * (columns + 1), d)
 
     @torch.inference_mode()
-    def generate(self, images, prompts, max_new_tokens=64, on_token=None):
-        """Greedy answers to a list of prompts, decoded together as if each were alone.
+    def generate(self, images, prompts, max_new_tokens=64, on_token=None, choose=most_likely):
+        """Answers to a list of prompts, decoded together as if each were alone.
 
         images: for each prompt None, a PIL image (or its path or bytes) or a list of them.
-        prompts: str, or turns [{"from", "value"}] that end with a human one; `<image>` marks may
-            be left out, the pictures then stand first.
+        prompts: str, or turns [{"role", "content"}] (or from, value) that end with the user's. The
+            first may be a system turn. Without `<image>` marks the pictures stand first.
         on_token(row, text): called with every new piece of text.
-        Raises ValueError where marks and pictures disagree, and for a damaged picture.
+        choose(logits (B, V)) -> tokens (B,): greedy; a sample.Sampler draws them.
+        Raises ValueError for a damaged picture, too many tokens, marks that fit no pictures.
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} image entries for {len(prompts)} prompts: give one "
@@ -271,18 +273,27 @@ class LLaVAVR(nn.Module):
         if not prompts:
             return []
         samples = list(map(self.encode_prompt, images, prompts))
+        longest = max(len(sample["input_ids"]) for sample in samples) + max_new_tokens
+        limit = self.config.text.max_position_embeddings
+        if longest > limit:
+            raise ValueError(f"prompt and answer may take {longest} tokens, but the decoder was "
+                             f"made for {limit}: shorten the prompt or the answer")
         ends = [self.tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
         logits, decode = self.prefill(samples, ends[1], max_new_tokens)  # (B, V)
         answers, texts, done = [[] for _ in prompts], [""] * len(prompts), set()
         for step in range(max_new_tokens):
-            tokens = logits.argmax(-1)                                   # (B,)
+            tokens = choose(logits)                                      # (B,)
             for row, token in enumerate(tokens.tolist()):
                 if token in ends:
                     done.add(row)
-                elif row not in done:
-                    answers[row].append(token)
-                    if on_token:
-                        texts[row] = self.emit_text(row, answers[row], texts[row], on_token)
+                if row in done:
+                    continue
+                answers[row].append(token)
+                if on_token:
+                    text = self.tokenizer.decode(answers[row])
+                    if not text.endswith("\ufffd"):                  # not inside a character
+                        on_token(row, text[len(texts[row]):])
+                        texts[row] = text
             if len(done) == len(prompts) or step == max_new_tokens - 1:
                 break
             logits = decode(tokens[:, None])[:, -1]                      # (B, V)
@@ -308,26 +319,17 @@ class LLaVAVR(nn.Module):
         cache.lengths += rest.lengths - rest.input_ids.shape[1]          # without the padding
         return logits, partial(self.language_model, cache=cache)
 
-    def emit_text(self, row, ids, said, on_token):
-        """Pass on the newest token's text, unless it ends inside a character -> the text so far."""
-        text = self.tokenizer.decode(ids)
-        if text.endswith("\ufffd"):
-            return said
-        on_token(row, text[len(said):])
-        return text
-
     def encode_prompt(self, images, prompt):
         """A prompt of `generate` -> a sample for data.collate, ending where the answer begins."""
         images = images if isinstance(images, (list, tuple)) else [images]
         images = [image for image in images if image is not None]
-        turns = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else prompt
-        first = turns[0]["value"]
-        if not images and stands_for_picture(first):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        texts = [text for _, text in data.read_turns(turns, False, spoken=True)]
+        if not images and any(map(stands_for_picture, texts)):
             raise ValueError(f"the prompt asks about {data.MARK} but comes without a picture: give "
                              "one, or leave the mark out")
-        if images and not any(data.MARK in turn["value"] for turn in turns):
-            marks = " ".join([data.MARK] * len(images))
-            turns = [{**turns[0], "value": f"{marks}\n{first}"}, *turns[1:]]    # in a copy
+        if images and not any(data.MARK in text for text in texts):
+            turns = put_marks_first(turns, len(images))                  # in a copy
         config = self.config
         form = data.SampleFormat("chat", config.image_mode, config.side, config.vision.image_size)
         plans, tiles = data.read_pictures(images, form)

@@ -3,32 +3,136 @@
     laptop:   python sample.py --preset tiny --image list.png "What number stands beside Iran?"
     one GPU:  python sample.py --model runs/7b/phase2 --image a.png --image b.png "What changed?"
     a talk:   python sample.py --preset tiny --image chart.png     # an empty line ends it
+    drawn:    python sample.py --preset 7b --image a.png --temperature 0.7 --seed 1 "Tell a story."
     pruned:   python sample.py --model runs/1.5b-mlp/phase2 --prune pdrop --image a.png "Who?"
     (eight GPUs answer no single question sooner: torchrun eval.py asks many at once)
+
+Without --temperature the answer is greedy: always the most likely next token.
 """
 import argparse
+import math
+import re
 import sys
 from pathlib import Path
+
+import torch
 
 from compared.choices import add_choices, add_name, folder_of
 from compared.variants import load_model, read_variant
 from data import load_image
-from model import PRESETS
+from model import PRESETS, most_likely
 
+WEB_ADDRESS = re.compile(r"\w+://?")        # pathlib makes https:/ of https://
+
+
+class Sampler:
+    """Draws the next token of every answer: `model.generate(..., choose=Sampler(0.7, 0.9))`.
+
+    temperature: logits are divided by it: near 0 the most likely token is always drawn, at 1 each
+        as often as the model was trained to say it, above more evenly.
+    top_p: drawn from the fewest tokens that hold this share together (arXiv:1904.09751).
+    seed: row r of a batch is answered as if it were alone, with seed + r. So the same question
+        asked several times in a batch gets several answers, and each can be had again.
+    Raises ValueError for values without meaning.
+    """
+
+    def __init__(self, temperature=1.0, top_p=1.0, seed=0):
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature {temperature}: give a number above 0; without one the "
+                             "answer is greedy")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top-p {top_p}: give a share above 0, at most 1")
+        if not 0 <= seed < 2**62:
+            raise ValueError(f"seed {seed}: give a whole number from 0, of at most 18 digits")
+        self.temperature, self.top_p, self.seed = temperature, top_p, seed
+        self.generators = []                # of each row; on the CPU: a GPU draws other numbers
+
+    def __call__(self, logits):
+        """Logits (B, V) -> tokens (B,)."""
+        for row in range(len(self.generators), len(logits)):
+            self.generators.append(torch.Generator().manual_seed(self.seed + row))
+        draws = [torch.rand(1, generator=generator) for generator in self.generators[:len(logits)]]
+        draws = torch.stack(draws).to(logits.device)                     # (B, 1), in [0, 1)
+        logits = logits.float() - logits.float().amax(-1, keepdim=True)  # so that none overflows
+        shares, tokens = (logits / self.temperature).softmax(-1).sort(-1, descending=True)
+        before = shares.cumsum(-1) - shares                              # (B, V)
+        kept = torch.where(before < self.top_p, shares, 0)               # at least the first
+        ends = kept.cumsum(-1)                                           # (B, V)
+        place = torch.searchsorted(ends, draws * ends[:, -1:], right=True)       # (B, 1)
+        last = (kept > 0).sum(-1, keepdim=True) - 1                      # rounding stays inside
+        return tokens.gather(-1, place.minimum(last)).squeeze(-1)
+
+
+# --------------------------------------------------------------------------- the command line
+
+def add_asking(parser):
+    """Add the flags that say which model answers, and how."""
+    add = parser.add_argument
+    add("--preset", default="0.5b", choices=PRESETS, help="the model is runs/<preset>/phase2")
+    add_name(parser)
+    add("--model", type=Path, help="folder of another trained model")
+    add("--max-new-tokens", type=int, default=128)
+    add("--system", metavar="TEXT", help="a system prompt, in place of the one of training")
+    add("--temperature", type=float, default=0.0, help="draw the answer; 0, the default, is greedy")
+    add("--top-p", type=float, help="draw from the tokens that hold this share (default 1)")
+    add("--seed", type=int, help="of the draws (default 0): the same seed, the same answer")
+
+
+def model_folder(args):
+    """The folder of the model that the command line names. FileNotFoundError if it is missing."""
+    folder = args.model or Path("runs") / folder_of(args) / "phase2"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model folder {folder}; train one with: "
+                                f"python train.py --preset {args.preset}")
+    return folder
+
+
+def chooser(args):
+    """What chooses the tokens of a new conversation: the greedy choice, or a Sampler.
+
+    Raises ValueError for values without meaning.
+    """
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+    given = {"top-p": args.top_p, "seed": args.seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.temperature != 0:
+        return Sampler(args.temperature, given.get("top-p", 1.0), given.get("seed", 0))
+    for name, value in given.items():
+        raise ValueError(f"--{name} {value} draws nothing without a temperature: give "
+                         "--temperature 0.7, or another number above 0")
+    return most_likely
+
+
+def asked(args, turns):
+    """The turns of a conversation behind the system prompt of the command line, if it has one."""
+    return turns if args.system is None else [{"role": "system", "content": args.system}, *turns]
+
+
+def open_picture(path):
+    """A path of the command line -> a picture, as data.load_image reads it and with its errors."""
+    if WEB_ADDRESS.match(str(path)):
+        raise ValueError(f"--image {path}: nothing is fetched from the web; save the picture and "
+                         "give the path of its file")
+    return load_image(path)
+
+
+# ------------------------------------------------------------------------------------- asking
 
 def show(row, piece):
     """Print a piece of the answer at once. `row` is that of the batch, which has only one here."""
     print(piece, end="", flush=True)
 
 
-def reply(model, pictures, question, max_new_tokens):
-    """Print the answer as it is generated, and return it. `question`: a text or a list of turns."""
-    answers = model.generate([pictures or None], [question], max_new_tokens, on_token=show)
+def reply(model, pictures, turns, args, choose):
+    """Print the answer to the last of some turns as it is generated, and return it."""
+    answers = model.generate([pictures or None], [asked(args, turns)], args.max_new_tokens,
+                             on_token=show, choose=choose)
     print()
     return answers[0]
 
 
-def talk(model, pictures, max_new_tokens):
+def talk(model, pictures, args, choose):
     """Question after question, each with all that was said before; returns the turns.
 
     An empty line, the end of input or Ctrl-C at the prompt ends it.
@@ -41,13 +145,13 @@ def talk(model, pictures, max_new_tokens):
             return turns
         if not question:
             return turns
-        asked = turns + [{"from": "human", "value": question}]
+        longer = [*turns, {"role": "user", "content": question}]
         try:
-            answer = reply(model, pictures, asked, max_new_tokens)
+            answer = reply(model, pictures, longer, args, choose)
         except KeyboardInterrupt:                           # ends this answer, not the talk
             print()
         else:
-            turns = asked + [{"from": "gpt", "value": answer}]
+            turns = [*longer, {"role": "assistant", "content": answer}]
 
 
 def main(argv=None):
@@ -60,27 +164,21 @@ def main(argv=None):
     add = parser.add_argument
     add("question", nargs="?", help="left out: a conversation on standard input")
     add("--image", type=Path, action="append", default=[], help="may be repeated, shown in order")
-    add("--preset", default="0.5b", choices=PRESETS, help="the model is runs/<preset>/phase2")
-    add_name(parser)
-    add("--model", type=Path, help="folder of another trained model")
-    add("--max-new-tokens", type=int, default=128)
+    add_asking(parser)
     add("--prune", metavar="RULE", help="fastv:K=2,R=0.5, pdrop, resize: see compared/")
     add_choices(parser)
     args = parser.parse_args(argv)
-    folder = args.model or Path("runs") / folder_of(args) / "phase2"
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+    choose = chooser(args)
     if args.question is not None and not args.question.strip():
         raise ValueError("the question is empty; leave it out to open a conversation")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder {folder}; train one with: "
-                                f"python train.py --preset {args.preset}")
+    folder = model_folder(args)
 
-    pictures = [load_image(path) for path in args.image]
+    pictures = [open_picture(path) for path in args.image]
     model = load_model(folder, *read_variant(args, folder))
     if args.question is None:
-        return talk(model, pictures, args.max_new_tokens)
-    return reply(model, pictures, args.question, args.max_new_tokens)
+        return talk(model, pictures, args, choose)
+    question = {"role": "user", "content": args.question}
+    return reply(model, pictures, [question], args, choose)
 
 
 if __name__ == "__main__":

@@ -123,19 +123,26 @@ def refuse_untrained(choices, config, folder):
 
 
 def load_model(folder, rule=None, choices=None):
-    """The trained model in a folder, asked by a rule or with other choices: on this rank's GPU in
-    bfloat16, or on the CPU in float32."""
+    """The trained model in a folder, asked by a rule or with other choices, where and in what
+    `place_of_answers` says."""
     if rule is None:
         model = LLaVAVR.from_pretrained(folder, **(choices or {}))
     elif rule.startswith("resize"):
         model = ResizedLLaVAVR.from_pretrained(folder, rule)
     else:
         model = PrunedLLaVAVR.from_pretrained(folder, rule)
+    return model.to(*place_of_answers()).eval()
+
+
+def place_of_answers():
+    """-> (device, dtype): this rank's GPU in bfloat16; else Apple's GPU, if torch can use it, or
+    the CPU, both in float32, as not every Mac computes in bfloat16."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        model = model.to(device, torch.bfloat16)
-    return model.eval()
+        return device, torch.bfloat16
+    apple = torch.backends.mps.is_available()
+    return torch.device("mps" if apple else "cpu"), torch.float32
 
 
 def described(choices):

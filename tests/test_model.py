@@ -335,6 +335,48 @@ def test_the_callers_turns_are_not_changed():
     assert turns == [{"from": "human", "value": "What?"}]
 
 
+def test_turns_of_both_kinds_are_one_prompt():
+    """from and value are LLaVA's keys, role and content those of most chats; marks are put first in both."""
+    model, image = tiny_model(), picture(*SMALL)
+    llava = [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "Two"}, {"from": "human", "value": "Three?"}]
+    chat = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two"}, {"role": "user", "content": "Three?"}]
+    assert model.encode_prompt(image, chat)["input_ids"] == model.encode_prompt(image, llava)["input_ids"]
+    assert chat[0] == {"role": "user", "content": "One?"}, "in a copy"
+
+
+@pytest.mark.parametrize("image", [None, picture(*SMALL)])
+def test_a_system_turn_takes_the_place_of_the_default(image):
+    """And the pictures stand before the question still, not before the system prompt."""
+    model, question = tiny_model(), {"role": "user", "content": "One?"}
+    def ids(*turns):
+        return model.encode_prompt(image, list(turns))["input_ids"]
+    default = {"role": "system", "content": "You are a helpful assistant."}
+    assert ids(question) == ids(default, question) != ids({**default, "content": "Be brief."}, question)
+
+
+@pytest.mark.parametrize("turns, message", [
+    ([], "no turn is left"), ([{"role": "user"}], "no text in turn 1"),
+    ([{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two"}], "the last turn is already an answer"),
+    ([{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two"},
+      {"role": "user", "content": "<image>\nThree?"}], "asks about <image> but comes without a picture")])
+def test_turns_that_make_no_question_are_told(turns, message):
+    """In one line, before anything is computed."""
+    with pytest.raises(ValueError, match=message) as caught:
+        tiny_model().generate([None], [turns])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_decoder_was_not_made_for_is_refused():
+    """Beyond its positions a decoder talks nonsense. The longest prompt of a batch counts, and the new tokens."""
+    model, prompts = tiny_model(), ["Hi", "What is the value of Apple?"]
+    length = len(model.encode_prompt(None, prompts[1])["input_ids"])
+    model.config.text.max_position_embeddings = length + 5
+    assert len(model.generate([None, None], prompts, 5)) == 2
+    message = f"prompt and answer may take {length + 6} tokens, but the decoder was made for {length + 5}"
+    with pytest.raises(ValueError, match=message):
+        model.generate([None, None], prompts, 6)
+
+
 def test_a_talk_goes_on_after_an_empty_answer():
     """The model may end its turn at once; only in training is an empty answer a mistake."""
     model = tiny_model()
