@@ -568,8 +568,7 @@ def arguments(argv=None):
     add = parser.add_argument
     add("--phase", choices=RECIPES, help="default: 1 and 2, in order")
     add("--preset", choices=PRESETS, help="default: that of --from, else 0.5b")
-    choices.add_name(parser)
-    choices.add_from(parser)
+    choices.add_beginning(parser)
     add("--clip", help="folder of the CLIP weights (phase 1)")
     add("--llm", help="folder of the Qwen2 weights (phase 1)")
     add("--data", help="LLaVA .json or .jsonl, a folder of Parquet shards, or a .mix of several")

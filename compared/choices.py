@@ -60,8 +60,9 @@ def add_name(parser):
     parser.add_argument("--name", help="its runs lie in <preset>-<NAME> instead of <preset>")
 
 
-def add_from(parser):
-    """Add the flags that say what a run goes on from, what it may replace, and how it learns."""
+def add_beginning(parser):
+    """Add --name, and the flags that say what a run goes on from, may replace, and learns by."""
+    add_name(parser)
     add = parser.add_argument
     add("--from", dest="origin", metavar="FOLDER", help="go on from this LLaVA-VR model, by "
         "default with phase 2; architecture flags add parts to it, which start fresh")
