@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 train.py --phase 2       # eight GPUs: the paper's second phase
     torchrun --nproc_per_node=8 train.py --phase si --preset 7b --shard --recompute    # Table 3's
     python train.py --preset tiny --projector mlp --remember none --name mlp    # no compression
+    python train.py --from runs/0.5b/phase2 --name mine --data my.json    # from a model on own data
     python train.py --preset tiny --resume               # goes on where a stopped run was saved
 
 Without --phase, 1 and 2 run one after the other. runs/<preset>/phase1 and phase2 hold the finished
@@ -36,7 +37,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from compared import choices
+from compared import choices, lora
 from model import PRESETS, LLaVAVR, recomputed
 from storage import checkpoint, records
 from storage.log import Log, step_line
@@ -128,9 +129,9 @@ class Run:
     device: torch.device
     out: Path                    # folder of the finished model
     partial: Path                # what there is until then: the log and checkpoints
-    start: Path | None           # the finished phase it goes on from
+    start: Path | None           # the model it goes on from; None: pre-trained parts
     paths: dict                  # of "clip", "llm" and "data"
-    architecture: dict           # fields of LLaVAVRConfig to set in phase 1; later they are read
+    architecture: dict           # fields of LLaVAVRConfig to set; the others are those of the start
 
 
 def make_run(flags, phase, rank, world, device):
@@ -143,13 +144,11 @@ def make_run(flags, phase, rank, world, device):
         raise ValueError(f"{world} ranks do not divide a global batch of {recipe.batch}: start a "
                          "number of ranks that does, or give another --batch")
     folder = Path(flags.out) / choices.folder_of(flags)
-    start = folder / recipe.start if recipe.start else None
     preset = PRESETS[flags.preset]
     paths = {"clip": flags.clip or preset.clip, "llm": flags.llm or preset.llm,
              "data": flags.data or default_data(phase, preset.drawn)}
-    out, architecture = folder / recipe.folder, {}
-    if start is None:
-        architecture = choices.for_training(flags, paths, out)
+    out = folder / recipe.folder
+    start, architecture = choices.begin(flags, paths, out, recipe.start)
     return Run(flags, phase, recipe, rank, world, device, out, choices.partial_of(out), start,
                paths, architecture)
 
@@ -165,25 +164,27 @@ def summed(run, **values):
 # ---------------------------------------------------------------------------- model and optimizer
 
 def build_model(run):
-    """The model of the phase before, or pre-trained parts under a fresh projector and Vision
+    """The model that the phase starts from, or pre-trained parts under a fresh projector and Vision
     Remember; frozen but for what trains."""
     flags, trains = run.flags, run.recipe.trains
     torch.manual_seed(flags.seed)                                   # for what is fresh
     if run.start:
-        model = LLaVAVR.from_pretrained(run.start)
+        model = LLaVAVR.from_pretrained(run.start, **run.architecture)
     else:
         model = LLaVAVR.from_parts(run.paths["clip"], run.paths["llm"], flags.preset,
                                    **run.architecture)
     if run.recipe.template == "chat":
         model.config.image_mode = run.recipe.mode                   # prompts see the same tiling
     freeze(model, trains)
+    if flags.lora and "language_model" in trains:
+        lora.add(model, flags.lora)
     if flags.recompute:
         blocks = [*model.language_model.model.layers, *model.vision_remember.values()]
         if "vision_tower" in trains:
             blocks += model.vision_tower.encoder.layers
         for block in blocks:                                        # keep only what enters each
             block.forward = partial(recomputed, block.forward)
-    return model.train().to(run.device)
+    return model.train()
 
 
 def part_of(name):
@@ -203,7 +204,7 @@ def cast_frozen_to_bf16(model, run):
     originals = {}
     for name, parameter in model.named_parameters():
         if run.flags.precision == "bf16" and not parameter.requires_grad:
-            if run.rank == 0 and (run.recipe.trains_parts or name == "image_newline"):
+            if run.rank == 0 and (run.recipe.trains_parts or part_of(name) not in model.parts):
                 originals[name] = parameter.data.cpu()
             parameter.data = parameter.data.bfloat16()
     return originals
@@ -250,7 +251,8 @@ def build_optimizer(model, recipe):
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(recipe.peak(part_of(name)), []).append(parameter)
+            peak = recipe.peak(part_of(name)) * lora.faster(name)
+            groups.setdefault(peak, []).append(parameter)
     groups = [{"params": params, "lr": peak, "peak": peak} for peak, params in groups.items()]
     return torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=0, fused=True)
 
@@ -443,11 +445,12 @@ def train(run, stop):
     """One phase, from its start or from where it stopped, to its saved model. -> False if it was
     asked to stop. Raises ValueError and OSError in one line."""
     flags = run.flags
-    if flags.resume and (run.out / "config.json").exists() and not run.partial.exists():
+    if choices.is_finished(flags, run.out):
         print(f"phase {run.phase}: {run.out} holds the finished model", flush=True)
         return True
     model = build_model(run)
     originals = cast_frozen_to_bf16(model, run)
+    model.to(run.device)
     touch_every_parameter(model)
     module = distribute(model, run)
     optimizer = build_optimizer(model, run.recipe)
@@ -460,7 +463,7 @@ def train(run, stop):
     checkpoint.agree(checkpoint=first, recipe_or_data=checkpoint.digest(identity),
                      index_of_the_data=checkpoint.digest(order.lengths))
     if run.rank == 0:
-        choices.write(run.partial / "choices.json", model.config)
+        choices.write(run.partial / "choices.json", model.config, flags)
     log = start_log(run, model, order, first) if run.rank == 0 else None
     clock, asked = time.perf_counter(), False
 
@@ -492,7 +495,7 @@ def train(run, stop):
                 if log:
                     log.close()
                 print(f"phase {run.phase}: stopped after step {step + 1} of {order.steps}, saved; "
-                      "go on with --resume", flush=True)
+                      f"go on with: train.py {flags.typed} --resume", flush=True)
                 return False
 
     finish(run, model, originals, order, log)
@@ -542,8 +545,9 @@ def finish(run, model, originals, order, log):
                              f"--lr; {run.partial} is kept")
     if log:
         log.close()
-        model.save_pretrained(run.out, {"log.jsonl": log.path}, state={**state, **originals},
-                              whole=run.recipe.trains_parts)
+        files = {"log.jsonl": log.path, "choices.json": run.partial / "choices.json"}
+        model.save_pretrained(run.out, files, whole=run.recipe.trains_parts,
+                              state=lora.merge({**state, **originals}))
         if run.flags.validate or run.flags.keep_every:
             os.rename(run.partial / "checkpoints", run.out / "checkpoints")
         checkpoint.remove(run.partial)
@@ -563,8 +567,8 @@ def arguments(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--phase", choices=RECIPES, help="default: 1 and 2, in order")
-    add("--preset", choices=PRESETS, default="0.5b")
-    choices.add_name(parser)
+    add("--preset", choices=PRESETS, help="default: that of --from, else 0.5b")
+    choices.add_beginning(parser)
     add("--clip", help="folder of the CLIP weights (phase 1)")
     add("--llm", help="folder of the Qwen2 weights (phase 1)")
     add("--data", help="LLaVA .json or .jsonl, a folder of Parquet shards, or a .mix of several")
@@ -595,6 +599,7 @@ def arguments(argv=None):
     add("--wandb", metavar="PROJECT", help="log there too, if wandb is installed")
     choices.add_choices(parser)
     args = parser.parse_args(argv)
+    choices.complete(args, argv)
     args.draws = PRESETS[args.preset].drawn and not args.data       # by main
     if args.draws and args.limit is None:
         args.limit = DRAWN_LIMIT
@@ -606,7 +611,7 @@ def arguments(argv=None):
         elif type(value) in (int, float) and not 0 < value < math.inf:
             parser.error(f"{flag}: must be a number above 0")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        args.resume = True                                          # by torchrun --max-restarts
+        args.resume, args.overwrite = True, False                   # by torchrun --max-restarts
     return args
 
 
@@ -640,8 +645,6 @@ def main(argv=None):
         phases = [args.phase] if args.phase else ["1", "2"]
         runs = [make_run(args, phase, rank, world, device) for phase in phases]
         check_places(runs)
-        if runs[0].start:
-            choices.check(args, runs[0].start)
         if args.draws and rank == 0:
             draw = [sys.executable, "-m", "tiny.world", "--out", Path("data/tiny").resolve()]
             subprocess.run(draw, cwd=Path(__file__).parent, check=True)

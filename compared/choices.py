@@ -6,16 +6,26 @@
 The flags are named like the fields of model.LLaVAVRConfig that they set. A finished model keeps
 them in its config.json, a run in progress in choices.json. So phase 2, --resume and the evaluation
 need only --preset and --name.
+
+    python train.py --from runs/0.5b/phase2 --name mine --data my.json      # goes on from a model
+    python train.py --from ours --name vr --projector aap --remember 1,4    # and adds parts to it
+
+A finished phase is never replaced unasked: see `begin`. Its choices.json also tells the flags that
+it was trained with.
 """
 import json
 import os
 import re
+import shlex
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from clip import SALIENCY, CLIPConfig
+from compared.graft import graft
 from compared.interactions import STARTS
 from model import INTERACTIONS, PRESETS, PROJECTORS, LLaVAVR, LLaVAVRConfig
 from qwen2 import Qwen2Config
@@ -24,6 +34,9 @@ from storage.weights import read_config
 
 FIELDS = ("projector", "side", "interaction", "remember", "levels", "window", "saliency", "join",
           "start")
+# Flags that change what is learned; those of FIELDS stand in config.json.
+LEARN = ("origin", "lora", "clip", "llm", "data", "images", "batch", "lr", "vision_lr",
+         "remember_lr", "epochs", "limit", "validate", "seed", "precision")
 
 
 def add_choices(parser):
@@ -47,6 +60,49 @@ def add_name(parser):
     parser.add_argument("--name", help="its runs lie in <preset>-<NAME> instead of <preset>")
 
 
+def add_beginning(parser):
+    """Add --name, and the flags that say what a run goes on from, may replace, and learns by."""
+    add_name(parser)
+    add = parser.add_argument
+    add("--from", dest="origin", metavar="FOLDER", help="go on from this LLaVA-VR model, by "
+        "default with phase 2; architecture flags add parts to it, which start fresh")
+    add("--overwrite", action="store_true", help="train a finished phase anew, and replace it")
+    add("--lora", type=int, metavar="RANK", help="small matrices beside the decoder's frozen ones")
+
+
+def complete(args, argv):
+    """Fill in what --from decides, and keep what was typed for messages that tell what to type.
+
+    args.typed: the command line without --resume; args.place: only where models lie and are read.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    args.typed = shlex.join(str(word) for word in words if word != "--resume")
+    if args.origin:
+        args.phase = args.phase or "2"
+    args.preset = args.preset or preset_of(args.origin)
+    place = ["--preset", args.preset]
+    for name in ("name", "out", "clip", "llm"):
+        value = getattr(args, name)
+        if value is not None and (name, value) != ("out", "runs"):
+            place += [f"--{name}", value]
+    args.place = shlex.join(place)
+
+
+def preset_of(folder):
+    """The preset that has the widths and the depth of the model in a folder, or 0.5b."""
+    try:
+        found = widths(LLaVAVRConfig.read(folder, {})[0])
+    except (OSError, ValueError, TypeError):                        # `begin` tells what is wrong
+        return "0.5b"
+    fitting = [name for name, preset in PRESETS.items() if widths(preset.config) == found]
+    return fitting[0] if fitting else "0.5b"
+
+
+def widths(config):
+    """What tells presets apart. Not the ViT's depth: of it only what is read may be there."""
+    return config.vision.hidden_size, config.text.hidden_size, config.text.num_hidden_layers
+
+
 def folder_of(args):
     """The folder of a model's runs below all runs: "0.5b", or "0.5b-mlp" with --name mlp."""
     if args.name is None:
@@ -68,13 +124,133 @@ def given(args):
     return {name: value for name, value in values.items() if value is not None}
 
 
-def for_training(args, paths, out):
-    """{field: value} for a phase that starts from pre-trained parts. Nothing heavy is loaded.
+def begin(args, paths, out, before):
+    """What a phase starts from -> (folder of a model, or None for pre-trained parts; {field: value}
+    to set in it). Nothing heavy is loaded.
 
-    paths: folders of "clip" and "llm". out: that of the finished phase. A resumed run keeps what it
-    began with.
+    paths: folders of "clip" and "llm". out: that of the finished phase. before: the name of the
+    phase before, or None.
+    Raises ValueError or OSError in one line: for choices that do not fit together or the model that
+    is gone on from, and for a finished model that would be replaced without --overwrite.
+    """
+    if args.resume:
+        refuse_another_beginning(args, out)
+    refuse_to_replace(args, out)
+    if args.lora and args.phase == "1":
+        raise ValueError(f"--lora {args.lora}: the decoder learns nothing in phase 1: leave it "
+                         "out, or give another --phase")
+    if args.origin:
+        return Path(args.origin), from_model(args, out)
+    if before is None:
+        return None, for_training(args, paths, out)
+    folder = out.parent / before
+    if args.phase and folder.exists():                               # else it is still to come
+        check(args, folder)
+    return folder, {}
+
+
+def is_finished(args, out):
+    """Whether the phase of this folder is done and left as it is."""
+    there = (out / "config.json").exists()
+    if args.resume:                                                  # one begun by --overwrite?
+        return there and not partial_of(out).exists()
+    return there and not args.overwrite
+
+
+def refuse_to_replace(args, out):
+    """FileExistsError for a finished model, unless --overwrite is given. A command that runs both
+    phases on the preset's own data may be repeated: what the same flags have trained is left as it
+    is. ValueError where it is of another architecture than what was typed."""
+    if not is_finished(args, out):
+        return
+    why = ""
+    if not args.resume:
+        kept = {}
+        with suppress(ValueError):                                   # damaged: nothing is known
+            kept = load(out / "choices.json").get("flags", {})
+        differ = [name for name in LEARN if kept.get(name) != getattr(args, name)]
+        if kept and differ:
+            then, now = (flag(differ[0], value)
+                         for value in (kept.get(differ[0]), getattr(args, differ[0])))
+            why = f", trained {then}, not {now}"
+        if not kept or differ or args.phase or args.data:
+            raise FileExistsError(f"{out} holds a finished model{why}: give another --name, or "
+                                  f"replace it with: train.py {args.typed} --overwrite")
+    check(args, out)
+
+
+def flag(name, value):
+    """("limit", 100) -> "with --limit 100"; None -> "without --limit"."""
+    name = "--from" if name == "origin" else f"--{name.replace('_', '-')}"
+    return f"without {name}" if value is None else f"with {name} {value}"
+
+
+def refuse_another_beginning(args, out):
+    """ValueError where a run that is resumed did not begin with the --from or the --lora that are
+    typed."""
+    begun = partial_of(out) / "choices.json"
+    kept = load(begun).get("flags") if begun.exists() else None
+    for name in ("origin", "lora") if kept else ():
+        now, then = getattr(args, name), kept.get(name)
+        same = bool(now) == bool(then) if name == "origin" else now == then    # it may have moved
+        if not same:
+            raise ValueError(f"{begun.parent} was begun {flag(name, then)}, not {flag(name, now)}: "
+                             "resume it as it was begun")
+
+
+def from_model(args, out):
+    """{field: value} to change in the model of --from, with a line for each part that starts fresh.
+    Raises as `begin` does."""
+    folder = args.origin
+    if args.name is None:
+        raise ValueError(f"--from {folder} needs a --name: its runs lie in runs/<preset>-<NAME>")
+    for name in ("clip", "llm"):
+        if getattr(args, name):
+            raise ValueError(f"--{name} {getattr(args, name)}: with --from all weights are those "
+                             f"of {folder}: leave it out")
+    config = origin_config(folder)
+    begun, chosen = partial_of(out) / "choices.json", given(args)
+    if config.projector == "mlp" and chosen.get("projector", "mlp") != "mlp":
+        chosen = {"side": config.feature_side // 2, **chosen}        # the paper's ratio of 1/4
+    chosen = with_side(chosen, config)
+    if args.resume and begun.exists():
+        kept = read(begun)
+        refuse_others(given(args), kept, f"the run in {begun.parent} was begun with")
+        chosen = kept
+    chosen = {name: value for name, value in chosen.items()
+              if typed(value) != typed(getattr(config, name))}
+    with torch.device("meta"):                                       # shapes only
+        model = LLaVAVR(replace(config, **chosen))
+    fresh = graft(model, folder)[0] if chosen else []
+    if widths(config) != widths(PRESETS[args.preset].config):
+        print(f"{folder} has other sizes than preset {args.preset}, whose recipe is taken")
+    if fresh:
+        print(f"{folder} has no weights for {', '.join(fresh)}: they start fresh")
+    return chosen
+
+
+def origin_config(folder):
+    """The LLaVAVRConfig of the model in a folder. ValueError or OSError for any other folder, which
+    tells where the next one is, if there is."""
+    folder = Path(folder)
+    inside = [path.parent for path in sorted(folder.glob("*/config.json"))]
+    if inside and not (folder / "config.json").exists():
+        raise ValueError(f"--from {folder}: give one of its phases, such as {inside[-1]}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--from {folder}: no such folder; give that of a trained or a "
+                                "converted model")
+    if read_config(folder).get("model_type") == "llava_next":
+        raise ValueError(f"--from {folder}: a LlavaNext as Hugging Face has it; convert it first: "
+                         f"python -m tools.convert {folder} {folder.name}-ours")
+    return LLaVAVRConfig.read(folder, {})[0]
+
+
+def for_training(args, paths, out):
+    """{field: value} for a phase that starts from pre-trained parts.
+
+    paths, out: see `begin`. A resumed run keeps what it began with.
     Raises ValueError for choices that do not fit together, or have no name of their own; and where
-    they differ from those of the resumed run, or of a finished one that would be replaced.
+    they differ from those of the resumed run.
     """
     config = sized(PRESETS[args.preset].config, paths)
     chosen, unfinished = with_side(given(args), config), partial_of(out)
@@ -91,11 +267,6 @@ def for_training(args, paths, out):
     config = replace(config, **chosen)
     with torch.device("meta"):                                       # shapes only
         LLaVAVR(config)
-    if (out / "config.json").exists():
-        if args.resume:
-            check(args, out)
-        else:
-            refuse_to_replace(of(config), out)
     return chosen
 
 
@@ -125,36 +296,45 @@ def of(config):
     return {name: getattr(config, name) for name in FIELDS}
 
 
-def write(path, config):
-    """Write all choices of a model that begins to train, as JSON, whole or not at all."""
+def write(path, config, args=None):
+    """Write all choices of a model that begins to train, and the flags that it learns by, as JSON,
+    whole or not at all."""
+    flags = {name: getattr(args, name) for name in LEARN} if args else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(of(config)), encoding="utf-8")
+    new.write_text(json.dumps({**of(config), "flags": flags}), encoding="utf-8")
     os.replace(new, path)
 
 
 def read(path):
     """The choices that `write` wrote. ValueError where they were damaged."""
+    kept = load(path)
+    if not set(FIELDS) <= set(kept):
+        raise ValueError(damaged(path))
+    return {name: kept[name] for name in FIELDS}
+
+
+def load(path):
+    """All that `write` wrote, or {} where there is no such file. ValueError for a damaged one."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return {name: kept[name] for name in FIELDS}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: remove {path.parent} to begin anew") from None
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise ValueError(damaged(path)) from None
+    if not isinstance(kept, dict):
+        raise ValueError(damaged(path))
+    return kept
+
+
+def damaged(path):
+    """What is said of a file that `write` cannot have written."""
+    return f"{path} is damaged: remove {path.parent} to begin anew"
 
 
 def check(args, folder):
     """ValueError where a flag asks for another architecture than the model in a folder has."""
     refuse_others(given(args), of(LLaVAVRConfig.read(folder, {})[0]), f"{folder} has")
-
-
-def refuse_to_replace(chosen, folder):
-    """ValueError where a finished model has another architecture than the one that would replace
-    it."""
-    for name, kept in of(LLaVAVRConfig.read(folder, {})[0]).items():
-        if chosen[name] != kept:
-            raise ValueError(f"{folder} holds a model with --{name} {typed(kept)}, and this run "
-                             f"with --{name} {typed(chosen[name])} would replace it: give another "
-                             "--name, or remove it")
 
 
 def refuse_others(chosen, kept, who):

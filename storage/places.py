@@ -45,16 +45,14 @@ def check_places(runs):
     flags = first.flags
     for run in runs:
         if not flags.resume and any(run.partial.glob("checkpoints/step-*")):
-            raise FileExistsError(f"{run.partial} holds a run that was stopped: go on with "
-                                  "--resume, or remove it to begin anew")
+            raise FileExistsError(f"{run.partial} holds a run that was stopped: go on with: "
+                                  f"train.py {flags.typed} --resume, or remove it to begin anew")
         for name, path in run.paths.items():
             will_come = flags.draws if name == "data" else run.start
             if not will_come and not os.path.exists(path):
                 missing[f"  --{name}: {path} is not there."] = HOW_TO_GET.get(path)
     if first.start and not first.start.exists():
-        how = f"python train.py --preset {flags.preset} --phase 1"
-        how += f" --name {flags.name}" if flags.name else ""
-        missing[f"  {first.start} is not there."] = how
+        missing[f"  {first.start} is not there."] = f"python train.py {flags.place} --phase 1"
     if missing:
         lines = [what if how is None else f"{what} Get it with: {how}"
                  for what, how in missing.items()]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
-from compared.choices import FIELDS, add_choices, check, folder_of, for_training, given, of, typed, write
+from compared.choices import FIELDS, add_choices, begin, check, folder_of, for_training, given, typed, write
 from model import PRESETS, LLaVAVRConfig
 
 NOWHERE = Path("nowhere/phase1")
@@ -16,9 +16,14 @@ NOWHERE = Path("nowhere/phase1")
 def parse(*words):
     parser = argparse.ArgumentParser()
     add_choices(parser)
-    args = parser.parse_args(words)
-    vars(args).update(preset="0.5b", name="other", resume=False)
+    args = train.arguments(["--name", "other"])
+    vars(args).update(vars(parser.parse_args(words)))
     return args
+
+
+def phase_1(args, out):
+    """What phase 1 begins with, as train.py asks."""
+    return begin(args, {}, out, None)
 
 
 def test_each_flag_sets_the_field_of_its_name(tmp_path):
@@ -119,7 +124,7 @@ def test_train_refuses_a_bad_choice_before_it_looks_for_weights(monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="windows of 7x7"):
         train.main(["--preset", "0.5b", "--window", "7", "--name", "seven"])
-    with pytest.raises(FileNotFoundError, match="phase 1 --name seven"):
+    with pytest.raises(FileNotFoundError, match="--preset 0.5b --name seven --phase 1"):
         train.main(["--preset", "0.5b", "--phase", "2", "--name", "seven"])
     assert not list(tmp_path.iterdir())
 
@@ -132,12 +137,33 @@ def finished(folder, **changes):
     return folder
 
 
-def test_a_finished_model_is_not_replaced_by_another_architecture(tmp_path):
-    """One name, one architecture: the name is there so that nothing is buried. The same may be trained again."""
+def test_a_finished_model_is_not_replaced(tmp_path):
+    """Neither by the same nor by another architecture; the line repeats what was typed. --overwrite allows it, and only the
+    command that runs both phases on the preset's data leaves alone what the very same flags have trained."""
     out = finished(tmp_path / "phase1", interaction="global")
-    assert for_training(parse("--interaction", "global"), {}, out) == {"interaction": "global"}
-    with pytest.raises(ValueError, match="holds a model with --interaction global, and this run with --interaction sela would"):
-        for_training(parse("--remember", "1"), {}, out)
+    for words in (["--interaction", "global"], ["--remember", "1"], []):
+        args = parse(*words)
+        with pytest.raises(FileExistsError, match=r"phase1 holds a finished model: give another --name, or replace it with: "
+                                                  r"train.py --name other --overwrite"):
+            phase_1(args, out)
+        args.overwrite = True
+        assert phase_1(args, out) == (None, given(args))
+    args = parse()
+    write(out / "choices.json", LLaVAVRConfig.read(out, {})[0], args)
+    assert phase_1(args, out) == (None, {})
+    with pytest.raises(ValueError, match="--interaction sela: .* has --interaction global"):
+        phase_1(parse("--interaction", "sela"), out)
+    for change, why in ({"limit": 7}, "without --limit, not with --limit 7"), ({"seed": 1}, "--seed 42, not with --seed 1"):
+        vars(args := parse()).update(change)
+        with pytest.raises(FileExistsError, match=f"finished model, trained .*{why}: give another"):
+            phase_1(args, out)
+    for change in {"phase": "1"}, {"data": "mine.json"}:
+        vars(args := parse()).update(change)
+        with pytest.raises(FileExistsError, match="holds a finished model"):
+            phase_1(args, out)
+    (out / "choices.json").write_text("{")
+    with pytest.raises(FileExistsError, match="holds a finished model: give"):
+        phase_1(parse(), out)
 
 
 def test_a_finished_phase_and_another_flag_do_not_go_unnoticed(tmp_path):
@@ -145,7 +171,7 @@ def test_a_finished_phase_and_another_flag_do_not_go_unnoticed(tmp_path):
     args = parse("--side", "8")
     args.resume = True
     with pytest.raises(ValueError, match="--side 8: .*phase1 has --side 12; leave it out"):
-        for_training(args, {}, finished(tmp_path / "phase1"))
+        phase_1(args, finished(tmp_path / "phase1"))
 
 
 def test_folders_from_before_a_field_was_there_have_its_default(tmp_path):

@@ -9,15 +9,16 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import data
-from tools.convert import KEYS, config_from_next, convert, from_next, our_name, to_next
+from tools.convert import KEYS, config_from_next, convert, from_next, lacking, our_name, to_next
 from helpers import ROOT, TOKENIZER, batch_of, picture, randomise, sample, sizes, tiny_model
-from model import LLaVAVR, LLaVAVRConfig
+from model import PRESETS, LLaVAVR, LLaVAVRConfig
 
 FIXTURE = ROOT / "tests/fixtures/llava_next"
 QUESTION = "What is the value of Apple?"
@@ -170,11 +171,21 @@ def test_what_ours_cannot_represent_is_refused(source, tmp_path, change, complai
     assert "\n" not in str(caught.value) and not (tmp_path / "ours").exists()
 
 
-@pytest.mark.parametrize("changes", [dict(projector="aap", side=4), dict(remember=(1,)), dict(image_mode="max9")])
-def test_what_llava_next_cannot_represent_is_refused(tmp_path, changes):
-    with pytest.raises(ValueError, match="LLaVA-NeXT is 'mlp'"):
-        to_next(tiny_model(**{"projector": "mlp", "side": 8, "remember": (), **changes}), tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
+@pytest.mark.parametrize("changes, lacks", [
+    (dict(projector="aap", side=4), r"the projector 'aap' \(it keeps all 8x8 tokens of a tile, not 4x4\);"),
+    (dict(remember=(1, 2)), r"Vision Remember \('sela' before decoder layers 1, 2\);"),
+    (dict(image_mode="max9"), r"the tiling 'max9' \(it has that of 'a4' and 'a4hf'\);"),
+    (dict(projector="aap", side=4, remember=(1,)), r"the projector 'aap' .* and Vision Remember .* before decoder layers 1\);")])
+def test_what_llava_next_cannot_represent_is_refused(tmp_path, changes, lacks):
+    """The one line says all that the other side lacks, and what would go there. No weights are needed to say so."""
+    model = tiny_model(**{"projector": "mlp", "side": 8, "remember": (), **changes})
+    with pytest.raises(ValueError, match=f"^LLaVA-NeXT lacks {lacks} what goes there was trained with --projector mlp "):
+        to_next(model, tmp_path / "hf")
+    model.save_pretrained(tmp_path / "ours")
+    (tmp_path / "ours/model.safetensors").unlink()
+    with pytest.raises(ValueError, match=f"^LLaVA-NeXT lacks {lacks}") as caught:
+        convert(tmp_path / "ours", tmp_path / "hf")
+    assert "\n" not in str(caught.value) and not (tmp_path / "hf").exists()
 
 
 def test_an_embedding_without_a_row_for_the_mark_is_refused(tmp_path):
@@ -195,6 +206,43 @@ def test_defaults_that_a_config_leaves_out_are_those_of_transformers():
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
     named = config_from_next({"vision_config": vision, "text_config": text})
     assert named.text.rope_theta == 1e6
+
+
+# What neulab/Pangea-7B-hf publishes as config.json, a LLaVA-NeXT of CLIP-L and Qwen2-7B-Instruct: written down here from
+# memory, without what says nothing of shapes.
+PANGEA = {
+    "architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next", "ignore_index": -100,
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "image_token_index": 151646, "projector_hidden_act": "gelu", "tie_word_embeddings": False,
+    "use_image_newline_parameter": True, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+    "text_config": {
+        "_name_or_path": "Qwen/Qwen2-7B-Instruct", "architectures": ["Qwen2ForCausalLM"], "bos_token_id": 151643,
+        "eos_token_id": 151645, "hidden_size": 3584, "intermediate_size": 18944, "max_window_layers": 28, "model_type": "qwen2",
+        "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0,
+        "sliding_window": 131072, "use_sliding_window": False, "torch_dtype": "bfloat16", "vocab_size": 152064},
+    "vision_config": {
+        "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
+        "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000}}
+
+
+def test_the_config_of_pangea_is_that_of_an_uncompressed_7b():
+    """A trained LLaVA-NeXT on Qwen2, which anyone can fetch: every shape of it is known here."""
+    config, preset = config_from_next(PANGEA), PRESETS["7b"].config
+    assert config.text == preset.text
+    assert (config.projector, config.side, config.levels, config.remember, config.image_mode) == ("mlp", 24, (23,), (), "a4hf")
+    assert {**asdict(config.vision), "num_hidden_layers": 24} == asdict(preset.vision)
+    with torch.device("meta"):
+        names = LLaVAVR(config).state_dict()
+    assert names["mm_projector.0.weight"].shape == (3584, 1024) and not lacking(config)
+    assert max(int(name.split(".")[3]) for name in names if ".encoder.layers." in name) == 22
+
+
+@pytest.mark.parametrize("changes, complaint", [({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling .*yarn"),
+                                                ({"use_sliding_window": True}, "use_sliding_window True is not built")])
+def test_a_relative_that_attends_otherwise_is_refused(changes, complaint):
+    """Loaded as if it were plain it would talk nonsense beyond a length."""
+    with pytest.raises(ValueError, match=complaint):
+        config_from_next({**PANGEA, "text_config": {**PANGEA["text_config"], **changes}})
 
 
 def test_the_command_converts_and_never_overwrites(source, tmp_path):

@@ -2,12 +2,13 @@
 import contextlib
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 
 import data
-from compared import choices
+from compared import choices, lora
 from helpers import batch_of, picture, sample
 from model import INTERACTIONS, PRESETS, PROJECTORS
 from test_systems import ODD, built, counted, system
@@ -45,19 +46,22 @@ def kept(model, batch, autocast):
     return sum(size for address, size in storages.items() if address not in weights)
 
 
-def kept_and_claimed(config, trains, precision):
+def kept_and_claimed(config, trains, precision, rank=None):
     """Bytes by the difference of one picture and three, in which autocast's copies of the weights and the masks cancel."""
     model = built(dataclasses.replace(config, image_mode="pad"), trains)
+    if rank:
+        lora.add(model, rank)
     if precision == "bf16":
-        for part in model.children():
-            if not any(p.requires_grad for p in part.parameters()):
-                part.to(torch.bfloat16)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
     found, claimed = [], []
     for count in (1, 3):
         batch = batch_of(model, sample(model, [picture(90, 90, n) for n in range(count)]))
         lengths, tiles, _, _ = counted(batch)
         found.append(kept(model, batch, precision == "bf16"))
-        claimed.append(cost.activations(config, trains, Setup(tokens=sum(lengths), tiles=tiles, precision=precision)))
+        setup = Setup(tokens=sum(lengths), tiles=tiles, precision=precision, lora=rank)
+        claimed.append(cost.activations(config, trains, setup))
     return found[1] - found[0], claimed[1] - claimed[0]
 
 
@@ -68,6 +72,41 @@ def test_activations_are_about_what_autograd_keeps(trains, precision):
     found, claimed = kept_and_claimed(PRESETS["tiny"].config, trains, precision)
     print(f"{claimed:,} claimed, {found:,} kept")
     assert claimed == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_activations_of_lora_are_about_what_autograd_keeps(precision):
+    """A frozen linear keeps nothing; what its A and B multiply is kept."""
+    found, claimed = kept_and_claimed(PRESETS["tiny"].config, RECIPES["2"].trains, precision, rank=16)
+    print(f"{claimed:,} claimed, {found:,} kept")
+    assert claimed == pytest.approx(found, rel=0.15)
+
+
+def test_what_lora_keeps_between_steps_is_counted_exactly():
+    """Weights, gradients and moments of a real step: the decoder's are those of A and B alone."""
+    trains = RECIPES["2"].trains
+    model = built(ODD, trains)
+    lora.add(model, 4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p.bfloat16() for p in model.parameters() if not p.requires_grad]
+    model(data.pack([sample(model, [picture(50, 50)])])).backward()
+    found = [sum(t.nbytes for t in tensors) for tensors in ([*trained, *frozen], [p.grad for p in trained])]
+    claimed = memory(ODD, trains, Setup(lora=4))
+    assert [claimed["weights"], claimed["gradients"], claimed["moments"]] == [*found, 2 * found[1]]
+
+
+def test_lora_stands_beside_full_training(capsys):
+    """For one GPU: 7B by LoRA fits on 40 GB, trained whole it needs more than any has."""
+    cost.main("--preset 7b --world 1 --recompute --micro 1 --lora 64".split())
+    printed = capsys.readouterr().out
+    ours, _, theirs, unit, *_ = re.search(r"^(.*)  in all\n\n779,000", printed, re.M)[1].split()
+    assert float(ours) < 40 and float(theirs) > 130 and unit == "GB"
+    assert "a device: by LoRA of rank 64, and trained whole" in printed and "language_model, frozen, and 161 M of LoRA" in printed
+    cost.main("--preset 7b --world 1 --recompute --micro 1".split())
+    alone = capsys.readouterr().out
+    assert f"{theirs} GB  in all" in alone and "LoRA" not in alone
+    hours = [float(re.search(r"([\d,.]+) hours", text)[1]) for text in (printed, alone)]
+    assert 0.6 * hours[1] < hours[0] < hours[1]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -218,7 +257,8 @@ def test_numbers_of_the_table_have_three_digits(number, text):
 @pytest.mark.parametrize("flags, message", [
     ("--world 0", "--world 0: must be above 0"), ("--tiles 3", "of the picture of --systems"),
     ("--systems --projector mlp", "leave yours out"), ("--systems --preset 7b", "leave yours out"),
-    ("--log some/log.jsonl --prune pdrop", "nothing is pruned")])
+    ("--log some/log.jsonl --prune pdrop", "nothing is pruned"), ("--lora 0", "--lora 0: must be above 0"),
+    ("--phase 1 --lora 4", "--lora is of a run to come whose decoder learns"), ("--systems --lora 4", "--lora is of a run")])
 def test_a_wrong_flag_is_one_line(flags, message, capsys):
     """As in the other scripts."""
     with pytest.raises(SystemExit):
@@ -258,6 +298,15 @@ def test_the_log_of_a_run_gives_its_mfu_by_the_exact_formula(tmp_path, capsys):
                      "4.8 K  tokens", "3.2 K  tokens a second", "10.0% of them without data", "1.5 GiB",
                      f"{48 * sample / 1.5 / cost.A100:.1%}  of", f"{cost.short(sample, 'FLOP')}  a sample"):
             assert part in printed, (part, printed)
+
+
+def test_the_log_of_a_run_by_lora_is_counted_as_that(tmp_path):
+    """Its choices.json has the rank; two thirds of the decoder's work are left."""
+    log = written(tmp_path / "tiny/phase2")
+    whole = cost.report(log)
+    (log.parent / "choices.json").write_text(json.dumps({"flags": {"lora": 8}}))
+    rates = [float(re.search(r"([\d.]+) GFLOP  a sample", "\n".join(lines))[1]) for lines in (whole, cost.report(log))]
+    assert 0.6 * rates[0] < rates[1] < rates[0]
 
 
 def test_the_log_of_phase_1_has_a_tile_a_sample(tmp_path, capsys):

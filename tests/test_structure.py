@@ -22,14 +22,15 @@ ARROWS = {
     "qwen2": {"storage.weights"},
     "data": {"storage.formats"},
     "model": {"clip", "compared", "data", "qwen2", "sela", "storage"},
-    "train": {"compared.choices", "data", "model", "storage"},
+    "train": {"compared.choices", "compared.lora", "data", "model", "storage"},
     "eval": {"benchmarks", "compared", "data", "model", "storage", "tiny"},
     "sample": {"compared", "data", "model"},
     "storage": {"storage"},
     "compared": {"clip", "compared", "qwen2", "sela"},
     "compared.pruning": {"data", "model", "qwen2", "storage.weights"},       # wraps the whole model
-    "compared.choices": {"clip", "compared.interactions", "model", "qwen2", "sela", "storage.weights"},      # its flags
+    "compared.choices": {"clip", "compared.graft", "compared.interactions", "model", "qwen2", "sela", "storage.weights"},      # its flags
     "compared.graft": {"storage.weights"},
+    "compared.lora": set(),
     "compared.variants": {"compared", "data", "model", "storage.weights"},   # how it is asked
     "benchmarks": {"benchmarks", "data"},
     "tiny": {"benchmarks.task", "clip", "data", "model", "qwen2", "storage", "tiny"},

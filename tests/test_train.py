@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +65,11 @@ def flags(world, out, *more):
 
 def result(out, phase):
     """(weights, log lines without their clock) of a finished phase."""
-    folder = Path(out) / f"tiny/phase{phase}"
+    return result_of(Path(out) / f"tiny/phase{phase}")
+
+
+def result_of(folder):
+    """The same of its folder."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return load_file(folder / "model.safetensors"), [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
@@ -155,7 +159,7 @@ def test_a_run_logs_every_step_and_leaves_a_whole_model(straight):
         assert set(log[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "skipped"}
         assert set(json.loads((straight / f"tiny/phase{phase}/log.jsonl").read_text().splitlines()[0])) == {*log[0], *CLOCK}
         assert {path.name for path in (straight / f"tiny/phase{phase}").iterdir()} == \
-               {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl"}
+               {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl", "choices.json"}
         assert not (straight / f"tiny/phase{phase}.partial").exists()
     stored = {key.split(".")[0] for key in result(straight, 1)[0]}
     assert stored == {*train.ALIGN, "image_newline"}, "phase 1 stores no frozen part"
@@ -299,7 +303,8 @@ def test_a_stopped_and_resumed_run_equals_the_straight_one_bit_for_bit(phase, st
         stop_after(patch, stop)
         train.main(command)
     if stop == 1:
-        assert "stopped after step 2 of 3, saved; go on with --resume" in capsys.readouterr().out
+        assert f"stopped after step 2 of 3, saved; go on with: train.py {shlex.join(command)} --resume\n" in \
+            capsys.readouterr().out
         assert not (out / f"tiny/phase{phase}").exists()
     train.main([*command, "--resume"])
     (ours, log), (theirs, other_log) = result(out, phase), result(straight, phase)
@@ -391,8 +396,10 @@ def test_a_stopped_run_is_not_begun_anew_by_mistake(world, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         train.main(command)
-    with pytest.raises(FileExistsError, match="phase1.partial holds a run that was stopped: go on with --resume, or remove"):
+    with pytest.raises(FileExistsError) as caught:
         train.main(command)
+    assert f"phase1.partial holds a run that was stopped: go on with: train.py {shlex.join(command)} --resume, or remove" in \
+        str(caught.value)
 
 
 def test_a_kill_while_the_last_files_are_cleared_leaves_a_finished_phase(world, tmp_path, monkeypatch, capsys):
@@ -432,7 +439,7 @@ def test_a_signal_to_the_whole_group_saves_as_one_to_the_process_does(world, tmp
         time.sleep(0.1)
     os.killpg(run.pid, signal.SIGTERM)
     out, said = run.communicate(timeout=60)
-    assert run.returncode == 0 and "saved; go on with --resume" in out, said
+    assert run.returncode == 0 and "saved; go on with: train.py --preset tiny" in out, said
 
 
 BROKEN = """
@@ -525,6 +532,147 @@ def test_torchrun_restarts_a_rank_that_was_killed_and_the_run_goes_on(world, str
     check_same(tmp_path, straight)
 
 
+# ---- going on from a model
+
+@pytest.fixture(scope="module")
+def converted(world, tmp_path_factory):
+    """An uncompressed model that forgets nothing, as tools.convert makes it of a LLaVA-NeXT."""
+    folder = tmp_path_factory.mktemp("converted") / "ours"
+    torch.manual_seed(0)
+    LLaVAVR.from_parts(world / "clip", world / "llm", "tiny", levels=(6,), projector="mlp", side=8, remember=()).save_pretrained(
+        folder)
+    return folder
+
+
+def mine(world, out, origin, *more):
+    """What goes on from a model; the parts are those of the model."""
+    return ["--preset", "tiny", "--data", f"{world}/data/captions.json", "--out", str(out), "--batch", str(BATCH), "--workers",
+            "0", "--from", str(origin), "--name", "mine", *more]
+
+
+def moved_parts(before, after):
+    """Parts of which a weight differs; those that only `after` has count."""
+    return {train.part_of(key) for key in after if key not in before or not torch.equal(before[key], after[key])}
+
+
+@pytest.mark.parametrize("phase", (1, 2))
+def test_a_run_goes_on_from_any_finished_phase(phase, world, straight, tmp_path, capsys):
+    """A phase-1 folder keeps its frozen parts elsewhere. Without --phase it is phase 2; what is gone on from stays."""
+    origin = straight / f"tiny/phase{phase}"
+    kept = {path.name: path.read_bytes() for path in origin.iterdir()}
+    train.main(mine(world, tmp_path, origin))
+    assert "phase 2 of preset tiny" in (said := capsys.readouterr().out) and "phase 1:" not in said
+    assert {path.name: path.read_bytes() for path in origin.iterdir()} == kept
+    before, after = (LLaVAVR.from_pretrained(folder).state_dict() for folder in (origin, tmp_path / "tiny-mine/phase2"))
+    assert moved_parts(before, after) == set(train.ALL) - {"image_newline"}
+    if phase == 1:                                                   # the same as phase 2 after its own phase 1
+        ours, theirs = result_of(tmp_path / "tiny-mine/phase2"), result(straight, 2)
+        assert all(torch.equal(ours[0][key], theirs[0][key]) for key in theirs[0]) and ours[1] == theirs[1]
+
+
+def test_parts_are_added_to_a_model_and_the_rest_is_kept(world, converted, tmp_path, capsys):
+    """Compression to a quarter and Vision Remember; with --phase 1 they learn from captions under frozen parts, which are
+    saved as they came although bf16 rounds them in memory."""
+    added = ["--projector", "aap", "--remember", "1,4", "--levels", "2,4,6"]
+    train.main(mine(world, tmp_path, converted, "--phase", "1", "--precision", "bf16", *added))
+    said = capsys.readouterr().out
+    assert "no weights for vision_remember.1, vision_remember.4: they start fresh" in said
+    assert "other sizes than preset tiny, whose recipe is taken" in said
+    model = LLaVAVR.from_pretrained(tmp_path / "tiny-mine/phase1")
+    assert (model.config.projector, model.config.side, model.config.remember) == ("aap", 4, (1, 4))
+    before, after = LLaVAVR.from_pretrained(converted).state_dict(), model.state_dict()
+    assert moved_parts(before, after) == set(train.ALIGN)
+    train.main(flags(world, tmp_path, "--name", "mine", "--phase", "2"))     # the same name goes on without --from
+    assert LLaVAVR.from_pretrained(tmp_path / "tiny-mine/phase2").config.remember == (1, 4)
+
+
+def test_a_stopped_run_from_a_model_resumes_bit_for_bit(world, converted, tmp_path, monkeypatch):
+    """Fresh parts included. It must be told of --from again, or it would begin from the pre-trained parts."""
+    added = ["--projector", "tokenpacker", "--remember", "1"]
+    train.main(mine(world, tmp_path / "whole", converted, *added))
+    command = mine(world, tmp_path, converted)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        train.main([*command, *added])
+    with pytest.raises(ValueError, match="was begun with --from .*, not without --from: resume it as it was begun"):
+        train.main(flags(world, tmp_path, "--name", "mine", "--resume"))
+    with pytest.raises(ValueError, match="--remember 4: the run in .* was begun with --remember 1"):
+        train.main([*command, "--resume", "--remember", "4"])
+    train.main([*command, "--resume"])
+    ours, theirs = (result_of(folder / "tiny-mine/phase2") for folder in (tmp_path, tmp_path / "whole"))
+    assert all(torch.equal(ours[0][key], theirs[0][key]) for key in theirs[0]) and ours[1] == theirs[1]
+
+
+def test_the_preset_is_that_of_the_model(tmp_path):
+    """By its widths and depth, also of a converted one, whose ViT is cut behind the layer that is read."""
+    for preset, config in ((name, preset.config) for name, preset in train.PRESETS.items()):
+        config = replace(config, vision=replace(config.vision, num_hidden_layers=config.levels[-1]))
+        folder = tmp_path / preset
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "llava_vr", **asdict(config)}))
+        args = train.arguments(["--from", str(folder), "--name", "mine"])
+        assert (args.preset, args.phase, args.draws) == (preset, "2", preset == "tiny")
+    assert train.arguments(["--from", str(folder), "--preset", "tiny"]).preset == "tiny"
+    assert train.arguments(["--from", "nowhere"]).preset == train.arguments([]).preset == "0.5b"
+
+
+@pytest.mark.parametrize("origin, more, complaint", [
+    ("tiny/phase2", ["--name", "mine", "--clip", "x"], "--clip x: with --from all weights are those of"),
+    ("tiny/phase2", [], "--from .*/tiny/phase2 needs a --name"),
+    ("tiny/phase2", ["--name", "m", "--phase", "1", "--lora", "4"], "--lora 4: the decoder learns nothing in phase 1"),
+    ("tiny/phase2", ["--name", "m", "--window", "3"], "windows of 3x3 tokens do not tile 4x4"),
+    ("tiny", ["--name", "m"], "--from .*/tiny: give one of its phases, such as .*/tiny/phase2"),
+    ("tiny/phase3", ["--name", "m"], "--from .*/tiny/phase3: no such folder; give that of a trained"),
+    ("hf", ["--name", "m"], "a LlavaNext as Hugging Face has it; convert it first: python -m tools.convert .*/hf hf-ours"),
+    ("qwen", ["--name", "m"], "qwen/config.json is not of a LLaVA-VR model")])
+def test_what_cannot_be_gone_on_from_is_one_line(origin, more, complaint, world, straight, tmp_path):
+    """Before anything is loaded, and nothing is written."""
+    (tmp_path / "tiny").symlink_to(straight / "tiny")
+    for name, kind in ("hf", "llava_next"), ("qwen", "qwen2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    command = ["--preset", "tiny", "--data", f"{world}/data/captions.json", "--out", str(tmp_path / "runs"), "--from"]
+    with pytest.raises((ValueError, OSError), match=complaint) as caught:
+        train.main([*command, str(tmp_path / origin), *more])
+    assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
+
+
+# ---- a finished phase
+
+def test_a_finished_phase_is_replaced_only_by_overwrite(world, straight, tmp_path, capsys):
+    """Three records of one's own once took the place of a trained model and its evaluation."""
+    shutil.copytree(straight / "tiny", tmp_path / "tiny")
+    command = flags(world, tmp_path, "--phase", "2", "--limit", "4")
+    before = (tmp_path / "tiny/phase2/model.safetensors").read_bytes()
+    run = subprocess.run([sys.executable, str(ROOT / "train.py"), *command], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert f"give another --name, or replace it with: train.py {shlex.join(command)} --overwrite" in run.stderr
+    assert (tmp_path / "tiny/phase2/model.safetensors").read_bytes() == before
+    train.main([*command, "--overwrite"])
+    assert (tmp_path / "tiny/phase2/model.safetensors").read_bytes() != before
+    assert len(result(tmp_path, 2)[1]) == 1
+
+
+def test_the_command_for_both_phases_can_be_repeated(world, tmp_path, monkeypatch, capsys):
+    """README's first line, run twice: what the same flags have trained is left alone and said to be there. Other flags are
+    refused, and what lacks is trained."""
+    monkeypatch.setattr(train, "default_data", lambda *_: f"{world}/data/captions.json")
+    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: None)      # draws nothing
+    command = [word for word in flags(world, tmp_path, "--limit", "4") if word not in ("--data", f"{world}/data/captions.json")]
+    train.main(command)
+    marks = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    train.main(command)
+    assert capsys.readouterr().out == "".join(f"phase {phase}: {tmp_path}/tiny/phase{phase} holds the finished model\n"
+                                              for phase in (1, 2))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == marks
+    with pytest.raises(FileExistsError, match="phase1 holds a finished model, trained without --lr, not with --lr 0.01"):
+        train.main([*command, "--lr", "0.01"])
+    shutil.rmtree(tmp_path / "tiny/phase2")
+    train.main(command)
+    assert (tmp_path / "tiny/phase2/config.json").exists()
+
+
 # ---- what it says
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(world, tmp_path):
@@ -614,7 +762,9 @@ def test_all_missing_folders_are_named_at_once_with_the_way_to_get_them(tmp_path
 
 
 def test_phase_2_asks_for_phase_1(world, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"phase1 is not there. Get it with: python train.py --preset tiny --phase 1"):
+    """The command that gets it has the folders that were typed, and no data: phase 1 has others."""
+    parts = rf"--out {tmp_path} --clip {world}/clip --llm {world}/llm"
+    with pytest.raises(FileNotFoundError, match=rf"phase1 is not there. Get it with: python train.py --preset tiny {parts} --phase 1"):
         train.main(flags(world, tmp_path, "--phase", "2"))
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import ROOT
+from qwen2 import QWEN2, Qwen2, Qwen2Config
 from storage.weights import check_fingerprint, fingerprint, load_weights, read_config, save_weights
 
 
@@ -316,3 +317,35 @@ def test_a_part_that_is_gone_or_another_is_named_with_the_cure(folder):
         check_fingerprint(folder, marks, "the part", "mend it")
     with pytest.raises(FileNotFoundError, match="the part was in .*gone and is not there: mend it"):
         check_fingerprint(folder.parent / "gone", marks, "the part", "mend it")
+
+
+# What Qwen/Qwen2.5-0.5B publishes as config.json.
+QWEN25 = {"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
+          "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+          "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14,
+          "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+          "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
+          "use_cache": True, "use_mrope": False, "use_sliding_window": False, "vocab_size": 151936}
+# The larger ones differ in these. The 3B is a size that Qwen2 has not.
+LARGER = {"1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_hidden_layers": 28},
+          "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_hidden_layers": 28,
+                 "num_key_value_heads": 4, "tie_word_embeddings": False, "vocab_size": 152064},
+          "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_hidden_layers": 36}}
+
+
+def test_qwen25_has_the_shapes_of_qwen2():
+    """The same decoder, trained further: its folders are read as they are published."""
+    assert Qwen2Config.from_dict(QWEN25) == QWEN2["0.5b"]
+    found = {name: Qwen2Config.from_dict({**QWEN25, **sizes}) for name, sizes in LARGER.items()}
+    assert found["1.5b"] == QWEN2["1.5b"] and found["7b"] == QWEN2["7b"]
+    assert (found["3b"].head_dim, found["3b"].tie_word_embeddings) == (128, True)
+
+
+def test_a_folder_with_the_entries_of_qwen25_loads(tmp_path):
+    """Weights of a small Qwen2 under a config.json that has all of Qwen2.5's entries."""
+    stored = ROOT / "tests/fixtures/qwen2_tied"
+    sizes = json.loads((stored / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, **{key: QWEN25[key] for key in QWEN25.keys() - sizes.keys()}}))
+    (tmp_path / "model.safetensors").write_bytes((stored / "model.safetensors").read_bytes())
+    ours, theirs = (Qwen2.from_pretrained(folder).state_dict() for folder in (tmp_path, stored))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

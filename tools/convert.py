@@ -169,6 +169,27 @@ def from_next(folder):
 
 # ---- to LLaVA-NeXT -------------------------------------------------------------------------------
 
+def lacking(config):
+    """-> [what a LLaVAVRConfig has that a LlavaNext has no place for], in words."""
+    found = []
+    if config.projector != "mlp":
+        found.append(f"the projector {config.projector!r} (it keeps all {config.feature_side}x"
+                     f"{config.feature_side} tokens of a tile, not {config.side}x{config.side})")
+    if config.remember:
+        layers = ", ".join(map(str, config.remember))
+        found.append(f"Vision Remember ({config.interaction!r} before decoder layers {layers})")
+    if config.image_mode not in ("a4", "a4hf"):
+        found.append(f"the tiling {config.image_mode!r} (it has that of 'a4' and 'a4hf')")
+    return found
+
+
+def check_next(config):
+    """ValueError, naming all that LLaVA-NeXT lacks, unless a LLaVAVRConfig is one."""
+    if lacking(config):
+        raise ValueError(f"LLaVA-NeXT lacks {' and '.join(lacking(config))}; what goes there was "
+                         "trained with --projector mlp --remember none, on AnyRes of four tiles")
+
+
 def to_next(model, folder):
     """Write a LLaVAVR as a LlavaNext folder.
 
@@ -177,11 +198,7 @@ def to_next(model, folder):
     canvases, and where the embedding has no row left for `<image>`.
     """
     config = model.config
-    is_next = config.projector == "mlp" and not config.remember
-    if not is_next or config.image_mode not in ("a4", "a4hf"):
-        raise ValueError(f"projector {config.projector!r}, remember {list(config.remember)}, "
-                         f"image_mode {config.image_mode!r}: LLaVA-NeXT is 'mlp', [] and 'a4' or "
-                         "'a4hf', and has no place for anything else")
+    check_next(config)
     tokenizer = Tokenizer.from_file(str(model.tokenizer_file))
     tokenizer.add_special_tokens([data.MARK])
     mark_id = tokenizer.token_to_id(data.MARK)
@@ -256,6 +273,7 @@ def convert(source, target):
     if kind == "llava_next":
         from_next(source).save_pretrained(target)
     elif kind == "llava_vr":
+        check_next(LLaVAVRConfig.read(source, {})[0])    # before weights are read
         to_next(LLaVAVR.from_pretrained(source, stored_dtype(source)), target)
     else:
         raise ValueError(f"{source}/config.json: model_type {kind!r}: expected 'llava_next' or "

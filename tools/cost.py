@@ -2,6 +2,7 @@
 
     python -m tools.cost --preset 0.5b --phase 1                  # before a run: numbers only
     python -m tools.cost --preset 7b --phase 2 --world 8 --shard  # divided over eight devices
+    python -m tools.cost --preset 7b --world 1 --recompute --lora 64      # beside full training
     python -m tools.cost --preset tiny --world 1 --measure        # and what this machine reaches
     python -m tools.cost --log runs/tiny/phase2/log.jsonl         # what a run has reached
     python -m tools.cost --preset 1.5b --projector mlp --remember none --prune pdrop
@@ -23,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-from compared.choices import FIELDS, add_choices, given, typed, with_side
+from compared import lora
+from compared.choices import FIELDS, add_choices, given, load, typed, with_side
 from model import INTERACTIONS, PRESETS, PROJECTORS, LLaVAVR
 from storage.log import read
 from tools.shapes import added_parameters, kept_by_a_tile
@@ -69,6 +71,7 @@ class Setup:
     tokens: int = 4096
     tiles: int = 20
     rows: int = 1024    # logits alive at a time: model.summed_loss
+    lora: int | None = None    # rank of what the decoder learns by; None: it trains whole
 
     @property
     def bytes(self):
@@ -131,7 +134,10 @@ def memory(config, trains, setup):
     """
     sizes, text, w, shard = parameters(config), config.text, setup.bytes, setup.shard
     kept = activations(config, trains, setup)
-    trained = sum(size for part, size in sizes.items() if part in trains)
+    if setup.lora and "language_model" in trains:
+        trains = without_decoder(trains)
+        sizes["lora"] = lora.trained_parameters(text, setup.lora)
+    trained = sum(size for part, size in sizes.items() if part in (*trains, "lora"))
     frozen = sum(sizes.values()) - trained
     share = setup.world if shard else 1
     looked_up = 0                                                 # embeddings: not multiplied
@@ -148,6 +154,11 @@ def memory(config, trains, setup):
             "logits": 12 * min(setup.rows, setup.tokens) * text.vocab_size}
 
 
+def without_decoder(trains):
+    """The parts that train whole beside a decoder that learns by LoRA."""
+    return tuple(part for part in trains if part != "language_model")
+
+
 def activations(config, trains, setup):
     """Bytes that autograd keeps for backward, by counting what our operations save. Raises as
     `memory` does.
@@ -159,13 +170,16 @@ def activations(config, trains, setup):
     and interactions: see tools/shapes.py.
     recompute: the input of every block (decoder layer, Vision Remember, ViT block if it trains),
     and the inside of the largest.
+    lora: what A multiplies, which those that read the same share, and the rank's numbers that B
+    multiplies, seven times.
     """
     vision, text, w = config.vision, config.text, setup.bytes
     d, ff, kv = text.hidden_size, text.intermediate_size, text.num_key_value_heads * text.head_dim
     C, E = vision.hidden_size, len(config.levels) * vision.hidden_size
     grid, features = setup.tiles * config.side ** 2, setup.tiles * config.feature_side ** 2
     live = text.num_hidden_layers - first_live(config, trains, setup.tiles)
-    llm = "language_model" in trains
+    beside = setup.lora if "language_model" in trains else None
+    llm = "language_model" in trains and not beside
     h = 4 if llm and not setup.shard else w                # of a number between layers
     casts = 1 if w == 2 else 0
     shared = 0 if setup.shard else 3 * casts      # more copies of what q, k, v, gate, up read
@@ -173,6 +187,8 @@ def activations(config, trains, setup):
     layer = 8 * d + w * (2 * d + 2 * kv + 3 * ff)
     if llm:
         layer += 2 * h * d + w * ((2 + shared) * d + ff)
+    if beside:
+        layer += w * (2 * d + ff + 7 * beside)
     levels = features * (3 * w + casts * (w + 4)) * E      # and k, v
     module = levels + grid * (4 * d + w * (d + 7 * E))     # up, q, o, down
     projector, together = grid * w * (C + 2 * d), 0
@@ -213,14 +229,24 @@ def table(preset, phase, setup, micro=None, choices=None, rule=None):
     config, p, recipe = choose(preset, choices or {}), PHASES[phase], RECIPES[phase]
     sizes, micro, tokens = parameters(config), micro or recipe.micro, p.tokens(config.side)
     forward = flops(config, [tokens], p.tiles, p.trained, ())
-    both = flops(config, [tokens], p.tiles, p.trained, recipe.trains)
+    both = training_flops(config, tokens, p.tiles, p.trained, recipe.trains, setup.lora)
     prompt = system_flops(config, p.tiles, p.text - p.trained, rule)
     setup.tokens, setup.tiles = micro * tokens, micro * p.tiles
     need = memory(config, recipe.trains, setup)
+    full = memory(config, recipe.trains, replace(setup, lora=None))
     days = p.samples * both / (setup.world * A100 * MFU) / 86400
     how = (", sharded" if setup.shard else "") + (", recomputing" if setup.recompute else "")
     frozen = {part: "" if part in recipe.trains else ", frozen" for part in PARTS}
-    device = [f"{short(size, 'B'):>12}  {what}" for what, size in need.items() if size]
+    columns = [need, full] if setup.lora else [need]
+    device = ["".join(f"{short(column[what], 'B'):>12}" for column in columns) + f"  {what}"
+              for what in need if any(column[what] for column in columns)]
+    device.append("".join(f"{short(sum(column.values()), 'B'):>12}" for column in columns)
+                  + "  in all")
+    heads = "a device"
+    if setup.lora:
+        added = lora.trained_parameters(config.text, setup.lora)
+        frozen["language_model"] = f", frozen, and {short(added)} of LoRA"
+        heads = f"a device: by LoRA of rank {setup.lora}, and trained whole"
     chosen = "".join(f", {name} {typed(value)}" for name, value in (choices or {}).items())
     pruned = f", pruned by {rule}" if rule else ""
     return [f"{preset}{chosen}, phase {phase}, {setup.world} devices{how}, {setup.precision}, "
@@ -235,10 +261,19 @@ def table(preset, phase, setup, micro=None, choices=None, rule=None):
             "", f"its prompt of {p.text - p.trained} tokens of text{pruned}, forward",
             *(f"{short(count, 'FLOP'):>12}  {part}" for part, count in prompt.items()),
             f"{short(sum(prompt.values()), 'FLOP'):>12}  in all",
-            "", "a device", *device,
-            f"{short(sum(need.values()), 'B'):>12}  in all",
+            "", heads, *device,
             "", f"{p.samples:,} samples on {setup.world} A100 at {MFU:.0%} of "
             f"{short(A100, 'FLOP/s')}: {days:.2g} days, {24 * days:.3g} hours"]
+
+
+def training_flops(config, tokens, tiles, trained, trains, rank):
+    """FLOPs of one sample, forward and backward; see tools/systems.py, flops. With LoRA the decoder
+    has no gradients of weights but those of A and B, whose products are 6 FLOP a parameter and
+    token."""
+    if rank is None or "language_model" not in trains:
+        return flops(config, [tokens], tiles, trained, trains)
+    beside = 6 * tokens * lora.trained_parameters(config.text, rank)
+    return beside + flops(config, [tokens], tiles, trained, without_decoder(trains))
 
 
 def counted_note(config):
@@ -340,7 +375,8 @@ def report(path, preset=None, phase=None, world=1, peak=A100, choices=None):
     tiles = max(1, round((mean - min(text, mean / 2)) / config.side ** 2))
     if RECIPES[phase].mode == "square":
         tiles = 1
-    sample = flops(config, [mean], tiles, trained / samples, trains)
+    rank = kept_rank(folder)
+    sample = training_flops(config, mean, tiles, trained / samples, trains, rank)
     speed = samples * sample / seconds
     return [f"{preset}, phase {phase}, {world} x {short(peak, 'FLOP/s')}: {len(lines):,} steps",
             f"assumed of a sample: {mean:.0f} tokens ({trained / samples:.0f} trained), "
@@ -364,6 +400,14 @@ def kept_choices(folder):
     return {}
 
 
+def kept_rank(folder):
+    """The rank of the LoRA that a run learned by, or None."""
+    try:
+        return load(folder / "choices.json").get("flags", {}).get("lora")
+    except ValueError:                                            # damaged
+        return None
+
+
 def arguments(argv=None):
     """The command line: see the top."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -378,6 +422,8 @@ def arguments(argv=None):
     add("--recompute", action="store_true",
         help="activation checkpointing: keep only what enters each block")
     add("--micro", type=int, help="samples per forward on one device")
+    add("--lora", type=int, metavar="RANK",
+        help="the decoder learns by LoRA, beside its memory when it trains whole")
     add("--precision", choices=("bf16", "fp32"), default="bf16")
     add("--prune", metavar="RULE", help="prune the prompt, as in eval.py")
     add("--systems", action="store_true",
@@ -388,7 +434,7 @@ def arguments(argv=None):
         help="also time a matrix product on this machine; with --log in place of an A100's peak")
     add_choices(parser)
     args = parser.parse_args(argv)
-    for name in ("world", "micro", "tiles", "text"):
+    for name in ("world", "micro", "lora", "tiles", "text"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name} {value}: must be above 0")
@@ -396,6 +442,9 @@ def arguments(argv=None):
         parser.error("--tiles and --text are of the picture of --systems: add it")
     if args.log and args.prune:
         parser.error("--log is of training, where nothing is pruned: leave --prune out")
+    if args.lora and (args.log or args.systems or args.phase == "1"):
+        parser.error("--lora is of a run to come whose decoder learns: leave it out of --log, "
+                     "--systems and --phase 1")
     if args.systems and (args.preset or args.prune or args.log or given(args)):
         parser.error("--systems has presets, choices and rules of its own: leave yours out")
     return args
@@ -415,7 +464,7 @@ def main(argv=None):
     elif args.log:
         lines = report(args.log, args.preset, args.phase, args.world or 1, peak, choices)
     else:
-        setup = Setup(args.world or 8, args.shard, args.precision, args.recompute)
+        setup = Setup(args.world or 8, args.shard, args.precision, args.recompute, lora=args.lora)
         lines = table(args.preset or "0.5b", args.phase or "2", setup, args.micro, choices,
                       args.prune)
     print(*lines, sep="\n")
