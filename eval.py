@@ -42,11 +42,13 @@ from tqdm import tqdm
 
 from benchmarks import TASKS, chosen, groups
 from benchmarks.answers import (
-    KINDS, Answers, gather, read_together, scored, write, write_samples)
+    KINDS, Answers, entry_beside, gather, read_together, scored, write, write_samples)
 from benchmarks.report import (
     beside, entry_of, gallery, page, print_entry, read_results, summary, table, write_results)
-from benchmarks.rows import count_rows, find_all, open_row, picture_files, rows_of
+from benchmarks.rows import (
+    count_rows, find_all, is_drawn, open_row, picture_files, rows_of)
 from compared.choices import add_choices, add_name, folder_of
+from compared.origin import TABLES, papers_row, refuse_untaught
 from compared.variants import described, load_model, read_variant
 from model import PRESETS
 from storage.weights import fingerprint
@@ -82,13 +84,10 @@ class Run:
     draws: bool = False             # stand-ins are drawn for benchmarks that are not there
     variant: str = ""               # how the model differs from the one that was trained
     mark: str = ""                  # tells this trained model from others
+    row: str | None = None          # the paper's beside ours, and the words that say which
+    words: str = ""
     rank: int = int(os.environ.get("RANK", 0))              # as torchrun says
     world: int = int(os.environ.get("WORLD_SIZE", 1))
-
-    @property
-    def row(self):
-        """The preset whose scores in the paper stand beside ours; None for another system."""
-        return None if self.name or self.variant else self.preset
 
 
 def arguments(argv):
@@ -231,7 +230,8 @@ def evaluate(run, task, files, load):
     about = {
         "model": str(run.model), "model_mark": run.mark, "data": str(files[0].parent),
         "rows": len(wanted), "of": total, "batch": run.batch, "processes": run.world,
-        "seconds": round(time.time() - start, 1), "kept": len(wanted) - asked}
+        "seconds": round(time.time() - start, 1), "kept": len(wanted) - asked,
+        "drawn": run.draws or is_drawn(files), "paper_row": run.row}
     if run.variant:
         about |= {"model": f"{run.model}, {run.variant}", "variant": run.variant}
     entry = entry_of(task, samples, blind, about)
@@ -240,14 +240,28 @@ def evaluate(run, task, files, load):
     return entry, samples
 
 
-def rescore(paths, preset):
-    """Score saved files again, those of a task together -> {task: entry}. Nothing is asked."""
-    entries = {}
+def print_table(entries, several, row, words):
+    """Print what the scores are read against: of several tasks the summary."""
+    if several:
+        print("\n" + summary(entries, row, words))
+    else:
+        print(beside(entries, row, words))
+
+
+def rescore(paths):
+    """Score saved files again, those of a task together -> {task: entry}. Nothing is asked.
+
+    Which model answered, and what, is read from the results.json that lies beside them.
+    """
+    entries, rows = {}, set()
     for task, (names, lines) in read_together(paths).items():
         start = time.time()
         samples, blind = scored(task, lines[""]), scored(task, lines["_blind"])
+        earlier = entry_beside(Path(names[0]), task)
+        rows.add(earlier.get("paper_row"))
         entry = entry_of(task, samples, blind, {
-            "model": ", ".join(names), "rows": len(samples), "of": TASKS[task].rows})
+            "model": ", ".join(names), "rows": len(samples), "of": TASKS[task].rows,
+            "drawn": earlier.get("drawn", False)})
         entry["seconds"] = round(time.time() - start, 1)
         entries[task] = entry
         if entry["errors"]:
@@ -256,7 +270,11 @@ def rescore(paths, preset):
                   f"count as wrong, the first is row {bad['index']}: {bad['error']}",
                   file=sys.stderr)
         print(table(task, entry))
-    print("\n" + summary(entries, preset) if len(entries) > 1 else beside(entries, preset))
+    row = rows.pop() if len(rows) == 1 else None            # of one model, that has a row
+    words = "no row of the paper: no results.json beside the files names one"
+    if row in TABLES:
+        words = f"the paper's row: {TABLES[row]}"
+    print_table(entries, len(entries) > 1, row, words)
     return entries
 
 
@@ -279,13 +297,15 @@ def main(argv=None):
     """-> the task's entry in results.json, {task: entry} of several, None on ranks other than 0."""
     run = arguments(argv)
     if run.rescore:
-        return rescore(run.rescore, run.preset)
+        return rescore(run.rescore)
     if not (run.model / "config.json").exists():
         lacking = "config.json in" if run.model.is_dir() else "model folder"
         raise FileNotFoundError(f"no {lacking} {run.model}; train one with: python train.py "
                                 f"--preset {run.preset} (tiny needs no download)")
+    refuse_untaught(run.model)
     rule, choices = read_variant(run, run.model)
     run.variant = rule or described(choices)
+    run.row, run.words = papers_row(run.model, run.variant)
     run.out = run.out or run.model / folder_name(run.variant)
     run.mark = model_mark(run.model, run.variant)
     results = run.out / "results.json"
@@ -310,9 +330,9 @@ def main(argv=None):
         dist.destroy_process_group()
     if run.rank > 0:
         return None
-    print("\n" + summary(entries, run.row) if len(run.tasks) > 1 else beside(entries, run.row))
+    print_table(entries, len(run.tasks) > 1, run.row, run.words)
     if run.report:
-        write(run.out / "report.html", page(entries, cards, run.row))
+        write(run.out / "report.html", page(entries, cards, run.row, run.words))
         print(f"report in {run.out / 'report.html'}")
     return entries if len(run.tasks) > 1 else entries[run.tasks[0]]
 

@@ -24,7 +24,7 @@ GQA = Task(
     score=gqa_score,
     rows=12578,
     reference="gqa",
-    paper={"0.5b": 58.5, "1.5b": 62.7},
+    paper={"0.5b": 58.5, "1.5b": 62.7, "0.5b si": 55.3, "1.5b si": 59.4},
 )
 
 
@@ -129,7 +129,7 @@ MME = Task(
     reference="mme",
     keys={"mme_perception_score,none": "overall", "mme_cognition_score,none": "cognition"},
     unit=1,
-    paper={"0.5b": 1172.7, "1.5b": 1374.3},
+    paper={"0.5b": 1172.7, "1.5b": 1374.3, "0.5b si": 1191.5, "1.5b si": 1339.0},
 )
 
 TASKS = {"gqa": GQA, "mme": MME}

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 # What a corrupt row or a damaged line may raise, in a prompt, a scorer or a reader.
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, ArithmeticError)
 
+# Metadata of a Parquet file that says: a stand-in of tiny/standins.py, not the official file.
+DRAWN = {"drawn by": "tiny/standins.py"}
+
 LETTERS = string.ascii_uppercase
 PUNCTUATION = str.maketrans("", "", string.punctuation)      # for str.translate: deletes ASCII's 32
 NUMBER_WORDS = {
@@ -212,7 +215,8 @@ class Task:
     # what the score is read against
     chance: float | None = None     # score of guessing; None: answers are open, guessing is futile
     full: int = 100                 # the highest score; for Avg it is brought to 100
-    paper: dict = field(default_factory=dict)      # {preset: score}; {}: not in the paper
+    # {row: score}, a row being a preset (Tables 1 and 2) or "<preset> si" (3); {}: not in the paper
+    paper: dict = field(default_factory=dict)
     # results.json, in lmms-eval's names
     reference: str = ""             # its name of the task; "": it has none, ours serves
     keys: dict = field(default_factory=lambda: {"exact_match,none": "overall"})  # metric -> part

@@ -30,6 +30,7 @@ ARROWS = {
     "compared.pruning": {"data", "model", "qwen2", "storage.weights"},       # wraps the whole model
     "compared.choices": {"clip", "compared.interactions", "model", "qwen2", "sela", "storage.weights"},      # its flags
     "compared.graft": {"storage.weights"},
+    "compared.origin": {"compared.choices", "model", "storage.log"},         # what a folder tells of its model
     "compared.variants": {"compared", "data", "model", "storage.weights"},   # how it is asked
     "benchmarks": {"benchmarks", "data"},
     "tiny": {"benchmarks.task", "clip", "data", "model", "qwen2", "storage", "tiny"},
