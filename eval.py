@@ -5,9 +5,11 @@
     one GPU:    python eval.py --task chartqa,docvqa --preset 0.5b --batch 16 --blind --report
     eight GPUs: torchrun --nproc_per_node=8 eval.py --task all --preset 7b
     pruned:     python eval.py --task all --model runs/1.5b-mlp/phase2 --prune fastv:K=2,R=0.5
+    your own:   python eval.py --task my.jsonl --metric relaxed --model runs/mine/phase2
     no model:   python eval.py --rescore runs/0.5b/phase2/eval/chartqa.jsonl
 
---task takes names, a group of the paper (General, Knowledge, OCR&Chart, Vision-Centric) or all.
+--task takes names, a group of the paper (General, Knowledge, OCR&Chart, Vision-Centric) or all; and
+files of your own questions (docs/own_data.md), which are called own-<name of the file>.
 Prints a table (score and standard error in points of 100; MME-P 0..2000) and writes, into --out
 (default <model>/eval): chartqa.jsonl, a line per sample in the order of the dataset;
 chartqa_blind.jsonl, the same with every picture replaced by a grey one of its size (a model that
@@ -40,7 +42,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks import TASKS, chosen, groups
+from benchmarks import TASKS, chosen, groups, own
 from benchmarks.answers import (
     KINDS, Answers, entry_beside, gather, read_together, scored, write, write_samples)
 from benchmarks.report import (
@@ -64,6 +66,8 @@ class Run:
     argparse also sets the flags of compared/choices.py on it.
     """
     task: tuple = ("chartqa",)      # words of the command line; `tasks` is what they mean
+    metric: str | None = None       # of own questions
+    images: Path | None = None      # where their pictures lie
     preset: str = "0.5b"
     name: str | None = None
     model: Path | None = None
@@ -95,7 +99,10 @@ def arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", nargs="+", help=f"of: {', '.join([*TASKS, *groups(), 'all'])}")
+    add("--task", nargs="+", help=f"of: {', '.join([*TASKS, *groups(), 'all'])}; or your own "
+                                  "questions, a .jsonl")
+    add("--metric", choices=own.METRICS, help="how replies to your own questions are scored")
+    add("--images", type=Path, help="folder of their pictures (default: beside the file)")
     add("--preset", choices=PRESETS, help="sets the three defaults below")
     add_name(parser)
     add("--model", type=Path, help="trained model (default runs/<preset>[-<name>]/phase2)")
@@ -113,9 +120,8 @@ def arguments(argv):
     add("--rescore", nargs="+", type=Path, metavar="FILE", help="score saved answers again")
     run = parser.parse_args(argv, namespace=Run())
 
-    words = " ".join(run.task)
-    run.tasks = chosen(words)
-    run.named = set(run.tasks) <= set(words.replace(",", " ").split())
+    if not run.rescore:
+        run.tasks, run.named = tasks_of(run)
     for name in ("limit", "sample", "batch"):
         value = getattr(run, name)
         if value is not None and value < 1:
@@ -128,6 +134,24 @@ def arguments(argv):
     run.data = run.data or Path("data/tiny/eval" if drawn else "data/eval")
     run.blind = drawn if run.blind is None else run.blind
     return run
+
+
+def tasks_of(run):
+    """-> (names of what --task asks for, whether each was named by itself). Files of own questions
+    are read here. ValueError for a name that is none, OSError for a file that is not there."""
+    files = [word for word in run.task if Path(word).suffix.lower() in own.SUFFIXES]
+    words = " ".join(word for word in run.task if word not in files)
+    if run.metric and not files:
+        raise ValueError(f"--metric {run.metric}: the paper's benchmarks have their own; it is for "
+                         "--task FILE.jsonl")
+    tasks = chosen(words) if words else []
+    named = set(tasks) <= set(words.replace(",", " ").split())
+    for file in files:
+        task = own.add_task(file, run.metric, run.images)
+        if run.rank == 0 and TASKS[task].questions.note:
+            print(TASKS[task].questions.note, file=sys.stderr)
+        tasks.append(task)
+    return tasks, named
 
 
 def folder_name(variant):
@@ -214,7 +238,9 @@ def evaluate(run, task, files, load):
     mine = wanted[first:end]                                # neighbours often share a picture
 
     kinds = KINDS if run.blind else KINDS[:1]
-    data_files = files + picture_files(task, run.data)
+    data_files = []                     # own questions: each row says the sizes of its pictures
+    if not TASKS[task].metric:
+        data_files = files + picture_files(task, run.data)
     answers = Answers(run.out / "answers", task, kinds, run.mark, run.rank, data_files)
     todo = answers.keep(files, mine)
     model = load() if todo else None
@@ -231,7 +257,10 @@ def evaluate(run, task, files, load):
         "model": str(run.model), "model_mark": run.mark, "data": str(files[0].parent),
         "rows": len(wanted), "of": total, "batch": run.batch, "processes": run.world,
         "seconds": round(time.time() - start, 1), "kept": len(wanted) - asked,
-        "drawn": run.draws or is_drawn(files), "paper_row": run.row}
+        "drawn": is_drawn(files) or run.draws and task in standins.STAND_INS,
+        "paper_row": run.row}
+    if TASKS[task].metric:
+        about |= {"data": str(files[0].resolve()), "metric": TASKS[task].metric}
     if run.variant:
         about |= {"model": f"{run.model}, {run.variant}", "variant": run.variant}
     entry = entry_of(task, samples, blind, about)
@@ -248,12 +277,20 @@ def print_table(entries, several, row, words):
         print(beside(entries, row, words))
 
 
-def rescore(paths):
+def rescore(paths, metric=None):
     """Score saved files again, those of a task together -> {task: entry}. Nothing is asked.
 
-    Which model answered, and what, is read from the results.json that lies beside them.
+    Which model answered, and what, is read from the results.json that lies beside them, and the
+    metric of own questions, unless one is given.
     """
     entries, rows = {}, set()
+    for path in paths:
+        task = path.name.split(".")[0].removesuffix("_blind")
+        if own.is_own(task):
+            found = metric or entry_beside(path, task).get("metric")
+            if found not in own.METRICS:
+                raise ValueError(f"{path} needs --metric: one of {', '.join(own.METRICS)}")
+            TASKS[task] = own.make_task(task, found)
     for task, (names, lines) in read_together(paths).items():
         start = time.time()
         samples, blind = scored(task, lines[""]), scored(task, lines["_blind"])
@@ -261,7 +298,7 @@ def rescore(paths):
         rows.add(earlier.get("paper_row"))
         entry = entry_of(task, samples, blind, {
             "model": ", ".join(names), "rows": len(samples), "of": TASKS[task].rows,
-            "drawn": earlier.get("drawn", False)})
+            "drawn": earlier.get("drawn", False), "metric": TASKS[task].metric})
         entry["seconds"] = round(time.time() - start, 1)
         entries[task] = entry
         if entry["errors"]:
@@ -297,7 +334,7 @@ def main(argv=None):
     """-> the task's entry in results.json, {task: entry} of several, None on ranks other than 0."""
     run = arguments(argv)
     if run.rescore:
-        return rescore(run.rescore)
+        return rescore(run.rescore, run.metric)
     if not (run.model / "config.json").exists():
         lacking = "config.json in" if run.model.is_dir() else "model folder"
         raise FileNotFoundError(f"no {lacking} {run.model}; train one with: python train.py "

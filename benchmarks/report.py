@@ -16,7 +16,7 @@ import time
 
 from tqdm import tqdm
 
-from benchmarks import TASKS, aggregate, parsed
+from benchmarks import TASKS, aggregate, own, parsed
 from benchmarks.answers import write
 from benchmarks.rows import find_files, open_pictures, rows_of
 from benchmarks.task import BROKEN
@@ -208,7 +208,11 @@ def read_results(path, mark, fresh):
     try:
         if path.exists():
             results = json.loads(path.read_text(encoding="utf-8"))
-            found = {task: entry for task, entry in results.items() if task in TASKS}
+            for task, entry in results.items():
+                if own.is_own(task) and task not in TASKS:
+                    TASKS[task] = own.make_task(task, entry["metric"])
+                if task in TASKS:
+                    found[task] = entry
         lmms_keys(found)                        # reads all that the next results.json needs of it
     except BROKEN as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): "
@@ -259,6 +263,8 @@ def lmms_keys(entries, model="", batch=None, limit=None, seed=0):
 def _lmms_config(name, spec, entry):
     settings = {"max_new_tokens": spec.max_new_tokens, "do_sample": False}
     path = "drawn by tiny/standins.py" if entry.get("drawn") else spec.repo
+    if spec.metric:
+        path = entry["data"]
     return {"task": name, "dataset_path": path, "generation_kwargs": settings}
 
 

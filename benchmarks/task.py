@@ -212,6 +212,8 @@ class Task:
     shown: Callable = the_image     # f(row) -> the picture columns that this row shows, in order
     pictures_config: str = ""       # GQA: pictures lie in a config of their own, as (id, image) ...
     picture_id: str = ""            # ... and this column names a row's picture there
+    questions: object = None        # benchmarks.own.Questions, which reads them; None: Parquet
+    metric: str = ""                # of benchmarks.own.METRICS; "": a benchmark, not own questions
     # what the score is read against
     chance: float | None = None     # score of guessing; None: answers are open, guessing is futile
     full: int = 100                 # the highest score; for Avg it is brought to 100

@@ -15,9 +15,8 @@ of the benchmarks hold here too: ChartQA accepts a number that is off by 5 %, an
 a point where one of two digits is right. So guessing is worth more there.
 
 The files say that they are drawn (task.DRAWN), so eval.py takes none for an official one, wherever
-it lies. Names and types of columns are those of the dataset cards.
-Each function below makes the tables of
-one benchmark: (count, seed) -> {file: rows}.
+it lies. Names and types of columns are those of the dataset cards. Each function below makes the
+tables of one benchmark: (count, seed) -> {file: rows}.
 """
 import itertools
 import sys
