@@ -7,6 +7,7 @@
     pruned:     python eval.py --task all --model runs/1.5b-mlp/phase2 --prune fastv:K=2,R=0.5
     your own:   python eval.py --task my.jsonl --metric relaxed --model runs/mine/phase2
     no model:   python eval.py --rescore runs/0.5b/phase2/eval/chartqa.jsonl
+    two runs:   python eval.py --compare runs/0.5b/phase2 runs/mine/phase2 --task chartqa
 
 --task takes names, a group of the paper (General, Knowledge, OCR&Chart, Vision-Centric) or all; and
 files of your own questions (docs/own_data.md), which are called own-<name of the file>.
@@ -15,6 +16,7 @@ Prints a table (score and standard error in points of 100; MME-P 0..2000) and wr
 chartqa_blind.jsonl, the same with every picture replaced by a grey one of its size (a model that
 uses its eyes scores clearly more); results.json, in lmms-eval's key names; with --report,
 report.html. Answers go to <out>/answers as they come: a run that was stopped goes on where it was.
+--compare reads two such folders, of models that were asked the same.
 
 --prune drops vision tokens on the way through the decoder (rules: compared/pruning.py), or resizes
 pictures (compared/variants.py). It needs a model without Vision Remember. --remember and the other
@@ -45,6 +47,7 @@ from tqdm import tqdm
 from benchmarks import TASKS, chosen, groups, own
 from benchmarks.answers import (
     KINDS, Answers, entry_beside, gather, read_together, scored, write, write_samples)
+from benchmarks.compare import compare_runs
 from benchmarks.report import (
     beside, entry_of, gallery, page, print_entry, read_results, summary, table, write_results)
 from benchmarks.rows import (
@@ -65,7 +68,7 @@ class Run:
 
     argparse also sets the flags of compared/choices.py on it.
     """
-    task: tuple = ("chartqa",)      # words of the command line; `tasks` is what they mean
+    task: tuple = ()                # words of the command line; `tasks` is what they mean
     metric: str | None = None       # of own questions
     images: Path | None = None      # where their pictures lie
     preset: str = "0.5b"
@@ -82,6 +85,7 @@ class Run:
     fresh: bool = False
     report: bool = False
     rescore: tuple = ()
+    compare: tuple = ()
 
     tasks: tuple = ()               # names, in the order of the table
     named: bool = False             # each task by its own name, so none of them may be missing
@@ -117,10 +121,12 @@ def arguments(argv):
     add("--out", type=Path, help="default <model>/eval")
     add("--fresh", action="store_true", help="forget the answers of earlier runs")
     add("--report", action="store_true", help="also write report.html: table and pictures")
+    add("--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"),
+        help="of two models' answers: the difference, its error, what changed")
     add("--rescore", nargs="+", type=Path, metavar="FILE", help="score saved answers again")
     run = parser.parse_args(argv, namespace=Run())
 
-    if not run.rescore:
+    if not (run.rescore or run.compare):
         run.tasks, run.named = tasks_of(run)
     for name in ("limit", "sample", "batch"):
         value = getattr(run, name)
@@ -139,8 +145,9 @@ def arguments(argv):
 def tasks_of(run):
     """-> (names of what --task asks for, whether each was named by itself). Files of own questions
     are read here. ValueError for a name that is none, OSError for a file that is not there."""
-    files = [word for word in run.task if Path(word).suffix.lower() in own.SUFFIXES]
-    words = " ".join(word for word in run.task if word not in files)
+    typed = run.task or ("chartqa",)
+    files = [word for word in typed if Path(word).suffix.lower() in own.SUFFIXES]
+    words = " ".join(word for word in typed if word not in files)
     if run.metric and not files:
         raise ValueError(f"--metric {run.metric}: the paper's benchmarks have their own; it is for "
                          "--task FILE.jsonl")
@@ -152,6 +159,18 @@ def tasks_of(run):
             print(TASKS[task].questions.note, file=sys.stderr)
         tasks.append(task)
     return tasks, named
+
+
+def compared_tasks(run):
+    """The tasks that --compare is about; None where --task was not given, or is all: those that
+    both runs have."""
+    words = [own.task_name(word) if Path(word).suffix.lower() in own.SUFFIXES else word
+             for word in run.task]
+    if words in ([], ["all"]):
+        return None
+    named = [word for word in words if own.is_own(word)]
+    rest = " ".join(word for word in words if not own.is_own(word))
+    return (chosen(rest) if rest else []) + named
 
 
 def folder_name(variant):
@@ -335,6 +354,8 @@ def main(argv=None):
     run = arguments(argv)
     if run.rescore:
         return rescore(run.rescore, run.metric)
+    if run.compare:
+        return compare_runs(run.compare, compared_tasks(run), run.metric, run.out)
     if not (run.model / "config.json").exists():
         lacking = "config.json in" if run.model.is_dir() else "model folder"
         raise FileNotFoundError(f"no {lacking} {run.model}; train one with: python train.py "

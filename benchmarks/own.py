@@ -89,7 +89,7 @@ def add_task(path, metric, images=None):
     """
     if metric is None:
         raise ValueError(f"--task {path} needs --metric: one of {', '.join(METRICS)}")
-    name = PREFIX + re.sub(r"[^\w-]+", "-", Path(path).stem)
+    name = task_name(path)
     questions = Questions(path, images, metric)
     known = TASKS.get(name)
     if known and known.questions and known.questions.path.resolve() != questions.path.resolve():
@@ -97,6 +97,11 @@ def add_task(path, metric, images=None):
                          "one of them, or score them one by one into another --out")
     TASKS[name] = make_task(name, metric, questions)
     return name
+
+
+def task_name(path):
+    """The name of the task that a file of questions makes: my charts.jsonl -> own-my-charts."""
+    return PREFIX + re.sub(r"[^\w-]+", "-", Path(path).stem)
 
 
 def is_own(name):

@@ -202,6 +202,8 @@ class Task:
     strips: bool = True             # the rules see the reply without whitespace around it
     parse: Callable | None = None   # f(reply, row) -> what the rule reads; None: no answer found
     means: Callable = plain_mean    # f(rows with their "score") -> {"overall": part, name: part}
+    # f(rows, the same rows of another run) -> part of the difference; None: means(score - score)
+    paired: Callable | None = None
     grouped_by: tuple = ()          # columns that means needs: a row without one counts as wrong
     # data
     config: str = ""                # what the hub calls a config: a subfolder
