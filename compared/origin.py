@@ -1,4 +1,4 @@
-"""What a trained model is, by what its own folder tells: config.json, log.jsonl, tokenizer.json.
+"""What a trained model is, by its own folder: config.json, log.jsonl, choices.json, tokenizer.json.
 
     papers_row(folder)      beside which numbers of the paper its scores may stand, or why none
     refuse_untaught(folder) an error for a model that has never been taught to answer
@@ -6,6 +6,7 @@
 The name of a folder tells nothing, and neither does --preset. The paper's numbers are those of its
 own system at two sizes, trained by two recipes; beside any other model they would mislead.
 """
+import json
 from pathlib import Path
 
 from compared.choices import FIELDS, typed
@@ -19,6 +20,8 @@ RECIPES = {"a4": ("", 779_289 / 32, 2e-5),          # phase 2 on LLaVA-NeXT's 77
 TABLES = {"0.5b": "Table 2, 0.5B", "1.5b": "Table 1, 1.5B",
           "0.5b si": "Table 3, 0.9B", "1.5b si": "Table 3, 2.0B"}
 NEAR = 0.2                          # of the steps: of the 3.2M on the hub some 2.6M can be had
+# Flags of train.py, in choices.json, with which a recipe is another than the paper's.
+ANOTHER = ("origin", "lora", "lr", "vision_lr", "remember_lr", "epochs", "limit")
 QWEN2_5 = "<|fim_prefix|>"          # a token that Qwen2.5's tokenizer has and Qwen2's has not
 
 
@@ -27,7 +30,7 @@ def papers_row(folder, variant=""):
     such model; words: which table it is of, or why there is none.
 
     variant: how the model is asked in another way than it was trained; "" for as it was.
-    Data of the same size by another name is not told apart: no log says what was in them.
+    What was in the data no file tells; where --data was typed, the words say so.
     """
     if variant:
         return None, f"no row of the paper: asked with {variant}"
@@ -38,7 +41,8 @@ def papers_row(folder, variant=""):
     if why:
         return None, f"no row of the paper: {why}"
     row = size + RECIPES[config.image_mode][0]
-    return row, f"the paper's row: {TABLES[row]}"
+    words, data = f"the paper's row: {TABLES[row]}", _typed_flags(Path(folder)).get("data")
+    return row, f"{words}; trained with --data {data}" if data else words
 
 
 def _sizes(config):
@@ -63,6 +67,11 @@ def _another_recipe(folder, mode):
     """In what the training was not the paper's; "" if nothing tells that it was another."""
     if mode not in RECIPES:
         return f"this model reads pictures by {mode}, which neither of its recipes does"
+    flags = _typed_flags(folder)
+    for name in ANOTHER:
+        if flags.get(name) is not None:
+            flag = "from" if name == "origin" else name.replace("_", "-")
+            return f"it was trained with --{flag} {flags[name]}"
     tokenizer = folder / "tokenizer.json"
     if tokenizer.exists() and QWEN2_5 in tokenizer.read_text(encoding="utf-8"):
         return "the decoder is Qwen2.5, the paper's is Qwen2"
@@ -79,6 +88,15 @@ def _another_recipe(folder, mode):
     if abs(peak / rate - 1) > 0.01:
         return f"its peak learning rate was {peak:.2g}, the paper's is {rate:.2g}"
     return ""
+
+
+def _typed_flags(folder):
+    """{flag: value or None} that train.py was given, where choices.json keeps them; else {}."""
+    try:
+        flags = json.loads((folder / "choices.json").read_text(encoding="utf-8"))["flags"]
+        return dict(flags)
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def refuse_untaught(folder):

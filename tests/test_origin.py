@@ -39,13 +39,18 @@ def test_beside_another_model_stands_none_and_why(tmp_path, changes, why):
     assert row is None and words.startswith("no row of the paper: ") and why in words
 
 
-def test_qwen2_5_and_a_folder_without_a_log_have_none(tmp_path):
-    """Qwen2.5 has the sizes of Qwen2; its tokenizer tells. Without a log nothing tells how a model was trained."""
+def test_what_else_the_folder_tells(tmp_path):
+    """What train.py was told stands in choices.json. Qwen2.5 has the sizes of Qwen2; its tokenizer tells. Without a log nothing tells how a model was trained."""
     write_origin(tmp_path)
     assert papers_row(tmp_path)[0] == "0.5b" and papers_row(tmp_path, "fastv:K=2,R=0.5")[0] is None
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": "<|fim_prefix|>"}]}))
     assert "Qwen2.5" in papers_row(tmp_path)[1]
     (tmp_path / "tokenizer.json").unlink()
+    for flags, why in (({"lora": 64}, "--lora 64"), ({"origin": "runs/a"}, "--from runs/a"), ({"vision_lr": 1e-6}, "--vision-lr")):
+        (tmp_path / "choices.json").write_text(json.dumps({"flags": {"data": None, **flags}}))
+        assert papers_row(tmp_path)[0] is None and f"it was trained with {why}" in papers_row(tmp_path)[1]
+    (tmp_path / "choices.json").write_text(json.dumps({"flags": {"data": "my.json", "lora": None}}))
+    assert papers_row(tmp_path) == ("0.5b", "the paper's row: Table 2, 0.5B; trained with --data my.json")
     (tmp_path / "log.jsonl").unlink()
     assert "log.jsonl, which would tell how it was trained, is not there" in papers_row(tmp_path)[1]
 
