@@ -5,14 +5,18 @@
     one GPU:    python eval.py --task chartqa,docvqa --preset 0.5b --batch 16 --blind --report
     eight GPUs: torchrun --nproc_per_node=8 eval.py --task all --preset 7b
     pruned:     python eval.py --task all --model runs/1.5b-mlp/phase2 --prune fastv:K=2,R=0.5
+    your own:   python eval.py --task my.jsonl --metric relaxed --model runs/mine/phase2
     no model:   python eval.py --rescore runs/0.5b/phase2/eval/chartqa.jsonl
+    two runs:   python eval.py --compare runs/0.5b/phase2 runs/mine/phase2 --task chartqa
 
---task takes names, a group of the paper (General, Knowledge, OCR&Chart, Vision-Centric) or all.
+--task takes names, a group of the paper (General, Knowledge, OCR&Chart, Vision-Centric) or all; and
+files of your own questions (docs/own_data.md), which are called own-<name of the file>.
 Prints a table (score and standard error in points of 100; MME-P 0..2000) and writes, into --out
 (default <model>/eval): chartqa.jsonl, a line per sample in the order of the dataset;
 chartqa_blind.jsonl, the same with every picture replaced by a grey one of its size (a model that
 uses its eyes scores clearly more); results.json, in lmms-eval's key names; with --report,
 report.html. Answers go to <out>/answers as they come: a run that was stopped goes on where it was.
+--compare reads two such folders, of models that were asked the same.
 
 --prune drops vision tokens on the way through the decoder (rules: compared/pruning.py), or resizes
 pictures (compared/variants.py). It needs a model without Vision Remember. --remember and the other
@@ -40,13 +44,16 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks import TASKS, chosen, groups
+from benchmarks import TASKS, chosen, groups, own
 from benchmarks.answers import (
-    KINDS, Answers, gather, read_together, scored, write, write_samples)
+    KINDS, Answers, entry_beside, gather, read_together, scored, write, write_samples)
+from benchmarks.compare import compare_runs
 from benchmarks.report import (
     beside, entry_of, gallery, page, print_entry, read_results, summary, table, write_results)
-from benchmarks.rows import count_rows, find_all, open_row, picture_files, rows_of
+from benchmarks.rows import (
+    count_rows, find_all, is_drawn, open_row, picture_files, rows_of)
 from compared.choices import add_choices, add_name, folder_of
+from compared.origin import TABLES, papers_row, refuse_untaught
 from compared.variants import described, load_model, read_variant
 from model import PRESETS
 from storage.weights import fingerprint
@@ -61,7 +68,9 @@ class Run:
 
     argparse also sets the flags of compared/choices.py on it.
     """
-    task: tuple = ("chartqa",)      # words of the command line; `tasks` is what they mean
+    task: tuple = ()                # words of the command line; `tasks` is what they mean
+    metric: str | None = None       # of own questions
+    images: Path | None = None      # where their pictures lie
     preset: str = "0.5b"
     name: str | None = None
     model: Path | None = None
@@ -76,19 +85,17 @@ class Run:
     fresh: bool = False
     report: bool = False
     rescore: tuple = ()
+    compare: tuple = ()
 
     tasks: tuple = ()               # names, in the order of the table
     named: bool = False             # each task by its own name, so none of them may be missing
     draws: bool = False             # stand-ins are drawn for benchmarks that are not there
     variant: str = ""               # how the model differs from the one that was trained
     mark: str = ""                  # tells this trained model from others
+    row: str | None = None          # the paper's beside ours, and the words that say which
+    words: str = ""
     rank: int = int(os.environ.get("RANK", 0))              # as torchrun says
     world: int = int(os.environ.get("WORLD_SIZE", 1))
-
-    @property
-    def row(self):
-        """The preset whose scores in the paper stand beside ours; None for another system."""
-        return None if self.name or self.variant else self.preset
 
 
 def arguments(argv):
@@ -96,7 +103,10 @@ def arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", nargs="+", help=f"of: {', '.join([*TASKS, *groups(), 'all'])}")
+    add("--task", nargs="+", help=f"of: {', '.join([*TASKS, *groups(), 'all'])}; or your own "
+                                  "questions, a .jsonl")
+    add("--metric", choices=own.METRICS, help="how replies to your own questions are scored")
+    add("--images", type=Path, help="folder of their pictures (default: beside the file)")
     add("--preset", choices=PRESETS, help="sets the three defaults below")
     add_name(parser)
     add("--model", type=Path, help="trained model (default runs/<preset>[-<name>]/phase2)")
@@ -111,12 +121,13 @@ def arguments(argv):
     add("--out", type=Path, help="default <model>/eval")
     add("--fresh", action="store_true", help="forget the answers of earlier runs")
     add("--report", action="store_true", help="also write report.html: table and pictures")
+    add("--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"),
+        help="of two models' answers: the difference, its error, what changed")
     add("--rescore", nargs="+", type=Path, metavar="FILE", help="score saved answers again")
     run = parser.parse_args(argv, namespace=Run())
 
-    words = " ".join(run.task)
-    run.tasks = chosen(words)
-    run.named = set(run.tasks) <= set(words.replace(",", " ").split())
+    if not (run.rescore or run.compare):
+        run.tasks, run.named = tasks_of(run)
     for name in ("limit", "sample", "batch"):
         value = getattr(run, name)
         if value is not None and value < 1:
@@ -129,6 +140,37 @@ def arguments(argv):
     run.data = run.data or Path("data/tiny/eval" if drawn else "data/eval")
     run.blind = drawn if run.blind is None else run.blind
     return run
+
+
+def tasks_of(run):
+    """-> (names of what --task asks for, whether each was named by itself). Files of own questions
+    are read here. ValueError for a name that is none, OSError for a file that is not there."""
+    typed = run.task or ("chartqa",)
+    files = [word for word in typed if Path(word).suffix.lower() in own.SUFFIXES]
+    words = " ".join(word for word in typed if word not in files)
+    if run.metric and not files:
+        raise ValueError(f"--metric {run.metric}: the paper's benchmarks have their own; it is for "
+                         "--task FILE.jsonl")
+    tasks = chosen(words) if words else []
+    named = set(tasks) <= set(words.replace(",", " ").split())
+    for file in files:
+        task = own.add_task(file, run.metric, run.images)
+        if run.rank == 0 and TASKS[task].questions.note:
+            print(TASKS[task].questions.note, file=sys.stderr)
+        tasks.append(task)
+    return tasks, named
+
+
+def compared_tasks(run):
+    """The tasks that --compare is about; None where --task was not given, or is all: those that
+    both runs have."""
+    words = [own.task_name(word) if Path(word).suffix.lower() in own.SUFFIXES else word
+             for word in run.task]
+    if words in ([], ["all"]):
+        return None
+    named = [word for word in words if own.is_own(word)]
+    rest = " ".join(word for word in words if not own.is_own(word))
+    return (chosen(rest) if rest else []) + named
 
 
 def folder_name(variant):
@@ -215,7 +257,9 @@ def evaluate(run, task, files, load):
     mine = wanted[first:end]                                # neighbours often share a picture
 
     kinds = KINDS if run.blind else KINDS[:1]
-    data_files = files + picture_files(task, run.data)
+    data_files = []                     # own questions: each row says the sizes of its pictures
+    if not TASKS[task].metric:
+        data_files = files + picture_files(task, run.data)
     answers = Answers(run.out / "answers", task, kinds, run.mark, run.rank, data_files)
     todo = answers.keep(files, mine)
     model = load() if todo else None
@@ -231,7 +275,11 @@ def evaluate(run, task, files, load):
     about = {
         "model": str(run.model), "model_mark": run.mark, "data": str(files[0].parent),
         "rows": len(wanted), "of": total, "batch": run.batch, "processes": run.world,
-        "seconds": round(time.time() - start, 1), "kept": len(wanted) - asked}
+        "seconds": round(time.time() - start, 1), "kept": len(wanted) - asked,
+        "drawn": is_drawn(files) or run.draws and task in standins.STAND_INS,
+        "paper_row": run.row}
+    if TASKS[task].metric:
+        about |= {"data": str(files[0].resolve()), "metric": TASKS[task].metric}
     if run.variant:
         about |= {"model": f"{run.model}, {run.variant}", "variant": run.variant}
     entry = entry_of(task, samples, blind, about)
@@ -240,14 +288,36 @@ def evaluate(run, task, files, load):
     return entry, samples
 
 
-def rescore(paths, preset):
-    """Score saved files again, those of a task together -> {task: entry}. Nothing is asked."""
-    entries = {}
+def print_table(entries, several, row, words):
+    """Print what the scores are read against: of several tasks the summary."""
+    if several:
+        print("\n" + summary(entries, row, words))
+    else:
+        print(beside(entries, row, words))
+
+
+def rescore(paths, metric=None):
+    """Score saved files again, those of a task together -> {task: entry}. Nothing is asked.
+
+    Which model answered, and what, is read from the results.json that lies beside them, and the
+    metric of own questions, unless one is given.
+    """
+    entries, rows = {}, set()
+    for path in paths:
+        task = path.name.split(".")[0].removesuffix("_blind")
+        if own.is_own(task):
+            found = metric or entry_beside(path, task).get("metric")
+            if found not in own.METRICS:
+                raise ValueError(f"{path} needs --metric: one of {', '.join(own.METRICS)}")
+            TASKS[task] = own.make_task(task, found)
     for task, (names, lines) in read_together(paths).items():
         start = time.time()
         samples, blind = scored(task, lines[""]), scored(task, lines["_blind"])
+        earlier = entry_beside(Path(names[0]), task)
+        rows.add(earlier.get("paper_row"))
         entry = entry_of(task, samples, blind, {
-            "model": ", ".join(names), "rows": len(samples), "of": TASKS[task].rows})
+            "model": ", ".join(names), "rows": len(samples), "of": TASKS[task].rows,
+            "drawn": earlier.get("drawn", False), "metric": TASKS[task].metric})
         entry["seconds"] = round(time.time() - start, 1)
         entries[task] = entry
         if entry["errors"]:
@@ -256,7 +326,11 @@ def rescore(paths, preset):
                   f"count as wrong, the first is row {bad['index']}: {bad['error']}",
                   file=sys.stderr)
         print(table(task, entry))
-    print("\n" + summary(entries, preset) if len(entries) > 1 else beside(entries, preset))
+    row = rows.pop() if len(rows) == 1 else None            # of one model, that has a row
+    words = "no row of the paper: no results.json beside the files names one"
+    if row in TABLES:
+        words = f"the paper's row: {TABLES[row]}"
+    print_table(entries, len(entries) > 1, row, words)
     return entries
 
 
@@ -279,13 +353,17 @@ def main(argv=None):
     """-> the task's entry in results.json, {task: entry} of several, None on ranks other than 0."""
     run = arguments(argv)
     if run.rescore:
-        return rescore(run.rescore, run.preset)
+        return rescore(run.rescore, run.metric)
+    if run.compare:
+        return compare_runs(run.compare, compared_tasks(run), run.metric, run.out)
     if not (run.model / "config.json").exists():
         lacking = "config.json in" if run.model.is_dir() else "model folder"
         raise FileNotFoundError(f"no {lacking} {run.model}; train one with: python train.py "
                                 f"--preset {run.preset} (tiny needs no download)")
+    refuse_untaught(run.model)
     rule, choices = read_variant(run, run.model)
     run.variant = rule or described(choices)
+    run.row, run.words = papers_row(run.model, run.variant)
     run.out = run.out or run.model / folder_name(run.variant)
     run.mark = model_mark(run.model, run.variant)
     results = run.out / "results.json"
@@ -310,9 +388,9 @@ def main(argv=None):
         dist.destroy_process_group()
     if run.rank > 0:
         return None
-    print("\n" + summary(entries, run.row) if len(run.tasks) > 1 else beside(entries, run.row))
+    print_table(entries, len(run.tasks) > 1, run.row, run.words)
     if run.report:
-        write(run.out / "report.html", page(entries, cards, run.row))
+        write(run.out / "report.html", page(entries, cards, run.row, run.words))
         print(f"report in {run.out / 'report.html'}")
     return entries if len(run.tasks) > 1 else entries[run.tasks[0]]
 

@@ -57,9 +57,11 @@ def aggregate(task, rows):
 
 
 def groups():
-    """{group of the paper: its tasks}, in the order of the table."""
+    """{group of the paper: its tasks}, in the order of the table; own questions are in none."""
     found = {}
     for name, task in TASKS.items():
+        if task.metric:
+            continue
         found.setdefault(task.group, []).append(name)
     return found
 
@@ -67,7 +69,8 @@ def groups():
 def chosen(text):
     """Tasks of "gqa,mme", "gqa mme", a group ("OCR&Chart") or "all": each once, in table order."""
     named = groups()
-    several = {group.lower(): tasks for group, tasks in named.items()} | {"all": list(TASKS)}
+    every = [task for tasks in named.values() for task in tasks]
+    several = {group.lower(): tasks for group, tasks in named.items()} | {"all": every}
     names = set()
     for word in re.split(r"[,\s]+", text.strip()):
         if word.lower() in several and word not in TASKS:

@@ -212,6 +212,18 @@ def read_together(paths):
     return tasks
 
 
+def entry_beside(path, task):
+    """The task's entry in the results.json that lies beside a saved file, or beside the folder of
+    kept answers; {} where none does, or where it is damaged."""
+    for folder in (path.parent, path.parent.parent):
+        try:
+            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            return dict(results[task])
+        except (OSError, *BROKEN):
+            continue
+    return {}
+
+
 # ------------------------------------------------------------------------------------ scoring
 
 def scored(task, lines):

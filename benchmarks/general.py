@@ -24,7 +24,7 @@ GQA = Task(
     score=gqa_score,
     rows=12578,
     reference="gqa",
-    paper={"0.5b": 58.5, "1.5b": 62.7},
+    paper={"0.5b": 58.5, "1.5b": 62.7, "0.5b si": 55.3, "1.5b si": 59.4},
 )
 
 
@@ -71,22 +71,38 @@ def mme_means(rows):
     the sum is smaller. A broken row, whose question_id or category is None, is the other half of a
     picture that lacks one, else one by itself.
     """
-    pairs = {}                                          # {category: {question_id: its scores}}
+    subtasks = {category: _mme_subtask(_mme_points(pictures))
+                for category, pictures in _mme_pairs(rows).items()}
+    perception = [part for category, part in subtasks.items() if _is_perception(category)]
+    cognition = [part for category, part in subtasks.items() if not _is_perception(category)]
+    return {"overall": sum_of_parts(perception), "cognition": sum_of_parts(cognition)} | subtasks
+
+
+def mme_paired(first, second):
+    """MME-P of the second rows minus that of the first, with the error of the difference picture by
+    picture: acc+ makes a picture's points more than the sum of its questions'."""
+    pairs, others, subtasks = _mme_pairs(first), _mme_pairs(second), []
+    for category in filter(_is_perception, pairs):
+        before, after = _mme_points(pairs[category]), _mme_points(others[category])
+        subtasks.append(_mme_subtask({picture: (after[picture][0] - points, questions)
+                                      for picture, (points, questions) in before.items()}))
+    return sum_of_parts(subtasks)
+
+
+def _is_perception(category):
+    return category in PERCEPTION or category == "unknown"
+
+
+def _mme_pairs(rows):
+    """{category: {question_id: scores of its questions}}."""
+    pairs = {}
     for row in sorted(rows, key=_is_broken):            # the broken ones last, else in their order
         category, question_id = row["category"], row["question_id"]
         if _is_broken(row):
             category, question_id = _picture_lacking_a_half(pairs, category, question_id)
         pictures = pairs.setdefault(category, {})
         pictures.setdefault(question_id, []).append(row["score"])
-
-    subtasks = {category: _mme_subtask(pictures) for category, pictures in pairs.items()}
-    perception, cognition = [], []
-    for category, subtask in subtasks.items():
-        if category in PERCEPTION or category == "unknown":
-            perception.append(subtask)
-        else:
-            cognition.append(subtask)
-    return {"overall": sum_of_parts(perception), "cognition": sum_of_parts(cognition)} | subtasks
+    return pairs
 
 
 def _is_broken(row):
@@ -103,11 +119,17 @@ def _picture_lacking_a_half(pairs, category, question_id):
     return category or "unknown", None
 
 
-def _mme_subtask(pictures):
-    """{question_id: scores} -> part. Broken rows that fit nowhere are under None: one picture."""
-    seen = [scores for picture, scores in pictures.items() if len(scores) == 2 or picture is None]
-    subtask = part([sum(scores) / 2 + float(sum(scores) == 2) for scores in seen])
-    subtask["n"] = sum(len(scores) for scores in seen)              # questions, as everywhere
+def _mme_points(pictures):
+    """{question_id: scores} -> {question_id: (acc + acc+, number of questions)} of the pictures
+    that are seen. Broken rows that fit nowhere are under None: one picture."""
+    return {picture: (sum(scores) / 2 + float(sum(scores) == 2), len(scores))
+            for picture, scores in pictures.items() if len(scores) == 2 or picture is None}
+
+
+def _mme_subtask(points):
+    """{question_id: (points, number of questions)} -> part."""
+    subtask = part([value for value, _ in points.values()])
+    subtask["n"] = sum(questions for _, questions in points.values())       # as everywhere
     return subtask
 
 
@@ -122,6 +144,7 @@ MME = Task(
     score=mme_score,
     parse=mme_parse,
     means=mme_means,
+    paired=mme_paired,
     grouped_by=("question_id", "category"),
     rows=2374,
     chance=500.0,                                       # a constant answer; a fair coin gets 750
@@ -129,7 +152,7 @@ MME = Task(
     reference="mme",
     keys={"mme_perception_score,none": "overall", "mme_cognition_score,none": "cognition"},
     unit=1,
-    paper={"0.5b": 1172.7, "1.5b": 1374.3},
+    paper={"0.5b": 1172.7, "1.5b": 1374.3, "0.5b si": 1191.5, "1.5b si": 1339.0},
 )
 
 TASKS = {"gqa": GQA, "mme": MME}

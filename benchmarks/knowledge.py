@@ -70,7 +70,7 @@ MMSTAR = Task(
     reference="mmstar",
     keys={"average,none": "overall"},
     keys_of_groups=True,
-    paper={"0.5b": 35.8, "1.5b": 35.4},
+    paper={"0.5b": 35.8, "1.5b": 35.4, "0.5b si": 35.6, "1.5b si": 43.1},
 )
 
 
@@ -224,7 +224,7 @@ MMMU = Task(
     chance=22.1,
     reference="mmmu_val",
     keys={"mmmu_acc,none": "overall"},
-    paper={"0.5b": 30.1, "1.5b": 32.9},
+    paper={"0.5b": 30.1, "1.5b": 32.9, "0.5b si": 32.2, "1.5b si": 35.4},
 )
 
 
@@ -265,7 +265,7 @@ SCIENCEQA = Task(
     rows=2017,
     chance=40.1,
     reference="scienceqa_img",
-    paper={"0.5b": 55.1, "1.5b": 66.9},
+    paper={"0.5b": 55.1, "1.5b": 66.9, "0.5b si": 68.7, "1.5b si": 81.0},
 )
 
 
@@ -310,7 +310,7 @@ AI2D = Task(
     chance=25.0,
     reference="ai2d",
     keys={"exact_match,flexible-extract": "overall"},
-    paper={"0.5b": 52.6, "1.5b": 63.3},
+    paper={"0.5b": 52.6, "1.5b": 63.3, "0.5b si": 51.4, "1.5b si": 63.1},
 )
 
 TASKS = {"mmstar": MMSTAR, "mmmu": MMMU, "scienceqa": SCIENCEQA, "ai2d": AI2D}

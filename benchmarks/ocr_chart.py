@@ -56,7 +56,7 @@ CHARTQA = Task(
     reference="chartqa",
     keys={"relaxed_overall,none": "overall", "relaxed_human_split,none": "human",
           "relaxed_augmented_split,none": "augmented"},
-    paper={"0.5b": 48.7, "1.5b": 56.9},
+    paper={"0.5b": 48.7, "1.5b": 56.9, "0.5b si": 59.5, "1.5b si": 68.3},
 )
 
 
@@ -108,7 +108,7 @@ DOCVQA = Task(
     chance=0.0,
     reference="docvqa_val",
     keys={"anls,none": "overall"},
-    paper={"0.5b": 50.7, "1.5b": 57.3},
+    paper={"0.5b": 50.7, "1.5b": 57.3, "0.5b si": 69.1, "1.5b si": 79.2},
 )
 
 
@@ -205,7 +205,7 @@ TEXTVQA = Task(
     rows=5000,
     chance=0.0,
     reference="textvqa_val",
-    paper={"0.5b": 48.6, "1.5b": 55.7},
+    paper={"0.5b": 48.6, "1.5b": 55.7, "0.5b si": 64.9, "1.5b si": 70.0},
 )
 
 

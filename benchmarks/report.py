@@ -2,7 +2,9 @@
 
 All is made from a task's entry, what `entry_of` returns and results.json holds:
 {"scores": parts, "blind": parts or None, "unparsed": share or None, "errors", "rows", "of",
-"seconds", "model", ...}. Nothing is computed here but the paper's average.
+"seconds", "model", ...}; "drawn": True marks the stand-ins of tiny/standins.py. Nothing is
+computed here but the paper's average. `row` is the key of Task.paper whose numbers stand beside
+ours, None where there are none; `words` say which row it is, or why none: see compared/origin.py.
 """
 import base64
 import html
@@ -14,7 +16,7 @@ import time
 
 from tqdm import tqdm
 
-from benchmarks import TASKS, aggregate, parsed
+from benchmarks import TASKS, aggregate, own, parsed
 from benchmarks.answers import write
 from benchmarks.rows import find_files, open_pictures, rows_of
 from benchmarks.task import BROKEN
@@ -71,11 +73,19 @@ def print_entry(task, entry, path):
 
 
 def split_size(task, entry):
-    """Rows of the official split; where that is not known, of the files that were there."""
-    return TASKS[task].rows or entry["of"] or entry["rows"]
+    """Rows of the official split; where that is not known or stands for nothing, of the files that
+    were there."""
+    official = None if entry.get("drawn") else TASKS[task].rows
+    return official or entry["of"] or entry["rows"]
 
 
-def average(entries):
+def averaged(row):
+    """The tasks that the paper's Avg is over: in Table 3 ten, else thirteen."""
+    in_row = [task for task, spec in TASKS.items() if row in spec.paper]
+    return in_row or [task for task, spec in TASKS.items() if spec.paper]
+
+
+def average(entries, row=None):
     """(Avg, its standard error, why it is not final or ""), as in the paper's table.
 
     Avg is the mean over the paper's benchmarks, MME-P/20 among them. Over fewer, or over some of
@@ -84,7 +94,7 @@ def average(entries):
     """
     scores, errors, short = [], [], []
     for task, entry in entries.items():
-        if not TASKS[task].paper:
+        if task not in averaged(row):
             continue
         overall, unit = entry["scores"]["overall"], TASKS[task].full / 100
         if overall["score"] is not None:
@@ -94,7 +104,7 @@ def average(entries):
             short.append(f"{task} {entry['rows']} of {split_size(task, entry)}")
 
     reasons = []
-    lacking = [task for task, spec in TASKS.items() if spec.paper and task not in entries]
+    lacking = [task for task in averaged(row) if task not in entries]
     if lacking:
         reasons.append(f"without {', '.join(lacking)}")
     if short:
@@ -106,19 +116,19 @@ def average(entries):
     return mean, error, "; ".join(reasons)
 
 
-def paper_average(preset):
-    """The paper's Avg for this size; None where it has none."""
-    scores = [spec.paper[preset] / (spec.full / 100)
-              for spec in TASKS.values() if preset in spec.paper]
+def paper_average(row):
+    """The paper's Avg of this row; None where it has none."""
+    scores = [spec.paper[row] / (spec.full / 100)
+              for spec in TASKS.values() if row in spec.paper]
     return sum(scores) / len(scores) if scores else None
 
 
 HEADER = ["benchmark", "score", "stderr", "n", "unparsed", "blind", "chance", "seconds", "paper"]
 
 
-def summary_rows(entries, preset):
+def summary_rows(entries, row):
     """The summary's cells as text: HEADER, a row for each task in the table's order, Avg."""
-    rows = [HEADER]
+    rows, is_drawn = [HEADER], any(entry.get("drawn") for entry in entries.values())
     for task, spec in TASKS.items():
         if task not in entries:
             continue
@@ -128,38 +138,62 @@ def summary_rows(entries, preset):
             n += f" of {split_size(task, entry)}"
         unparsed = "-" if entry["unparsed"] is None else f"{100 * entry['unparsed']:.1f}%"
         blind = entry["blind"]["overall"]["score"] if entry["blind"] else None
-        rows.append([spec.title, number(overall["score"]), number(overall["stderr"]), n, unparsed,
+        title, paper = spec.title, spec.paper.get(row)
+        if entry.get("drawn"):
+            title, paper = f"{title} (drawn)", None
+        rows.append([title, number(overall["score"]), number(overall["stderr"]), n, unparsed,
                      number(blind), number(spec.chance), number(entry["seconds"]),
-                     number(spec.paper.get(preset))])
-    mean, error, _ = average(entries)
-    seconds = sum(entry["seconds"] for entry in entries.values())
-    rows.append(["Avg", number(mean), number(error), "", "", "", "", number(seconds),
-                 number(paper_average(preset))])
+                     number(paper)])
+    if any(TASKS[task].paper for task in entries):
+        mean, error, _ = average(entries, row)
+        seconds = sum(entry["seconds"] for entry in entries.values())
+        rows.append(["Avg", number(mean), number(error), "", "", "", "", number(seconds),
+                     number(None if is_drawn else paper_average(row))])
     return rows
 
 
-def summary(entries, preset):
-    """The table of several tasks beside the paper's row for this size; Avg says if it is final."""
-    rows = summary_rows(entries, preset)
+def notes(entries, row, words):
+    """Lines that belong under a table: what is drawn, what the column of the paper is."""
+    drawn = [task for task, entry in entries.items() if entry.get("drawn")]
+    lines = []
+    if drawn:
+        which = "" if len(drawn) == len(entries) else f" ({', '.join(drawn)})"
+        lines.append(f"drawn: stand-ins by tiny/standins.py, not the benchmarks{which}, so no "
+                     "number of the paper stands beside them")
+    if words and any(TASKS[task].paper for task in entries.keys() - drawn):
+        lines.append(words)
+    return lines
+
+
+def average_notes(entries, row):
+    """Lines that say what Avg is over, where the paper has any of the tasks."""
+    if not any(TASKS[task].paper for task in entries):
+        return []
+    reasons = average(entries, row)[2]
+    lines = [f"Avg is not final: {reasons}" if reasons
+             else f"Avg is over all {len(averaged(row))}, with MME-P/20"]
+    others = [task for task in entries if task not in averaged(row)]
+    if others:
+        lines.append(f"not in the paper's row, so not in Avg: {', '.join(others)}")
+    return lines
+
+
+def summary(entries, row, words=""):
+    """The table of several tasks beside the paper's row; under it, what the numbers are of."""
+    rows = summary_rows(entries, row)
     first, *widths = [max(len(cell) for cell in column) + 2 for column in zip(*rows)]
     lines = []
     for title, *cells in rows:
         aligned = [cell.rjust(width) for cell, width in zip(cells, widths)]
         lines.append(title.ljust(first) + "".join(aligned))
-    reasons = average(entries)[2]
-    in_paper = sum(bool(spec.paper) for spec in TASKS.values())
-    lines.append(f"Avg is not final: {reasons}" if reasons
-                 else f"Avg is over all {in_paper}, with MME-P/20")
-    others = [task for task in entries if not TASKS[task].paper]
-    if others:
-        lines.append(f"not in the paper, so not in Avg: {', '.join(others)}")
-    return "\n".join(lines)
+    return "\n".join(lines + average_notes(entries, row) + notes(entries, row, words))
 
 
-def beside(entries, preset):
+def beside(entries, row, words=""):
     """What one task's score is read against: the summary's cells that its own table lacks."""
-    cells = dict(zip(HEADER, summary_rows(entries, preset)[1]))
-    return ", ".join(f"{name} {cells[name]}" for name in ("n", "unparsed", "chance", "paper"))
+    cells = dict(zip(HEADER, summary_rows(entries, row)[1]))
+    text = ", ".join(f"{name} {cells[name]}" for name in ("n", "unparsed", "chance", "paper"))
+    return "\n".join([text, *notes(entries, row, words)])
 
 
 # ----------------------------------------------------------------------------------- results.json
@@ -174,7 +208,11 @@ def read_results(path, mark, fresh):
     try:
         if path.exists():
             results = json.loads(path.read_text(encoding="utf-8"))
-            found = {task: entry for task, entry in results.items() if task in TASKS}
+            for task, entry in results.items():
+                if own.is_own(task) and task not in TASKS:
+                    TASKS[task] = own.make_task(task, entry["metric"])
+                if task in TASKS:
+                    found[task] = entry
         lmms_keys(found)                        # reads all that the next results.json needs of it
     except BROKEN as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): "
@@ -211,7 +249,7 @@ def lmms_keys(entries, model="", batch=None, limit=None, seed=0):
         "n-shot": dict.fromkeys(specs, 0),
         "higher_is_better": {name: {key.split(",")[0]: True for key in spec.keys}
                              for name, spec in specs.items()},
-        "configs": {name: _lmms_config(name, spec) for name, spec in specs.items()},
+        "configs": {name: _lmms_config(name, spec, named[name]) for name, spec in specs.items()},
         "n-samples": {name: {"original": entry["of"], "effective": entry["rows"]}
                       for name, entry in named.items()},
         "config": {"model": "llava_vr", "model_args": f"pretrained={model}", "batch_size": batch,
@@ -222,9 +260,12 @@ def lmms_keys(entries, model="", batch=None, limit=None, seed=0):
         "total_evaluation_time_seconds": str(sum(entry["seconds"] for entry in entries.values()))}
 
 
-def _lmms_config(name, spec):
+def _lmms_config(name, spec, entry):
     settings = {"max_new_tokens": spec.max_new_tokens, "do_sample": False}
-    return {"task": name, "dataset_path": spec.repo, "generation_kwargs": settings}
+    path = "drawn by tiny/standins.py" if entry.get("drawn") else spec.repo
+    if spec.metric:
+        path = entry["data"]
+    return {"task": name, "dataset_path": path, "generation_kwargs": settings}
 
 
 def _lmms_scores(name, spec, entry):
@@ -315,21 +356,24 @@ def card(task, sample, thumbnails):
             f'<p class="dim">{about}</p></div>')
 
 
-def page(entries, galleries, preset):
+def page(entries, galleries, row, words=""):
     """One HTML file that needs nothing else: the summary, and {task: cards of `gallery`}."""
-    header, *rows = summary_rows(entries, preset)
+    header, *rows = summary_rows(entries, row)
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = ""
-    for row in rows:
-        body += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+    for cells in rows:
+        body += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
     sections = ""
     for task, samples in galleries.items():
         cards = "".join(card(task, sample, thumbnails) for sample, thumbnails in samples)
-        sections += (f"<h2>{TASKS[task].title}</h2><p class='dim'>{len(samples)} of "
+        title = html.escape(TASKS[task].title)
+        if entries[task].get("drawn"):
+            title += " (drawn)"
+        sections += (f"<h2>{title}</h2><p class='dim'>{len(samples)} of "
                      f"{entries[task]['rows']} samples</p><div class='cards'>{cards}</div>")
     model = html.escape(str(next(iter(entries.values()))["model"]))
-    reasons = average(entries)[2]
-    note = "Avg is not final: " + html.escape(reasons) if reasons else ""
+    said = average_notes(entries, row) + notes(entries, row, words)
+    note = "<br>".join(html.escape(line) for line in said)
     return ("<!doctype html><html lang='en'><meta charset='utf-8'>"
             "<meta name='viewport' content='width=device-width'>"
             f"<title>{model}</title><style>{STYLE}</style><body><h1>{model}</h1>"

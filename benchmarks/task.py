@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 # What a corrupt row or a damaged line may raise, in a prompt, a scorer or a reader.
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, ArithmeticError)
 
+# Metadata of a Parquet file that says: a stand-in of tiny/standins.py, not the official file.
+DRAWN = {"drawn by": "tiny/standins.py"}
+
 LETTERS = string.ascii_uppercase
 PUNCTUATION = str.maketrans("", "", string.punctuation)      # for str.translate: deletes ASCII's 32
 NUMBER_WORDS = {
@@ -199,6 +202,8 @@ class Task:
     strips: bool = True             # the rules see the reply without whitespace around it
     parse: Callable | None = None   # f(reply, row) -> what the rule reads; None: no answer found
     means: Callable = plain_mean    # f(rows with their "score") -> {"overall": part, name: part}
+    # f(rows, the same rows of another run) -> part of the difference; None: means(score - score)
+    paired: Callable | None = None
     grouped_by: tuple = ()          # columns that means needs: a row without one counts as wrong
     # data
     config: str = ""                # what the hub calls a config: a subfolder
@@ -209,10 +214,13 @@ class Task:
     shown: Callable = the_image     # f(row) -> the picture columns that this row shows, in order
     pictures_config: str = ""       # GQA: pictures lie in a config of their own, as (id, image) ...
     picture_id: str = ""            # ... and this column names a row's picture there
+    questions: object = None        # benchmarks.own.Questions, which reads them; None: Parquet
+    metric: str = ""                # of benchmarks.own.METRICS; "": a benchmark, not own questions
     # what the score is read against
     chance: float | None = None     # score of guessing; None: answers are open, guessing is futile
     full: int = 100                 # the highest score; for Avg it is brought to 100
-    paper: dict = field(default_factory=dict)      # {preset: score}; {}: not in the paper
+    # {row: score}, a row being a preset (Tables 1 and 2) or "<preset> si" (3); {}: not in the paper
+    paper: dict = field(default_factory=dict)
     # results.json, in lmms-eval's names
     reference: str = ""             # its name of the task; "": it has none, ours serves
     keys: dict = field(default_factory=lambda: {"exact_match,none": "overall"})  # metric -> part

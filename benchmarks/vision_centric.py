@@ -62,7 +62,7 @@ REALWORLDQA = Task(
     chance=37.0,
     reference="realworldqa",
     keys={"exact_match,flexible-extract": "overall"},
-    paper={"0.5b": 49.2, "1.5b": 55.0},
+    paper={"0.5b": 49.2, "1.5b": 55.0, "0.5b si": 51.9, "1.5b si": 57.5},
 )
 
 

@@ -4,6 +4,7 @@ The stub answers with the red value of the picture's first pixel, so it "sees"; 
 """
 import io
 import json
+from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from PIL import Image
 
 import eval as evaluate
 from compared import variants
+from model import PRESETS
 from tiny import standins
 
 REDS = [10, 200, 128, 250, 40, 60]              # the answers; blind, only row 2 is right
@@ -48,6 +50,14 @@ class Letter(Stub):
         return ["A"] * len(prompts)
 
 
+def write_origin(folder, preset="0.5b", mode="a4", steps=24_352, rate=2e-5, **changes):
+    """What a folder tells of its model: its config.json and a short log. As of the paper's own, by default."""
+    config = {"model_type": "llava_vr", **asdict(PRESETS[preset].config), "image_mode": mode, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    steps = [{"step": 0, "lr": rate / 9}, {"step": steps // 2, "lr": rate}, {"step": steps - 1, "lr": 0.0}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+
+
 def png(red, size):
     stream = io.BytesIO()
     Image.new("RGB", size, (red, 0, 0)).save(stream, "png")
@@ -76,7 +86,7 @@ def setup(tmp_path, monkeypatch):
     Stub.calls = []
     monkeypatch.setattr(variants, "LLaVAVR", Stub)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
+    write_origin(tmp_path / "model")
     (tmp_path / "model/model.safetensors").write_bytes(b"weights")
     write_chartqa(tmp_path / "data/ChartQA/data")
     return ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data")]

@@ -80,7 +80,8 @@ def test_the_table_is_the_papers():
     """Thirteen in the order of its columns, each with its numbers for both sizes, in the groups of its Sec. 5.2."""
     assert list(PAPERS) == ["gqa", "mme", "mmstar", "mmmu", "scienceqa", "ai2d", "chartqa", "docvqa", "textvqa", "ocrbench",
                             "realworldqa", "cvbench2d", "cvbench3d"]
-    assert all(set(spec.paper) == {"0.5b", "1.5b"} for spec in PAPERS.values())
+    assert all(set(spec.paper) >= {"0.5b", "1.5b"} for spec in PAPERS.values())
+    assert [task for task, spec in PAPERS.items() if len(spec.paper) != 4] == ["ocrbench", "cvbench2d", "cvbench3d"]
     assert list(dict.fromkeys(spec.group for spec in PAPERS.values())) == [
         "General", "Knowledge", "OCR&Chart", "Vision-Centric"]
 

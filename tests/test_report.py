@@ -76,7 +76,7 @@ def test_a_benchmark_that_the_paper_lacks_is_shown_everywhere_and_not_in_avg(mon
     *_, toy, avg = report.summary_rows(entries, "0.5b")
     assert toy == ["Toy", "100.0", "1.0", "3", "0.0%", "-", "-", "1.0", "-"] and avg[-1] == "47.1"
     assert report.summary(entries, "0.5b").splitlines()[-2:] == [
-        "Avg is over all 13, with MME-P/20", "not in the paper, so not in Avg: toy"]
+        "Avg is over all 13, with MME-P/20", "not in the paper's row, so not in Avg: toy"]
     keys = report.lmms_keys(entries)
     assert keys["results"]["toy"] == {"alias": "toy", "exact_match,none": 1.0, "exact_match_stderr,none": 0.01}
     assert keys["configs"]["toy"]["dataset_path"] == "me/Toy"

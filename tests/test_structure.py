@@ -31,8 +31,10 @@ ARROWS = {
     "compared.choices": {"clip", "compared.graft", "compared.interactions", "model", "qwen2", "sela", "storage.weights"},      # its flags
     "compared.graft": {"storage.weights"},
     "compared.lora": set(),
+    "compared.origin": {"compared.choices", "model", "storage.log"},         # what a folder tells of its model
     "compared.variants": {"compared", "data", "model", "storage.weights"},   # how it is asked
     "benchmarks": {"benchmarks", "data"},
+    "benchmarks.own": {"benchmarks", "storage.records"},                     # own questions, as training records too
     "tiny": {"benchmarks.task", "clip", "data", "model", "qwen2", "storage", "tiny"},
     "tools": {*TOP, *ROOMS},
 }

@@ -14,8 +14,9 @@ A few rows are there for the readers' sake. MMMU's second row shows two pictures
 of the benchmarks hold here too: ChartQA accepts a number that is off by 5 %, and DocVQA gives half
 a point where one of two digits is right. So guessing is worth more there.
 
-Names and types of columns are those of the dataset cards. Each function below makes the tables of
-one benchmark: (count, seed) -> {file: rows}.
+The files say that they are drawn (task.DRAWN), so eval.py takes none for an official one, wherever
+it lies. Names and types of columns are those of the dataset cards. Each function below makes the
+tables of one benchmark: (count, seed) -> {file: rows}.
 """
 import itertools
 import sys
@@ -25,6 +26,7 @@ from typing import Callable, NamedTuple
 
 import pyarrow as pa
 
+from benchmarks.task import DRAWN
 from tiny import draw, world
 from tiny.kinds import LETTERS, Question
 
@@ -361,6 +363,7 @@ def write(task, data, count=COUNT, seed=0):
         for column, arrow_type in stand_in.types.items():
             index = schema.get_field_index(column)
             schema = schema.set(index, pa.field(column, arrow_type))
+        schema = schema.with_metadata(DRAWN)
         # 100 rows in a group, as in the files of the hub
         draw.write_parquet_file(folder / name, rows, row_group_size=100, schema=schema)
     return folder
