@@ -84,11 +84,12 @@ def test_parquet_holds_pictures_as_bytes_in_a_list(tmp_path):
     marks stand before the first question, as many as there are pictures; a text stays as it is."""
     image, rounds = {"bytes": BLOB, "path": None}, [{"user": "A?", "assistant": "1"}, {"user": "B?", "assistant": "2"}]
     path = write_rows(tmp_path / "a.parquet", [{"images": [image, image], "texts": rounds, "relevance_min": 3},
-                                               {"images": [], "texts": rounds, "relevance_min": 3}])
+                                               {"images": [], "texts": rounds, "relevance_min": 3},
+                                               {"images": [image, None], "texts": rounds, "relevance_min": 3}])
     source = open_records(path)
     assert both(source[0]) == ([("user", "<image> <image>\nA?"), ("assistant", "1"), ("user", "B?"), ("assistant", "2")], [BLOB] * 2)
     assert both(source[1]) == ([("user", "A?"), ("assistant", "1"), ("user", "B?"), ("assistant", "2")], [])
-    assert records.estimate(source)["pictures"].tolist() == [2, 0]
+    assert records.estimate(source)["pictures"].tolist() == [2, 0, 1] == [len(each["images"]) for each in source]
 
 
 def test_parts_become_text_with_marks_where_the_pictures_stood():
