@@ -73,10 +73,11 @@ def add_beginning(parser):
 def complete(args, argv):
     """Fill in what --from decides, and keep what was typed for messages that tell what to type.
 
-    args.typed: the command line without --resume; args.place: only where models lie and are read.
+    args.typed: the command line without --resume and --overwrite. args.place: of it only where
+    models lie and are read from.
     """
     words = sys.argv[1:] if argv is None else argv
-    args.typed = shlex.join(str(word) for word in words if word != "--resume")
+    args.typed = shlex.join(str(word) for word in words if word not in ("--resume", "--overwrite"))
     if args.origin:
         args.phase = args.phase or "2"
     args.preset = args.preset or preset_of(args.origin)
@@ -133,6 +134,8 @@ def begin(args, paths, out, before):
     Raises ValueError or OSError in one line: for choices that do not fit together or the model that
     is gone on from, and for a finished model that would be replaced without --overwrite.
     """
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite begins anew: give one")
     if args.resume:
         refuse_another_beginning(args, out)
     refuse_to_replace(args, out)

@@ -619,6 +619,7 @@ def test_the_preset_is_that_of_the_model(tmp_path):
 @pytest.mark.parametrize("origin, more, complaint", [
     ("tiny/phase2", ["--name", "mine", "--clip", "x"], "--clip x: with --from all weights are those of"),
     ("tiny/phase2", [], "--from .*/tiny/phase2 needs a --name"),
+    ("tiny/phase2", ["--name", "m", "--resume", "--overwrite"], "--resume goes on with a run and --overwrite begins anew"),
     ("tiny/phase2", ["--name", "m", "--phase", "1", "--lora", "4"], "--lora 4: the decoder learns nothing in phase 1"),
     ("tiny/phase2", ["--name", "m", "--window", "3"], "windows of 3x3 tokens do not tile 4x4"),
     ("tiny", ["--name", "m"], "--from .*/tiny: give one of its phases, such as .*/tiny/phase2"),
