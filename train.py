@@ -383,7 +383,7 @@ def no_sync_unless_last(module, last):
 def train_step(run, module, optimizer, batches, targets, step):
     """Forward and backward over this rank's micro-batches, then one step of the optimizer. targets:
     tokens that the whole global batch trains. -> (loss over all ranks, norm of the gradient).
-    Raises ValueError, naming this rank's samples, where either is not finite."""
+    Raises ValueError on every rank, naming the samples, where either is not finite."""
     losses = []
     for batch in batches:
         with no_sync_unless_last(module, batch is batches[-1]), autocast(run):
@@ -394,23 +394,26 @@ def train_step(run, module, optimizer, batches, targets, step):
             loss.backward()
         losses.append(loss.detach() / run.world)
     losses = torch.stack(losses).tolist()                           # a GPU waits here, once
-    for loss, batch in zip(losses, batches):
-        check_finite(loss, "loss", batch.record_ids, step)
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), run.recipe.clip)
     norm = checkpoint.gather(norm).item()
     loss = summed(run, loss=sum(losses)).loss
-    check_finite(norm, "gradient", sum((batch.record_ids for batch in batches), []), step)
+    if not math.isfinite(loss + norm):                              # on all ranks, or on none
+        raise ValueError(complaint(loss, norm, losses, batches, step))
     if targets > 0:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
 
 
-def check_finite(value, what, samples, step):
-    """Raises ValueError unless a number is finite."""
-    if not math.isfinite(value):
-        raise ValueError(f"step {step}: the {what} is {value} on samples {', '.join(samples)}; the "
-                         "last checkpoint is kept. Look at these samples, or lower --lr")
+def complaint(loss, norm, losses, batches, step):
+    """What to say of a step whose loss or norm is no number. All ranks take part, and say the same:
+    one that left alone would leave the others waiting."""
+    what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
+    mine = [batch.record_ids for batch, own in zip(batches, losses)
+            if what == "gradient" or not math.isfinite(own)]
+    names = sum(sum(checkpoint.from_all(mine), []), [])
+    return (f"step {step}: the {what} is {value} on samples {', '.join(names)}; the last "
+            "checkpoint is kept. Look at these samples, or lower --lr")
 
 
 @torch.no_grad()
@@ -550,8 +553,7 @@ def finish(run, model, originals, order, log):
         more = f"; {skipped} records skipped" if skipped else ""
         print(f"phase {run.phase}: done, {run.out} holds the model{more}\n"
               f"  its curve: python -m tools.plot {run.out}/log.jsonl", flush=True)
-    if run.world > 1:
-        dist.barrier()                                              # none ends before it is written
+    checkpoint.from_all(None)                                       # none ends before it is written
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -619,11 +621,11 @@ def join_ranks():
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
-        timeout = timedelta(hours=1)                                # to write 94 GB of a 7B
         # torchrun's store keeps what killed ranks said: each restart meets under its own prefix
-        store = next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
+        store = next(dist.rendezvous("env://", rank, world))[0]
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                timeout=timedelta(minutes=10))      # checkpoint.from_all: hours
     if rank > 0:
         sys.stdout = open(os.devnull, "w")                          # rank 0 prints for all
     return rank, world, device
@@ -636,29 +638,27 @@ def main(argv=None):
         raise ValueError("--shard divides among ranks: start it with torchrun --nproc_per_node=N "
                          "train.py ...")
     rank, world, device = join_ranks()
-    try:
-        phases = [args.phase] if args.phase else ["1", "2"]
-        runs = [make_run(args, phase, rank, world, device) for phase in phases]
-        check_places(runs)
-        if runs[0].start:
-            choices.check(args, runs[0].start)
-        if args.draws and rank == 0:
-            draw = [sys.executable, "-m", "tiny.world", "--out", Path("data/tiny").resolve()]
-            subprocess.run(draw, cwd=Path(__file__).parent, check=True)
-        if world > 1:
-            dist.barrier()                                          # none reads before it is drawn
-        with stop_on_signal() as stop:
-            for run in runs:
-                if not train(run, stop):
-                    break
-                gc.collect()                                        # FSDP's modules hold each other
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    phases = [args.phase] if args.phase else ["1", "2"]
+    runs = [make_run(args, phase, rank, world, device) for phase in phases]
+    check_places(runs)
+    if runs[0].start:
+        choices.check(args, runs[0].start)
+    if args.draws and rank == 0:
+        draw = [sys.executable, "-m", "tiny.world", "--out", Path("data/tiny").resolve()]
+        subprocess.run(draw, cwd=Path(__file__).parent, check=True)
+    checkpoint.from_all(None)                                       # none reads before it is drawn
+    with stop_on_signal() as stop:
+        for run in runs:
+            if not train(run, stop):
+                break
+            gc.collect()                                        # FSDP's modules hold each other
+    if world > 1:                       # not on the way out of an error: NCCL waits for peers then
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"train.py: {error}")
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        sys.exit(f"train.py: {rank}{error}")

@@ -452,6 +452,45 @@ def test_an_unforeseen_error_ends_the_process_and_its_workers(world, tmp_path):
     assert run.returncode == 1 and "as if the GPU were full" in run.stderr
 
 
+FAILING = """
+import os, sys, time, train
+import torch.distributed as dist
+dist.destroy_process_group = lambda: time.sleep(100)                   # as NCCL's waits for peers in a collective
+how, real, rank = sys.argv[1], train.train_step, os.environ["RANK"]
+def step(*inputs):
+    if rank == "1" and inputs[-1] == 1:
+        print("failing now", file=sys.stderr, flush=True)
+        if how == "killed":
+            os.kill(os.getpid(), 9)
+        if how == "raises":
+            raise OSError("the reason of rank 1")
+        inputs = *inputs[:4], float("nan"), inputs[5]                   # of its own loss alone
+    return real(*inputs)
+train.train_step = step
+try:
+    train.main(sys.argv[2:])
+except (ValueError, OSError) as error:
+    sys.exit(f"rank {rank}: {error}")
+"""
+
+
+@pytest.mark.parametrize("how, reason", (("killed", "Signal 9 \\(SIGKILL\\)"), ("raises", "rank 1: the reason of rank 1"),
+                                         ("no number", r"rank 0: step 1: the loss is nan on samples drawn-\d")))
+def test_a_rank_that_fails_ends_the_group_within_seconds_and_says_why(how, reason, world, tmp_path):
+    """The others sit in a collective. Whoever leaves must not wait for them, and what all can know they say together."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    command = [*TORCHRUN, "2", str(tmp_path / "failing.py"), how, *flags(world, tmp_path, "--phase", "1", "--micro", "2")]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    said = ""
+    while "failing now" not in said and run.poll() is None:
+        said += run.stderr.readline()
+    begun = time.time()
+    said += run.stderr.read()
+    assert run.wait() == 1 and re.search(reason, said), said
+    assert time.time() - begun < 50
+    assert how != "no number" or "Connection" not in said, "no rank is left alone"
+
+
 def test_a_full_disk_does_not_end_the_run(world, straight, tmp_path, monkeypatch, capsys):
     """What stands in memory is worth more than the checkpoint; the line says why there is none."""
     def full(path, *_):
@@ -577,7 +616,7 @@ def test_shards_need_ranks(world, tmp_path):
 
 def test_ranks_that_see_other_data_stop_before_the_first_step(monkeypatch):
     """A node without the shared disk finds no checkpoint, or an index of its own: its gradients would be of other batches."""
-    monkeypatch.setattr(checkpoint, "_from_all", lambda facts: [facts, facts, {**facts, "checkpoint": 0}])
+    monkeypatch.setattr(checkpoint, "from_all", lambda facts: [facts, facts, {**facts, "checkpoint": 0}])
     checkpoint.agree(data="abc")
     with pytest.raises(ValueError, match=r"rank 2 has another checkpoint than rank 0 \(0 and 500\): all must see the same"):
         checkpoint.agree(data="abc", checkpoint=500)
