@@ -28,6 +28,7 @@ IMAGE = -200      # in input_ids: "here stands one vision token"; never an id of
 IGNORE = -100     # in labels: not trained
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+WINDOW = 64       # blocks of records that are mixed; storage.records keeps as many in memory
 MEAN_COLOUR = (122, 116, 104)   # int(255 * mean) for each of CLIP_MEAN
 Image.MAX_IMAGE_PIXELS = 2**29  # DocVQA's scans exceed the default; Pillow refuses twice this
 
@@ -462,14 +463,20 @@ class Order:
     @functools.lru_cache(maxsize=1)
     def epoch(self, epoch):
         """(samples,) int64: the records of an epoch in the order they are trained. Blocks (row
-        groups) are shuffled, and records within them. Text-only records are spread evenly: a batch
-        with many of them would be a short one, and the next a long one."""
+        groups) are shuffled, and each block's records are spread over a window of WINDOW blocks; at
+        the end of the epoch it goes on at the start. A block of one record costs no window: it can
+        come anywhere. Text-only records are spread evenly: a batch with many of them would be a
+        short one, and the next a long one."""
         random = np.random.default_rng([self.seed, epoch])
         records = np.arange(len(self.lengths))
-        within_block = random.random(len(records))
-        place_of_block = random.permutation(len(self.starts))
+        within_window = random.random(len(records))
+        blocks = random.permutation(len(self.starts))
         block = np.searchsorted(self.starts, records, "right") - 1           # of every record
-        order = np.lexsort((within_block, place_of_block[block]))
+        many = np.bincount(block, minlength=len(blocks)) > 1                 # of every block
+        place = np.empty(len(blocks))                # how many such blocks stand before a block
+        place[blocks] = np.cumsum(many[blocks])
+        count = max(many.sum(), 1)
+        order = np.argsort((place[block] + within_window * min(WINDOW, count)) % count)
         text = self.text_only[order]
         place = np.empty(len(records))               # 0 to 1, among the records of its kind
         for kind in (text, ~text):

@@ -36,7 +36,7 @@ from storage.weights import sampled_hash
 
 MARK = "<image>"                # in text: "here stands one picture"
 ANSWERING = "gpt", "assistant"  # roles whose text may not be empty
-KEPT = 4                        # row groups of Parquet in memory: a sampler reads several at a time
+KEPT = 80                       # row groups in memory: the 64 that data.Order mixes, and some more
 SEED = 20250606                 # of `random` in a mixture
 
 # Kinds of problem that a record can have.
@@ -235,11 +235,11 @@ class LlavaJSON(PerProcess):
         return f"json {self.path.stat().st_size} {sampled_hash(self.path)[:16]}"
 
 
-class ParquetShards(PerProcess):
+class ParquetShards:
     """One .parquet file, or all below a folder in order of path (lmms-lab/LLaVA-NeXT-Data).
 
     Columns: conversations, and where present id and image (struct{bytes, path}, binary, a list of
-    either, or null for text). Parquet is read a row group at a time, and the last few are kept.
+    either, or null for text). Parquet is read a row group at a time, and the last KEPT stay.
     `starts` gives the first row of each group, for a sampler that shuffles groups and the rows
     within them rather than read a group for every row.
     """
@@ -278,15 +278,12 @@ class ParquetShards(PerProcess):
         which = bisect.bisect_right(self.starts, i) - 1
         return which, i - self.starts[which]
 
+    @functools.lru_cache(KEPT)
     def _group(self, which):
-        """A row group as a table. The KEPT that were used last stay in memory."""
-        cached = self.handle("groups", lambda: functools.lru_cache(KEPT)(self._read_group))
-        return cached(which)
-
-    def _read_group(self, which):
+        """A row group as a table. All sets of a process share one cache: a mixture has many."""
         number, group = self.groups[which]
-        file = self.handle(number, lambda: parquet.ParquetFile(self.files[number]))
-        return file.read_row_group(group, columns=["id", "conversations", "image"])  # if there
+        with parquet.ParquetFile(self.files[number]) as file:
+            return file.read_row_group(group, columns=["id", "conversations", "image"])  # if there
 
     def read(self, i):
         """{"id": str, "conversations": [turns], "images": [bytes], "names": [str]}."""

@@ -1,4 +1,5 @@
 """data.py: AnyRes plans and cells, tiles, chat template and label masks, lengths, batches."""
+import collections
 import hashlib
 import io
 import json
@@ -649,14 +650,52 @@ def test_samples_without_a_picture_are_spread_evenly():
     assert all(abs(count - share) <= 1 for count in counts)
 
 
-def test_blocks_that_are_read_together_stay_together():
-    """One row of another Parquet row group costs reading that whole group; two streams of blocks, with and without pictures."""
-    order = plan_of(batch=100)
-    block = np.searchsorted([30, 70], order.global_batch(0), "right")
-    for kind in (True, False):
-        mine = block[order.text_only[order.global_batch(0)] == kind]
-        assert (mine[1:] != mine[:-1]).sum() == 2
-    assert (np.diff(order.global_batch(0)[:30]) != 1).any(), "and shuffled within"
+def mixture_of(sources, group, seed=0):
+    """Sources of sizes a hundredfold apart, in row groups -> (Order of batches of 256, source of each record, starts)."""
+    random = np.random.default_rng(seed)
+    counts = (random.lognormal(0, 1.2, sources) * 40 * group).astype(int) + 1
+    first = np.cumsum(counts) - counts
+    starts = np.concatenate([start + np.arange(0, count, group) for start, count in zip(first, counts)])
+    source = np.repeat(np.arange(sources), counts)
+    text_only = random.random(sources)[source] < 0.1                            # whole sources, as in real mixtures
+    return data.Order(starts, np.ones(len(source)), text_only, 256, seed), source, starts
+
+
+def test_a_batch_sees_many_sources(monkeypatch):
+    """Of 90 sources a batch of 256 sees more than half of what it would of rows shuffled freely, and a window of one row
+    group shows hardly any: its gradient would be that of one kind of question."""
+    def seen(order, source):
+        return np.mean([len(set(source[order.global_batch(step)])) for step in range(0, order.steps - 1, 20)])
+    order, source, starts = mixture_of(90, 100)
+    window = seen(order, source)
+    freely = seen(data.Order([0], order.lengths, order.text_only, 256, 0), source)
+    monkeypatch.setattr(data, "WINDOW", 1)
+    one = seen(mixture_of(90, 100)[0], source)
+    print(f"sources in a batch: {window:.1f}, of free shuffling {freely:.1f}, of blocks one by one {one:.1f}")
+    assert window > 0.5 * freely > 5 * one
+
+
+def test_a_batch_s_row_groups_fit_into_memory():
+    """One row of another group costs reading that whole group: going through an epoch, the groups that a process keeps are
+    all it needs, but for those that the end of the epoch shares with its start."""
+    order, _, starts = mixture_of(90, 20)
+    kept, read = collections.OrderedDict(), 0
+    for block in np.searchsorted(starts, order.epoch(0), "right").tolist():
+        if block not in kept:
+            read += 1
+        kept[block] = kept.pop(block, None)                                     # now the newest
+        if len(kept) > records.KEPT:
+            kept.popitem(last=False)
+    assert len(starts) > 20 * data.WINDOW and read < 1.1 * len(starts)
+
+
+def test_records_that_are_blocks_of_their_own_are_shuffled_freely():
+    """In a mixture, each row of a JSON is one. Between two row groups of Parquet they must not crowd the window."""
+    starts = np.concatenate([np.arange(1000), np.arange(1000, 2000, 500)])      # a JSON of 1000, and two row groups
+    order = data.Order(starts, np.ones(2000), np.zeros(2000, bool), 100, 0)
+    for step in range(order.steps):
+        batch = order.global_batch(step)
+        assert 30 < (batch < 1000).sum() < 70 and (batch >= 1500).any()
 
 
 def test_limit_and_held_out_records():
