@@ -200,10 +200,10 @@ def cut_tiles(image, plan):
 
 
 def normalise(tiles):
-    """(t, P, P, 3) uint8 array -> (t, 3, P, P) float32 tensor, (value / 255 - mean) / std."""
-    mean, std = torch.tensor((CLIP_MEAN, CLIP_STD))[..., None, None]         # (3, 1, 1) each
-    pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255       # (t, 3, P, P)
-    return ((pixels - mean) / std).contiguous()
+    """(t, P, P, 3) uint8 -> (t, 3, P, P) float32 on the same device, (value / 255 - mean) / std."""
+    tiles = torch.as_tensor(tiles)
+    mean, std = torch.tensor((CLIP_MEAN, CLIP_STD)).to(tiles.device, non_blocking=True)  # (3,)
+    return ((tiles.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 # ---------------------------------------------------------------------------------------- text
@@ -393,7 +393,8 @@ class Batch:
     input_ids: torch.Tensor       # (B, T) int64, IMAGE where a vision token goes
     labels: torch.Tensor          # (B, T) int64, unshifted
     lengths: torch.Tensor         # (B,)   int64; masks come from here: a pad id may occur in text
-    pixels: torch.Tensor | None   # (t, 3, P, P) float32, tiles of all pictures in order of `plans`
+    tiles: torch.Tensor | None    # (t, P, P, 3) uint8, those of all pictures in order of `plans`:
+                                  #       floats would be four times as much to carry to a GPU
     plans: list                   # ImagePlan of every picture, in order over the batch
     record_ids: list              # names of the records
     packed: list | None = None    # lengths of the samples that share the one row
@@ -434,7 +435,7 @@ def _batch(samples, input_ids, labels):
     tiles = [sample["tiles"] for sample in samples if len(sample["tiles"])]
     return Batch(input_ids, labels,
                  lengths=torch.tensor([len(sample["input_ids"]) for sample in samples]),
-                 pixels=normalise(np.concatenate(tiles)) if tiles else None,
+                 tiles=torch.from_numpy(np.concatenate(tiles)) if tiles else None,
                  plans=[plan for sample in samples for plan in sample["plans"]],
                  record_ids=[sample["id"] for sample in samples])
 

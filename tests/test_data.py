@@ -571,7 +571,7 @@ def test_errors_carry_the_record(tokenizer):
 
 
 def test_collate_pads_right_and_keeps_order(tokenizer):
-    """Lengths say what is real: the pad id may also be text. Pixels follow the order of plans over the batch."""
+    """Lengths say what is real: the pad id may also be text. Tiles follow the order of plans over the batch."""
     samples = [sample(tokenizer, "A much longer question, in text only?", identity="a"),
                sample(tokenizer, "<image>", [noise(64, 48, 1)], identity="b"),
                sample(tokenizer, "<image>", [noise(20, 90, 2)], identity="c")]
@@ -582,16 +582,17 @@ def test_collate_pads_right_and_keeps_order(tokenizer):
         n = batch.lengths[row]
         assert batch.input_ids[row, :n].tolist() == one["input_ids"] and (batch.input_ids[row, n:] == 7).all()
         assert batch.labels[row, :n].tolist() == one["labels"] and (batch.labels[row, n:] == IGNORE).all()
-    assert batch.pixels.shape == (sum(plan.tiles for plan in batch.plans), 3, 32, 32)
-    assert torch.equal(batch.pixels[batch.plans[0].tiles:], data.normalise(samples[2]["tiles"]))
+    assert batch.tiles.shape == (sum(plan.tiles for plan in batch.plans), 32, 32, 3)
+    assert batch.tiles.dtype == torch.uint8, "a quarter of the floats that the device makes of them"
+    assert np.array_equal(batch.tiles[batch.plans[0].tiles:], samples[2]["tiles"])
     moved = batch.to("cpu")
-    assert torch.equal(moved.pixels, batch.pixels) and moved.plans is batch.plans
+    assert torch.equal(moved.tiles, batch.tiles) and moved.plans is batch.plans
 
 
-def test_a_batch_without_pictures_has_no_pixels(tokenizer):
+def test_a_batch_without_pictures_has_no_tiles(tokenizer):
     """The model decides what to run for text; data does not invent a dummy tile."""
     batch = data.collate([sample(tokenizer, "A?")], 0)
-    assert batch.pixels is None and batch.plans == [] and batch.to("cpu").pixels is None
+    assert batch.tiles is None and batch.plans == [] and batch.to("cpu").tiles is None
 
 
 # ---- which sample when
