@@ -370,20 +370,21 @@ def encode_sample(record, tokenizer, form):
             "tiles": tiles, "plans": plans}
 
 
-def planned_tokens(index, form):
-    """Rows of an index or estimate (storage/records.py) -> (records,) int64: estimated tokens of
-    every sample, to balance work by. Vision tokens are exact, but an unknown size, 0 x 0, counts as
+def planned(index, form):
+    """Rows of an index or estimate (storage/records.py) -> (tokens, tiles) of every sample, each
+    (records,) int64, to balance and to bound work by. Tokens are estimated: vision tokens are exact, but an unknown size, 0 x 0, counts as
     640x480 would with tiles of 336. Text is a token per four characters, and FRAME is one round;
     the question counts, though plain drops it."""
     @functools.cache  # an epoch has far fewer sizes than records
-    def vision_tokens(pictures, width, height):
+    def of_pictures(pictures, width, height):
         size = (width, height) if width else (2 * form.tile, 3 * form.tile // 2)
         mode = "pad" if pictures > 1 else form.mode
-        return pictures * plan_image(size, mode, form.side, form.tile).tokens
+        plan = plan_image(size, mode, form.side, form.tile)
+        return pictures * plan.tokens, pictures * plan.tiles
 
     columns = (index[name].tolist() for name in ("pictures", "width", "height"))
-    vision = np.fromiter(map(vision_tokens, *columns), np.int64)             # (records,)
-    return vision + index["chars"] // 4 + FRAME[form.template]
+    vision = np.array(list(map(of_pictures, *columns)), np.int64).reshape(-1, 2)
+    return vision[:, 0] + index["chars"] // 4 + FRAME[form.template], vision[:, 1]
 
 
 @dataclass
@@ -448,7 +449,7 @@ class Order:
     a run goes on at any step, on any number of ranks, as if it had never stopped."""
     starts: np.ndarray            # first record of each block that is cheap to read together
     lengths: np.ndarray           # (records,) planned tokens
-    text_only: np.ndarray         # (records,) bool, without a picture
+    tiles: np.ndarray             # (records,) planned tiles; 0: without a picture
     batch: int                    # samples of a step, over all ranks
     seed: int
     epochs: int = 1
@@ -478,7 +479,7 @@ class Order:
         place[blocks] = np.cumsum(many[blocks])
         count = max(many.sum(), 1)
         order = np.argsort((place[block] + within_window * min(WINDOW, count)) % count)
-        text = self.text_only[order]
+        text = self.tiles[order] == 0
         place = np.empty(len(records))               # 0 to 1, among the records of its kind
         for kind in (text, ~text):
             place[kind] = (np.arange(kind.sum()) + 0.5) / kind.sum()
@@ -490,14 +491,18 @@ class Order:
         epoch, place = divmod(step, self.steps_per_epoch)
         return self.epoch(epoch)[place * self.batch:(place + 1) * self.batch]
 
-    def micro_batches(self, step, micro, rank, world):
-        """This rank's share of a step: lists of at most `micro` records, with similar numbers of
-        tokens. Every rank gets as many lists, some perhaps empty: all ranks take part whenever
-        gradients are reduced or sharded weights gathered."""
+    def micro_batches(self, step, micro, rank, world, most_tiles=math.inf):
+        """This rank's share of a step: lists of at most `micro` records and, unless it is one
+        record, `most_tiles` tiles, with similar numbers of tokens. Every rank gets as many lists,
+        some perhaps empty: all ranks take part whenever gradients are reduced or sharded weights
+        gathered."""
         batch = self.global_batch(step).tolist()
-        count = math.ceil(len(batch) / (world * micro))                      # as few as can be
-        mine = split_by_tokens(batch, self.lengths, world, count * micro)[rank]
-        return split_by_tokens(mine, self.lengths, count, micro)
+        fewest = math.ceil(len(batch) / (world * micro))
+        shares = split_by_tokens(batch, self.lengths, world, fewest * micro)
+        for count in itertools.count(fewest):
+            lists = [split_by_tokens(share, self.lengths, count, micro) for share in shares]
+            if all(len(one) < 2 or self.tiles[one].sum() <= most_tiles for one in sum(lists, [])):
+                return lists[rank]
 
 
 def split_by_tokens(records, lengths, parts, most):

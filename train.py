@@ -56,6 +56,7 @@ class Recipe:
     template: str                    # how text is laid out: data.SampleFormat
     mode: str                        # how pictures become tiles: data.plan_image
     micro: int = 8                   # samples per forward on one device: as many as fit it
+    most_tiles: float = math.inf     # of several samples there: bounds a ViT that trains
     vision_lr: float | None = None   # peak of the ViT, where it trains
     remember_lr: float | None = None  # peak of Vision Remember, if it is another
     epochs: int = 1                  # LLaVA-NeXT's scripts
@@ -98,7 +99,7 @@ RECIPES = {
         folder="si", start="phase1", batch=256, lr=1e-5, vision_lr=2e-6,
         trains=(*ALL, "vision_tower"), template="chat",
         mode="max9",                 # AnyRes of up to 6x6 tiles, shrunk to the tokens of nine
-        max_length=32768, micro=2),
+        max_length=32768, micro=2, most_tiles=40),
 }
 
 # What drawn presets change: small batches, for many steps in minutes, the higher rates that a
@@ -274,10 +275,10 @@ def open_data(run, model):
                              max_length=recipe.max_length)
     index = records.load_index(source)
     index = records.estimate(source) if index is None else index
-    lengths = data.planned_tokens(index, form).clip(max=recipe.max_length)
+    lengths, tiles = data.planned(index, form)
     held_out = np.random.default_rng(flags.seed).permutation(len(source))[:flags.validate]
-    order = data.Order(starts=getattr(source, "starts", [0]), lengths=lengths,
-                       text_only=index["pictures"] == 0, batch=recipe.batch, seed=flags.seed,
+    order = data.Order(starts=getattr(source, "starts", [0]), batch=recipe.batch,
+                       lengths=lengths.clip(max=recipe.max_length), tiles=tiles, seed=flags.seed,
                        epochs=recipe.epochs, limit=flags.limit, held_out=held_out)
     return Samples(source, model.tokenizer, form), order
 
@@ -308,7 +309,8 @@ def batches_of(run, samples, order, first, stop):
     """Yields (step, this rank's micro-batches, counts) from step `first` on. counts: what all ranks
     have together: targets, tokens, samples, records skipped, and ranks that are asked to stop."""
     def share(step):
-        return order.micro_batches(step, run.recipe.micro, run.rank, run.world)
+        recipe = run.recipe
+        return order.micro_batches(step, recipe.micro, run.rank, run.world, recipe.most_tiles)
 
     steps = range(first, order.steps)
     loader = iter(DataLoader(samples, sampler=(part for step in steps for part in share(step)),
@@ -510,10 +512,10 @@ def identity_of(run, samples, order, model):
     identity = {**asdict(run.recipe), **choices.of(model.config),
                 "preset": flags.preset, "seed": flags.seed,
                 "data": samples.source.fingerprint(), "model": checkpoint.digest(files, before),
-                "samples": order.samples, "without pictures": checkpoint.digest(order.text_only),
+                "samples": order.samples, "without pictures": checkpoint.digest(order.tiles == 0),
                 "steps": order.steps, "validate": flags.validate, "precision": flags.precision,
                 "parameters": sum(p.numel() for p in model.parameters())}
-    del identity["micro"]
+    del identity["micro"], identity["most_tiles"]
     return identity
 
 
