@@ -199,9 +199,12 @@ def freeze(model, trains):
 
 
 def cast_frozen_to_bf16(model, run):
-    """Under bf16, frozen weights take half the memory, and no cast in every step. -> {name: tensor}
-    of those that rank 0 will write, as they were, on the CPU."""
-    originals = {}
+    """Under bf16, frozen weights take half the memory, and no cast in every step. A frozen ViT then
+    runs without autocast: a GPU's would keep norms and residuals in float32. -> {name: tensor} of
+    those weights that rank 0 will write, as they were, on the CPU."""
+    originals, tower = {}, model.vision_tower
+    if run.flags.precision == "bf16" and "vision_tower" not in run.recipe.trains:
+        tower.forward = torch.autocast(run.device.type, enabled=False)(tower.forward)
     for name, parameter in model.named_parameters():
         if run.flags.precision == "bf16" and not parameter.requires_grad:
             if run.rank == 0 and (run.recipe.trains_parts or name == "image_newline"):
@@ -272,7 +275,7 @@ def open_data(run, model):
         raise ValueError(f"--validate {flags.validate}: the set has {len(source)} records, and "
                          "some must be left to train on")
     form = data.SampleFormat(recipe.template, recipe.mode, config.side, config.vision.image_size,
-                             max_length=recipe.max_length)
+                             flags.labels, recipe.max_length)
     index = records.load_index(source)
     index = records.estimate(source) if index is None else index
     lengths, tiles = data.planned(index, form)
@@ -516,6 +519,8 @@ def identity_of(run, samples, order, model):
                 "steps": order.steps, "validate": flags.validate, "precision": flags.precision,
                 "parameters": sum(p.numel() for p in model.parameters())}
     del identity["micro"], identity["most_tiles"]
+    if flags.labels != "answer":                                    # older checkpoints have no word
+        identity["labels"] = flags.labels
     return identity
 
 
@@ -586,6 +591,8 @@ def arguments(argv=None):
                                   f"all, of drawn ones {DRAWN_LIMIT}")
     add("--validate", type=int, default=0, metavar="N", help="hold N back, log the loss on them")
     add("--validate-every", type=int, default=500, metavar="STEPS")
+    add("--labels", choices=("answer", "llava"), default="answer",
+        help="what chats train: answers, or all that LLaVA-NeXT's mask leaves")
     add("--seed", type=int, default=42)
     add("--workers", type=int, default=4 if cuda else 1,
         help="processes that read data; default: 4 on CUDA, 1 elsewhere")

@@ -224,11 +224,15 @@ def test_recomputing_takes_the_same_steps(world, straight, tmp_path):
     check_same(tmp_path, straight)
 
 
-def test_frozen_parts_in_half_precision_are_saved_as_they_came(world, straight, tmp_path):
+def test_frozen_parts_in_half_precision_are_saved_as_they_came(world, straight, tmp_path, monkeypatch):
     """--precision bf16 computes with a rounded ViT; the model that is written has the one that was read, bit for bit."""
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/phase1").symlink_to(straight / "tiny/phase1")
-    train.main(flags(world, tmp_path, "--phase", "2", "--precision", "bf16"))
+    seen, encode = set(), CLIPVision.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(CLIPVision, "encode", lambda self, pixels: (seen.add(torch.is_autocast_enabled("cpu")), encode(self, pixels))[1])
+        train.main(flags(world, tmp_path, "--phase", "2", "--precision", "bf16"))
+    assert seen == {False}, "a GPU's autocast would compute norms in float32, and so all that the blocks add to"
     before, after = LLaVAVR.from_pretrained(straight / "tiny/phase1").state_dict(), result(tmp_path, 2)[0]
     frozen = [key for key in after if key.startswith("vision_tower.")]
     assert frozen and all(torch.equal(before[key], after[key]) for key in frozen)
@@ -586,6 +590,18 @@ def test_a_drawn_preset_trains_on_a_part_unless_told_otherwise():
         return train.arguments(words).limit
     assert limit("--preset", "tiny") == train.DRAWN_LIMIT and limit("--preset", "tiny", "--limit", "7") == 7
     assert limit("--preset", "tiny", "--data", "mine.json") is None and limit("--preset", "0.5b") is None
+
+
+def test_labels_of_the_reference_are_a_flag_and_a_reason_to_refuse_a_checkpoint(world, straight, tmp_path):
+    """--labels llava also trains the frames of the turns. A checkpoint saved before there was the flag stays good."""
+    def opened(*more):
+        run = train.make_run(train.arguments(flags(world, straight, "--phase", "2", *more)), "2", 0, 1, torch.device("cpu"))
+        model = train.build_model(run)
+        samples, order = train.open_data(run, model)
+        return train.targets_of(samples[[0, 1]][0]), train.identity_of(run, samples, order, model)
+    answers, usual = opened()
+    more, identity = opened("--labels", "llava")
+    assert more > answers and "labels" not in usual and {**usual, "labels": "llava"} == identity
 
 
 def test_vision_remember_learns_at_its_own_rate(world, tmp_path):
