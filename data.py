@@ -28,6 +28,7 @@ IMAGE = -200      # in input_ids: "here stands one vision token"; never an id of
 IGNORE = -100     # in labels: not trained
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+WINDOW = 64       # blocks of records that are mixed; storage.records keeps as many in memory
 MEAN_COLOUR = (122, 116, 104)   # int(255 * mean) for each of CLIP_MEAN
 Image.MAX_IMAGE_PIXELS = 2**29  # DocVQA's scans exceed the default; Pillow refuses twice this
 
@@ -199,10 +200,10 @@ def cut_tiles(image, plan):
 
 
 def normalise(tiles):
-    """(t, P, P, 3) uint8 array -> (t, 3, P, P) float32 tensor, (value / 255 - mean) / std."""
-    mean, std = torch.tensor((CLIP_MEAN, CLIP_STD))[..., None, None]         # (3, 1, 1) each
-    pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255       # (t, 3, P, P)
-    return ((pixels - mean) / std).contiguous()
+    """(t, P, P, 3) uint8 -> (t, 3, P, P) float32 on the same device, (value / 255 - mean) / std."""
+    tiles = torch.as_tensor(tiles)
+    mean, std = torch.tensor((CLIP_MEAN, CLIP_STD)).to(tiles.device, non_blocking=True)  # (3,)
+    return ((tiles.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 # ---------------------------------------------------------------------------------------- text
@@ -369,20 +370,21 @@ def encode_sample(record, tokenizer, form):
             "tiles": tiles, "plans": plans}
 
 
-def planned_tokens(index, form):
-    """Rows of an index or estimate (storage/records.py) -> (records,) int64: estimated tokens of
-    every sample, to balance work by. Vision tokens are exact, but an unknown size, 0 x 0, counts as
-    640x480 would with tiles of 336. Text is a token per four characters, and FRAME is one round;
-    the question counts, though plain drops it."""
+def planned(index, form):
+    """Rows of an index or estimate (storage/records.py) -> (tokens, tiles) of every sample, each
+    (records,) int64, to balance and to bound work by. Vision tokens are exact, but an unknown size,
+    0 x 0, counts as 640x480 would with tiles of 336. Text is a token per four characters, and FRAME
+    is one round; the question counts, though plain drops it."""
     @functools.cache  # an epoch has far fewer sizes than records
-    def vision_tokens(pictures, width, height):
+    def of_pictures(pictures, width, height):
         size = (width, height) if width else (2 * form.tile, 3 * form.tile // 2)
         mode = "pad" if pictures > 1 else form.mode
-        return pictures * plan_image(size, mode, form.side, form.tile).tokens
+        plan = plan_image(size, mode, form.side, form.tile)
+        return pictures * plan.tokens, pictures * plan.tiles
 
     columns = (index[name].tolist() for name in ("pictures", "width", "height"))
-    vision = np.fromiter(map(vision_tokens, *columns), np.int64)             # (records,)
-    return vision + index["chars"] // 4 + FRAME[form.template]
+    vision = np.array(list(map(of_pictures, *columns)), np.int64).reshape(-1, 2)
+    return vision[:, 0] + index["chars"] // 4 + FRAME[form.template], vision[:, 1]
 
 
 @dataclass
@@ -392,7 +394,8 @@ class Batch:
     input_ids: torch.Tensor       # (B, T) int64, IMAGE where a vision token goes
     labels: torch.Tensor          # (B, T) int64, unshifted
     lengths: torch.Tensor         # (B,)   int64; masks come from here: a pad id may occur in text
-    pixels: torch.Tensor | None   # (t, 3, P, P) float32, tiles of all pictures in order of `plans`
+    tiles: torch.Tensor | None    # (t, P, P, 3) uint8, those of all pictures in order of `plans`:
+                                  #       floats would be four times as much to carry to a GPU
     plans: list                   # ImagePlan of every picture, in order over the batch
     record_ids: list              # names of the records
     packed: list | None = None    # lengths of the samples that share the one row
@@ -433,7 +436,7 @@ def _batch(samples, input_ids, labels):
     tiles = [sample["tiles"] for sample in samples if len(sample["tiles"])]
     return Batch(input_ids, labels,
                  lengths=torch.tensor([len(sample["input_ids"]) for sample in samples]),
-                 pixels=normalise(np.concatenate(tiles)) if tiles else None,
+                 tiles=torch.from_numpy(np.concatenate(tiles)) if tiles else None,
                  plans=[plan for sample in samples for plan in sample["plans"]],
                  record_ids=[sample["id"] for sample in samples])
 
@@ -446,7 +449,7 @@ class Order:
     a run goes on at any step, on any number of ranks, as if it had never stopped."""
     starts: np.ndarray            # first record of each block that is cheap to read together
     lengths: np.ndarray           # (records,) planned tokens
-    text_only: np.ndarray         # (records,) bool, without a picture
+    tiles: np.ndarray             # (records,) planned tiles; 0: without a picture
     batch: int                    # samples of a step, over all ranks
     seed: int
     epochs: int = 1
@@ -462,15 +465,21 @@ class Order:
     @functools.lru_cache(maxsize=1)
     def epoch(self, epoch):
         """(samples,) int64: the records of an epoch in the order they are trained. Blocks (row
-        groups) are shuffled, and records within them. Text-only records are spread evenly: a batch
-        with many of them would be a short one, and the next a long one."""
+        groups) are shuffled, and each block's records are spread over a window of WINDOW blocks; at
+        the end of the epoch it goes on at the start. A block of one record costs no window: it can
+        come anywhere. Text-only records are spread evenly: a batch with many of them would be a
+        short one, and the next a long one."""
         random = np.random.default_rng([self.seed, epoch])
         records = np.arange(len(self.lengths))
-        within_block = random.random(len(records))
-        place_of_block = random.permutation(len(self.starts))
+        within_window = random.random(len(records))
+        blocks = random.permutation(len(self.starts))
         block = np.searchsorted(self.starts, records, "right") - 1           # of every record
-        order = np.lexsort((within_block, place_of_block[block]))
-        text = self.text_only[order]
+        many = np.bincount(block, minlength=len(blocks)) > 1                 # of every block
+        place = np.empty(len(blocks))                # how many such blocks stand before a block
+        place[blocks] = np.cumsum(many[blocks])
+        count = max(many.sum(), 1)
+        order = np.argsort((place[block] + within_window * min(WINDOW, count)) % count)
+        text = self.tiles[order] == 0
         place = np.empty(len(records))               # 0 to 1, among the records of its kind
         for kind in (text, ~text):
             place[kind] = (np.arange(kind.sum()) + 0.5) / kind.sum()
@@ -482,14 +491,18 @@ class Order:
         epoch, place = divmod(step, self.steps_per_epoch)
         return self.epoch(epoch)[place * self.batch:(place + 1) * self.batch]
 
-    def micro_batches(self, step, micro, rank, world):
-        """This rank's share of a step: lists of at most `micro` records, with similar numbers of
-        tokens. Every rank gets as many lists, some perhaps empty: all ranks take part whenever
-        gradients are reduced or sharded weights gathered."""
+    def micro_batches(self, step, micro, rank, world, most_tiles=math.inf):
+        """This rank's share of a step: lists of at most `micro` records and, unless it is one
+        record, `most_tiles` tiles, with similar numbers of tokens. Every rank gets as many lists,
+        some perhaps empty: all ranks take part whenever gradients are reduced or sharded weights
+        gathered."""
         batch = self.global_batch(step).tolist()
-        count = math.ceil(len(batch) / (world * micro))                      # as few as can be
-        mine = split_by_tokens(batch, self.lengths, world, count * micro)[rank]
-        return split_by_tokens(mine, self.lengths, count, micro)
+        fewest = math.ceil(len(batch) / (world * micro))
+        shares = split_by_tokens(batch, self.lengths, world, fewest * micro)
+        for count in itertools.count(fewest):
+            lists = [split_by_tokens(share, self.lengths, count, micro) for share in shares]
+            if all(len(one) < 2 or self.tiles[one].sum() <= most_tiles for one in sum(lists, [])):
+                return lists[rank]
 
 
 def split_by_tokens(records, lengths, parts, most):

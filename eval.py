@@ -35,8 +35,10 @@ import os
 import random
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -60,6 +62,7 @@ from storage.weights import fingerprint
 from tiny import standins
 
 GREY = (128, 128, 128)
+THREADS = 4                             # that decode pictures
 
 
 @dataclass
@@ -194,14 +197,17 @@ def model_mark(folder, variant=""):
 def ask(model, answers, rows, batch, bar):
     """Ask the model all that answers.left names, real and blind, moving the progress bar.
 
-    One window of eight batches is in memory at a time. In it, rows are asked in the order of their
-    pictures' area: pictures of like size make like numbers of tokens, so a batch wastes little on
-    padding, and questions about one picture meet in a batch, where the model reads it once.
+    Rows come in windows of eight batches, and are asked in the order of their pictures' area:
+    pictures of like size make like numbers of tokens, so a batch wastes little on padding, and
+    questions about one picture meet in a batch, where the model reads it once. Two windows are in
+    memory: while the model answers one, threads read the next.
     """
-    rows = iter(rows)
-    while window := list(islice(rows, 8 * batch)):
-        questions = read_questions(answers, window)
+    for window in read_ahead(answers.task, iter(rows), 8 * batch):
+        questions = [question for _, question in window if not isinstance(question, ValueError)]
         bar.update(len(window) - len(questions))
+        for (index, row), question in window:
+            if isinstance(question, ValueError):
+                answers.add_error(index, row, str(question))
         questions.sort(key=lambda question: question.area)
         for start in range(0, len(questions), batch):
             some = questions[start:start + batch]
@@ -210,15 +216,25 @@ def ask(model, answers, rows, batch, bar):
             bar.update(len(some))
 
 
-def read_questions(answers, window):
-    """[(index, row)] -> [Question]. A row that cannot be read is noted with its error instead."""
-    questions = []
-    for index, row in window:
-        try:
-            questions.append(open_row(answers.task, index, row))
-        except ValueError as error:
-            answers.add_error(index, row, str(error))
-    return questions
+def read_ahead(task, rows, count):
+    """Yields windows of `count` rows as lists of (row, its Question, or why there is none), each
+    while the next one is read: decoding a scan takes 0.1 s, about as long as a GPU's answer."""
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(THREADS) as decoders:
+        def read():
+            window = list(islice(rows, count))
+            return list(zip(window, decoders.map(partial(question_of, task), window)))
+        coming = reader.submit(read)
+        while window := coming.result():
+            coming = reader.submit(read)
+            yield window
+
+
+def question_of(task, row):
+    """(index, row) -> its Question, or a ValueError that says why there is none."""
+    try:
+        return open_row(task, *row)
+    except ValueError as error:
+        return error
 
 
 def ask_batch(model, answers, kind, questions):
@@ -373,7 +389,7 @@ def main(argv=None):
         dist.init_process_group("gloo", timeout=timedelta(days=1))
         dist.barrier()                      # now all files are there
 
-    load = functools.cache(functools.partial(load_model, run.model, rule, choices))
+    load = functools.cache(partial(load_model, run.model, rule, choices))
     entries, cards = {}, {}
     found = found or find_all(run.tasks, run.data, run.named)
     for task, files in found.items():

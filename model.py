@@ -200,9 +200,10 @@ class LLaVAVR(nn.Module):
         """Encode, compress, place -> (embeddings (B, T, d), the hook that remembers or None)."""
         is_image = batch.input_ids == data.IMAGE                         # (B, T)
         x = self.language_model.model.embed_tokens(batch.input_ids.masked_fill(is_image, 0))
-        if batch.pixels is None:
+        if batch.tiles is None:
             return x, None
-        features, saliency = self.vision_tower(batch.pixels)             # L x (t, N, C), (t, N)
+        pixels = data.normalise(batch.tiles)                             # (t, 3, P, P)
+        features, saliency = self.vision_tower(pixels)                   # L x (t, N, C), (t, N)
         tokens = self.mm_projector(features)                             # (t, p*p, d)
         tokens, cells = self.place(tokens, batch.plans)                  # (I, d), (I, 3)
         x = x.masked_scatter(is_image.unsqueeze(-1), tokens.to(x.dtype))         # (B, T, d)

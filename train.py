@@ -57,6 +57,7 @@ class Recipe:
     template: str                    # how text is laid out: data.SampleFormat
     mode: str                        # how pictures become tiles: data.plan_image
     micro: int = 8                   # samples per forward on one device: as many as fit it
+    most_tiles: float = math.inf     # of several samples there: bounds a ViT that trains
     vision_lr: float | None = None   # peak of the ViT, where it trains
     remember_lr: float | None = None  # peak of Vision Remember, if it is another
     epochs: int = 1                  # LLaVA-NeXT's scripts
@@ -99,7 +100,7 @@ RECIPES = {
         folder="si", start="phase1", batch=256, lr=1e-5, vision_lr=2e-6,
         trains=(*ALL, "vision_tower"), template="chat",
         mode="max9",                 # AnyRes of up to 6x6 tiles, shrunk to the tokens of nine
-        max_length=32768, micro=2),
+        max_length=32768, micro=2, most_tiles=40),
 }
 
 # What drawn presets change: small batches, for many steps in minutes, the higher rates that a
@@ -199,9 +200,12 @@ def freeze(model, trains):
 
 
 def cast_frozen_to_bf16(model, run):
-    """Under bf16, frozen weights take half the memory, and no cast in every step. -> {name: tensor}
-    of those that rank 0 will write, as they were, on the CPU."""
-    originals = {}
+    """Under bf16, frozen weights take half the memory, and no cast in every step. A frozen ViT then
+    runs without autocast: a GPU's would keep norms and residuals in float32. -> {name: tensor} of
+    those weights that rank 0 will write, as they were, on the CPU."""
+    originals, tower = {}, model.vision_tower
+    if run.flags.precision == "bf16" and "vision_tower" not in run.recipe.trains:
+        tower.forward = torch.autocast(run.device.type, enabled=False)(tower.forward)
     for name, parameter in model.named_parameters():
         if run.flags.precision == "bf16" and not parameter.requires_grad:
             if run.rank == 0 and (run.recipe.trains_parts or part_of(name) not in model.parts):
@@ -273,13 +277,13 @@ def open_data(run, model):
         raise ValueError(f"--validate {flags.validate}: the set has {len(source)} records, and "
                          "some must be left to train on")
     form = data.SampleFormat(recipe.template, recipe.mode, config.side, config.vision.image_size,
-                             max_length=recipe.max_length)
+                             flags.labels, recipe.max_length)
     index = records.load_index(source)
     index = records.estimate(source) if index is None else index
-    lengths = data.planned_tokens(index, form).clip(max=recipe.max_length)
+    lengths, tiles = data.planned(index, form)
     held_out = np.random.default_rng(flags.seed).permutation(len(source))[:flags.validate]
-    order = data.Order(starts=getattr(source, "starts", [0]), lengths=lengths,
-                       text_only=index["pictures"] == 0, batch=recipe.batch, seed=flags.seed,
+    order = data.Order(starts=getattr(source, "starts", [0]), batch=recipe.batch,
+                       lengths=lengths.clip(max=recipe.max_length), tiles=tiles, seed=flags.seed,
                        epochs=recipe.epochs, limit=flags.limit, held_out=held_out)
     return Samples(source, model.tokenizer, form), order
 
@@ -310,7 +314,8 @@ def batches_of(run, samples, order, first, stop):
     """Yields (step, this rank's micro-batches, counts) from step `first` on. counts: what all ranks
     have together: targets, tokens, samples, records skipped, and ranks that are asked to stop."""
     def share(step):
-        return order.micro_batches(step, run.recipe.micro, run.rank, run.world)
+        recipe = run.recipe
+        return order.micro_batches(step, recipe.micro, run.rank, run.world, recipe.most_tiles)
 
     steps = range(first, order.steps)
     loader = iter(DataLoader(samples, sampler=(part for step in steps for part in share(step)),
@@ -385,7 +390,7 @@ def no_sync_unless_last(module, last):
 def train_step(run, module, optimizer, batches, targets, step):
     """Forward and backward over this rank's micro-batches, then one step of the optimizer. targets:
     tokens that the whole global batch trains. -> (loss over all ranks, norm of the gradient).
-    Raises ValueError, naming this rank's samples, where either is not finite."""
+    Raises ValueError on every rank, naming the samples, where either is not finite."""
     losses = []
     for batch in batches:
         with no_sync_unless_last(module, batch is batches[-1]), autocast(run):
@@ -396,23 +401,26 @@ def train_step(run, module, optimizer, batches, targets, step):
             loss.backward()
         losses.append(loss.detach() / run.world)
     losses = torch.stack(losses).tolist()                           # a GPU waits here, once
-    for loss, batch in zip(losses, batches):
-        check_finite(loss, "loss", batch.record_ids, step)
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), run.recipe.clip)
     norm = checkpoint.gather(norm).item()
     loss = summed(run, loss=sum(losses)).loss
-    check_finite(norm, "gradient", sum((batch.record_ids for batch in batches), []), step)
+    if not math.isfinite(loss + norm):                              # on all ranks, or on none
+        raise ValueError(complaint(loss, norm, losses, batches, step))
     if targets > 0:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
 
 
-def check_finite(value, what, samples, step):
-    """Raises ValueError unless a number is finite."""
-    if not math.isfinite(value):
-        raise ValueError(f"step {step}: the {what} is {value} on samples {', '.join(samples)}; the "
-                         "last checkpoint is kept. Look at these samples, or lower --lr")
+def complaint(loss, norm, losses, batches, step):
+    """What to say of a step whose loss or norm is no number. All ranks take part, and say the same:
+    one that left alone would leave the others waiting."""
+    what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
+    mine = [batch.record_ids for batch, own in zip(batches, losses)
+            if what == "gradient" or not math.isfinite(own)]
+    names = sum(sum(checkpoint.from_all(mine), []), [])
+    return (f"step {step}: the {what} is {value} on samples {', '.join(names)}; the last "
+            "checkpoint is kept. Look at these samples, or lower --lr")
 
 
 @torch.no_grad()
@@ -510,10 +518,12 @@ def identity_of(run, samples, order, model):
     identity = {**asdict(run.recipe), **choices.of(model.config),
                 "preset": flags.preset, "seed": flags.seed,
                 "data": samples.source.fingerprint(), "model": checkpoint.digest(files, before),
-                "samples": order.samples, "without pictures": checkpoint.digest(order.text_only),
+                "samples": order.samples, "without pictures": checkpoint.digest(order.tiles == 0),
                 "steps": order.steps, "validate": flags.validate, "precision": flags.precision,
                 "parameters": sum(p.numel() for p in model.parameters())}
-    del identity["micro"]
+    del identity["micro"], identity["most_tiles"]
+    if flags.labels != "answer":                                    # older checkpoints have no word
+        identity["labels"] = flags.labels
     return identity
 
 
@@ -554,8 +564,7 @@ def finish(run, model, originals, order, log):
         more = f"; {skipped} records skipped" if skipped else ""
         print(f"phase {run.phase}: done, {run.out} holds the model{more}\n"
               f"  its curve: python -m tools.plot {run.out}/log.jsonl", flush=True)
-    if run.world > 1:
-        dist.barrier()                                              # none ends before it is written
+    checkpoint.from_all(None)                                       # none ends before it is written
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -586,6 +595,8 @@ def arguments(argv=None):
                                   f"all, of drawn ones {DRAWN_LIMIT}")
     add("--validate", type=int, default=0, metavar="N", help="hold N back, log the loss on them")
     add("--validate-every", type=int, default=500, metavar="STEPS")
+    add("--labels", choices=("answer", "llava"), default="answer",
+        help="what chats train: answers, or all that LLaVA-NeXT's mask leaves")
     add("--seed", type=int, default=42)
     add("--workers", type=int, default=4 if cuda else 1,
         help="processes that read data; default: 4 on CUDA, 1 elsewhere")
@@ -624,11 +635,11 @@ def join_ranks():
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
-        timeout = timedelta(hours=1)                                # to write 94 GB of a 7B
         # torchrun's store keeps what killed ranks said: each restart meets under its own prefix
-        store = next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
+        store = next(dist.rendezvous("env://", rank, world))[0]
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                timeout=timedelta(minutes=10))      # checkpoint.from_all: hours
     if rank > 0:
         sys.stdout = open(os.devnull, "w")                          # rank 0 prints for all
     return rank, world, device
@@ -641,27 +652,25 @@ def main(argv=None):
         raise ValueError("--shard divides among ranks: start it with torchrun --nproc_per_node=N "
                          "train.py ...")
     rank, world, device = join_ranks()
-    try:
-        phases = [args.phase] if args.phase else ["1", "2"]
-        runs = [make_run(args, phase, rank, world, device) for phase in phases]
-        check_places(runs)
-        if args.draws and rank == 0:
-            draw = [sys.executable, "-m", "tiny.world", "--out", Path("data/tiny").resolve()]
-            subprocess.run(draw, cwd=Path(__file__).parent, check=True)
-        if world > 1:
-            dist.barrier()                                          # none reads before it is drawn
-        with stop_on_signal() as stop:
-            for run in runs:
-                if not train(run, stop):
-                    break
-                gc.collect()                                        # FSDP's modules hold each other
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    phases = [args.phase] if args.phase else ["1", "2"]
+    runs = [make_run(args, phase, rank, world, device) for phase in phases]
+    check_places(runs)
+    if args.draws and rank == 0:
+        draw = [sys.executable, "-m", "tiny.world", "--out", Path("data/tiny").resolve()]
+        subprocess.run(draw, cwd=Path(__file__).parent, check=True)
+    checkpoint.from_all(None)                                       # none reads before it is drawn
+    with stop_on_signal() as stop:
+        for run in runs:
+            if not train(run, stop):
+                break
+            gc.collect()                                        # FSDP's modules hold each other
+    if world > 1:                       # not on the way out of an error: NCCL waits for peers then
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"train.py: {error}")
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        sys.exit(f"train.py: {rank}{error}")

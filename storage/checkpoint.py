@@ -14,6 +14,7 @@ With several processes all call `save` and `resume`, with the bare module, not t
 DistributedDataParallel around it. The first one writes. The files are the same whether the module
 is sharded (FSDP2's fully_shard) or not.
 """
+import functools
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ import platform
 import shutil
 import zlib
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,7 @@ def save(folder, step, model, optimizer, run, losses=None):
     path = Path(folder) / f"step-{step:08}"
     tensors = _gather(model, optimizer)
     states = {kind: module.get_rng_state() for kind, module in _generators().items()}
-    for rank, theirs in enumerate(_from_all(states)):
+    for rank, theirs in enumerate(from_all(states)):
         tensors |= {f"rng.{kind}.{rank}": state for kind, state in theirs.items()}
     problem = None
     if _rank() == 0:
@@ -54,7 +56,7 @@ def save(folder, step, model, optimizer, run, losses=None):
             save_weights(path, tensors, {**facts, "marks": marks})
         except OSError as error:
             problem = f"{path} was not saved, those before it are kept: {error}"
-    problem = _from_all(problem)[0]
+    problem = from_all(problem)[0]
     if problem:
         raise OSError(problem)
     return path
@@ -286,7 +288,7 @@ def _rank():
 
 def agree(**facts):
     """Raises ValueError, on every process, naming a fact in which one differs from the first."""
-    everyone = _from_all(facts)
+    everyone = from_all(facts)
     for name in facts:
         first = everyone[0][name]
         for rank, theirs in enumerate(everyone):
@@ -296,10 +298,17 @@ def agree(**facts):
                                  "and --out, on a disk they share")
 
 
-def _from_all(value):
-    """-> [value of rank 0, of rank 1, ...]"""
+@functools.cache
+def _patient_group():
+    """The ranks over gloo: while the first one writes 94 GB of a 7B, the others wait for hours."""
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=3))
+
+
+def from_all(value):
+    """-> [value of rank 0, of rank 1, ...]. None leaves before all are here, and has hours for it;
+    a collective of training has minutes, so that a lost rank soon ends the run."""
     values = [value]
     if dist.is_initialized():
         values *= dist.get_world_size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_patient_group())
     return values

@@ -39,7 +39,7 @@ from storage.formats import (COLUMNS, FORMATS, MALFORMED, MARK, MISMATCH, UNMARK
                              record_problem, roles_and_texts, scan_json)
 from storage.weights import sampled_hash
 
-KEPT = 4                        # row groups of Parquet in memory: a sampler reads several at a time
+KEPT = 80                       # row groups in memory: the 64 that data.Order mixes, and some more
 SEED = 20250606                 # of `random` in a mixture
 
 
@@ -224,8 +224,8 @@ class JSONRecords(Reader):
 class ParquetShards(Reader):
     """One .parquet file, or all below a folder in order of path (lmms-lab/LLaVA-NeXT-Data).
 
-    Columns: those of storage/formats.py. Parquet is read a row group at a time, and the last few
-    are kept. `starts` gives the first row of each group, for a sampler that shuffles groups and the
+    Columns: those of storage/formats.py. Parquet is read a row group at a time, and the last KEPT
+    stay. `starts` gives the first row of each group, for a sampler that shuffles groups and the
     rows within them rather than read a group for every row.
     """
 
@@ -267,15 +267,12 @@ class ParquetShards(Reader):
         which, row = self._find(i)
         return self._group(which).slice(row, 1).to_pylist()[0]
 
+    @functools.lru_cache(KEPT)
     def _group(self, which):
-        """A row group as a table. The KEPT that were used last stay in memory."""
-        cached = self.handle("groups", lambda: functools.lru_cache(KEPT)(self._read_group))
-        return cached(which)
-
-    def _read_group(self, which):
+        """A row group as a table. All sets of a process share one cache: a mixture has many."""
         number, group = self.groups[which]
-        file = self.handle(number, lambda: parquet.ParquetFile(self.files[number]))
-        return file.read_row_group(group, columns=list(COLUMNS))  # those that it has
+        with parquet.ParquetFile(self.files[number]) as file:
+            return file.read_row_group(group, columns=list(COLUMNS))  # those that it has
 
     def _texts(self):
         """Yields of every batch of rows (rows, 2) int64: characters of all turns, marks."""

@@ -281,7 +281,7 @@ def test_as_many_records_as_make_the_wanted_steps(flags, records, steps, factor,
     """As train.py counts them, whatever epochs and batch the row has itself."""
     changed = ablate.records_for(flags, "2", steps, factor)
     args = train.arguments(["--preset", "tiny", *flags.split(), *changed])
-    order = data.Order(starts=[0], lengths=range(records), text_only=None, batch=args.batch or 16, seed=1,
+    order = data.Order(starts=[0], lengths=range(records), tiles=None, batch=args.batch or 16, seed=1,
                        epochs=args.epochs, limit=args.limit)
     assert order.steps == wanted
 

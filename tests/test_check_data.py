@@ -200,7 +200,7 @@ def test_check_says_how_long_the_samples_are(tmp_path, capsys):
     rows = [line.split()[-2:] for line in out.splitlines() if " to " in line or " and more" in line]
     for column, (template, mode) in enumerate((("plain", "square"), ("chat", "a4"))):
         assert sum(int(row[column]) for row in rows) == 3
-        assert f"{data.planned_tokens(index, data.SampleFormat(template, mode, 4, 112)).mean():,.1f}" in out.split("mean")[1]
+        assert f"{data.planned(index, data.SampleFormat(template, mode, 4, 112))[0].mean():,.1f}" in out.split("mean")[1]
 
 
 def test_the_command_line_ends_with_a_status_and_one_line(tmp_path):

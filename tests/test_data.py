@@ -1,4 +1,5 @@
 """data.py: AnyRes plans and cells, tiles, chat template and label masks, lengths, batches."""
+import collections
 import hashlib
 import io
 import json
@@ -503,11 +504,12 @@ def rows(*values):
 def test_planned_lengths_follow_the_planner():
     """No picture, one, several and an unknown one: vision tokens from `plan_image`, text as characters / 4 and a frame."""
     index = rows((40, 0, 0, 0), (8, 1, 64, 48), (0, 2, 64, 48), (3, 1, 0, 0))
-    found = data.planned_tokens(index, data.SampleFormat("chat", "a4", 2, 32))
+    found, tiles = data.planned(index, data.SampleFormat("chat", "a4", 2, 32))
     four_by_three = plan_image((64, 48), "a4", 2, 32).tokens
     assert found.dtype == np.int64 and (found - data.FRAME["chat"]).tolist() == [10, four_by_three + 2, 2 * 5, four_by_three]
-    assert data.planned_tokens(index, data.SampleFormat("plain", "square", 2, 32)).tolist() == [11, 4 + 3, 10 + 1, 4 + 1]
-    assert data.planned_tokens(rows(), data.SampleFormat("chat", "a4", 2, 32)).shape == (0,)
+    assert tiles.tolist() == [0, 5, 2, 5]
+    assert data.planned(index, data.SampleFormat("plain", "square", 2, 32))[0].tolist() == [11, 4 + 3, 10 + 1, 4 + 1]
+    assert [one.shape for one in data.planned(rows(), data.SampleFormat("chat", "a4", 2, 32))] == [(0,)] * 2
 
 
 def test_the_frame_of_a_round_is_counted(tokenizer):
@@ -525,11 +527,11 @@ def test_lengths_of_a_whole_epoch_take_seconds():
     index["chars"], index["pictures"] = 400, 1
     index["width"], index["height"] = random.integers(200, 400, 779_000), random.integers(200, 300, 779_000)
     start = time.process_time()
-    found = data.planned_tokens(index, data.SampleFormat("chat", "a4", 12, 336))
+    found, _ = data.planned(index, data.SampleFormat("chat", "a4", 12, 336))
     seconds = time.process_time() - start
     print(f"779,000 lengths planned in {seconds:.1f} s")
     assert seconds < 10
-    assert found[7] == data.planned_tokens(index[7:8], data.SampleFormat("chat", "a4", 12, 336))[0]
+    assert found[7] == data.planned(index[7:8], data.SampleFormat("chat", "a4", 12, 336))[0][0]
 
 
 # ------------------------------------------------------------------------------- samples and batches
@@ -588,7 +590,7 @@ def test_errors_carry_the_record(tokenizer):
 
 
 def test_collate_pads_right_and_keeps_order(tokenizer):
-    """Lengths say what is real: the pad id may also be text. Pixels follow the order of plans over the batch."""
+    """Lengths say what is real: the pad id may also be text. Tiles follow the order of plans over the batch."""
     samples = [sample(tokenizer, "A much longer question, in text only?", identity="a"),
                sample(tokenizer, "<image>", [noise(64, 48, 1)], identity="b"),
                sample(tokenizer, "<image>", [noise(20, 90, 2)], identity="c")]
@@ -599,16 +601,17 @@ def test_collate_pads_right_and_keeps_order(tokenizer):
         n = batch.lengths[row]
         assert batch.input_ids[row, :n].tolist() == one["input_ids"] and (batch.input_ids[row, n:] == 7).all()
         assert batch.labels[row, :n].tolist() == one["labels"] and (batch.labels[row, n:] == IGNORE).all()
-    assert batch.pixels.shape == (sum(plan.tiles for plan in batch.plans), 3, 32, 32)
-    assert torch.equal(batch.pixels[batch.plans[0].tiles:], data.normalise(samples[2]["tiles"]))
+    assert batch.tiles.shape == (sum(plan.tiles for plan in batch.plans), 32, 32, 3)
+    assert batch.tiles.dtype == torch.uint8, "a quarter of the floats that the device makes of them"
+    assert np.array_equal(batch.tiles[batch.plans[0].tiles:], samples[2]["tiles"])
     moved = batch.to("cpu")
-    assert torch.equal(moved.pixels, batch.pixels) and moved.plans is batch.plans
+    assert torch.equal(moved.tiles, batch.tiles) and moved.plans is batch.plans
 
 
-def test_a_batch_without_pictures_has_no_pixels(tokenizer):
+def test_a_batch_without_pictures_has_no_tiles(tokenizer):
     """The model decides what to run for text; data does not invent a dummy tile."""
     batch = data.collate([sample(tokenizer, "A?")], 0)
-    assert batch.pixels is None and batch.plans == [] and batch.to("cpu").pixels is None
+    assert batch.tiles is None and batch.plans == [] and batch.to("cpu").tiles is None
 
 
 # ---- which sample when
@@ -616,7 +619,7 @@ def test_a_batch_without_pictures_has_no_pixels(tokenizer):
 def plan_of(total=100, batch=16, seed=1, **more):
     random = np.random.default_rng(0)
     lengths = random.lognormal(5, 1, total).astype(np.int64) + 1
-    return data.Order([0, 30, 70], lengths, random.random(total) < 0.2, batch, seed, **more)
+    return data.Order([0, 30, 70], lengths, (random.random(total) >= 0.2) * 5, batch, seed, **more)
 
 
 @pytest.mark.parametrize("world", (1, 2, 3, 8, 16))
@@ -647,6 +650,19 @@ def test_micro_batches_are_as_few_and_as_small_as_can_be():
         assert all(len(mine) == 1 and len(mine[0]) == 4 for mine in lists)
 
 
+def test_micro_batches_are_bounded_by_tiles_unless_of_one_record():
+    """Two pictures of 37 tiles through a ViT that trains need 76 GB; and all ranks still take as many forwards."""
+    order = plan_of(1024, 32)
+    order.tiles = np.random.default_rng(1).integers(0, 38, 1024)
+    more = 0
+    for step in range(order.steps):
+        lists = [order.micro_batches(step, 4, rank, 2, most_tiles=40) for rank in range(2)]
+        assert len(lists[0]) == len(lists[1]) and sorted(sum(sum(lists, []), [])) == sorted(order.global_batch(step))
+        assert all(len(one) <= 4 and (len(one) < 2 or order.tiles[one].sum() <= 40) for mine in lists for one in mine)
+        more += len(lists[0]) > 4
+    assert more and all(len(order.micro_batches(step, 4, 0, 2)) == 4 for step in range(order.steps))
+
+
 def test_ranks_get_nearly_the_same_tokens():
     """Of 64 samples of log-normal length eight ranks get the mean within 4 %; dealt out in turn they would be 20 % off."""
     order = plan_of(1000, 64)
@@ -662,19 +678,57 @@ def test_ranks_get_nearly_the_same_tokens():
 def test_samples_without_a_picture_are_spread_evenly():
     """Their share of every batch is that of the set, within one sample; shuffled freely it would not be."""
     order = plan_of(1000, 50)
-    share = order.text_only.mean() * 50
-    counts = [order.text_only[order.global_batch(step)].sum() for step in range(order.steps)]
+    share = (order.tiles == 0).mean() * 50
+    counts = [(order.tiles[order.global_batch(step)] == 0).sum() for step in range(order.steps)]
     assert all(abs(count - share) <= 1 for count in counts)
 
 
-def test_blocks_that_are_read_together_stay_together():
-    """One row of another Parquet row group costs reading that whole group; two streams of blocks, with and without pictures."""
-    order = plan_of(batch=100)
-    block = np.searchsorted([30, 70], order.global_batch(0), "right")
-    for kind in (True, False):
-        mine = block[order.text_only[order.global_batch(0)] == kind]
-        assert (mine[1:] != mine[:-1]).sum() == 2
-    assert (np.diff(order.global_batch(0)[:30]) != 1).any(), "and shuffled within"
+def mixture_of(sources, group, seed=0):
+    """Sources of sizes a hundredfold apart, in row groups -> (Order of batches of 256, source of each record, starts)."""
+    random = np.random.default_rng(seed)
+    counts = (random.lognormal(0, 1.2, sources) * 40 * group).astype(int) + 1
+    first = np.cumsum(counts) - counts
+    starts = np.concatenate([start + np.arange(0, count, group) for start, count in zip(first, counts)])
+    source = np.repeat(np.arange(sources), counts)
+    tiles = 5 * (random.random(sources)[source] >= 0.1)                         # text in whole sources, as in real mixtures
+    return data.Order(starts, np.ones(len(source)), tiles, 256, seed), source, starts
+
+
+def test_a_batch_sees_many_sources(monkeypatch):
+    """Of 90 sources a batch of 256 sees more than half of what it would of rows shuffled freely, and a window of one row
+    group shows hardly any: its gradient would be that of one kind of question."""
+    def seen(order, source):
+        return np.mean([len(set(source[order.global_batch(step)])) for step in range(0, order.steps - 1, 20)])
+    order, source, starts = mixture_of(90, 100)
+    window = seen(order, source)
+    freely = seen(data.Order([0], order.lengths, order.tiles, 256, 0), source)
+    monkeypatch.setattr(data, "WINDOW", 1)
+    one = seen(mixture_of(90, 100)[0], source)
+    print(f"sources in a batch: {window:.1f}, of free shuffling {freely:.1f}, of blocks one by one {one:.1f}")
+    assert window > 0.5 * freely > 5 * one
+
+
+def test_a_batch_s_row_groups_fit_into_memory():
+    """One row of another group costs reading that whole group: going through an epoch, the groups that a process keeps are
+    all it needs, but for those that the end of the epoch shares with its start."""
+    order, _, starts = mixture_of(90, 20)
+    kept, read = collections.OrderedDict(), 0
+    for block in np.searchsorted(starts, order.epoch(0), "right").tolist():
+        if block not in kept:
+            read += 1
+        kept[block] = kept.pop(block, None)                                     # now the newest
+        if len(kept) > records.KEPT:
+            kept.popitem(last=False)
+    assert len(starts) > 20 * data.WINDOW and read < 1.1 * len(starts)
+
+
+def test_records_that_are_blocks_of_their_own_are_shuffled_freely():
+    """In a mixture, each row of a JSON is one. Between two row groups of Parquet they must not crowd the window."""
+    starts = np.concatenate([np.arange(1000), np.arange(1000, 2000, 500)])      # a JSON of 1000, and two row groups
+    order = data.Order(starts, np.ones(2000), np.ones(2000), 100, 0)
+    for step in range(order.steps):
+        batch = order.global_batch(step)
+        assert 30 < (batch < 1000).sum() < 70 and (batch >= 1500).any()
 
 
 def test_limit_and_held_out_records():

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -45,6 +46,23 @@ def test_batches_hold_pictures_of_like_area_and_blind_ones_of_the_same_size(setu
     assert areas == sorted(areas) and len(areas) == 5
     assert [c[1] for c in real] == [c[1] for c in blind] and [c[3] for c in real] == [c[3] for c in blind]
     assert {red for c in blind for red in c[2]} == {128} and {c[0] for c in Stub.calls} == {16}
+
+
+def test_while_the_model_answers_the_next_pictures_are_read(setup, monkeypatch):
+    """A scan takes 0.1 s to decode, and the model need not wait for it. One window ahead, and no more: pictures are large."""
+    read, third = [], threading.Event()
+    def open_row(task, index, row):
+        read.append(index)
+        if index == 3:
+            third.set()
+        return rows.open_row(task, index, row)
+    monkeypatch.setattr(evaluate, "open_row", open_row)
+    windows = evaluate.read_ahead("chartqa", ((index, {}) for index in range(9)), 2)
+    first = next(windows)
+    assert [index for (index, _), _ in first] == [0, 1] and all(isinstance(why, ValueError) for _, why in first)
+    assert third.wait(10), "rows 2 and 3 are read while the first two are still in hand"
+    assert set(read) <= {0, 1, 2, 3}
+    assert [index for window in windows for (index, _), _ in window] == list(range(2, 9))
 
 
 def test_limit_takes_the_first_rows_and_blind_is_a_choice(setup, tmp_path, capsys):

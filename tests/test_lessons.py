@@ -137,7 +137,7 @@ def test_a_granularity_changes_no_lesson(monkeypatch):
             monkeypatch.setattr(lessons, "side_of", lambda seed, step, single: side)
             batch = lessons.joint_batch(tokenizer, 0, step, single=2)
             answers = batch.labels[batch.labels >= 0].tolist()
-            seen.add((tuple(answers), batch.pixels.numpy().tobytes()))
+            seen.add((tuple(answers), batch.tiles.numpy().tobytes()))
         assert len(seen) == 1
 
 

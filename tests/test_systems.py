@@ -62,7 +62,7 @@ def counted(batch):
     is_vision = torch.cat([torch.from_numpy(plan.cells()[:, 0] >= 0) for plan in batch.plans])
     places = [int((row == data.IMAGE).sum()) for row in rows]
     vision_tokens = [int(part.sum()) for part in is_vision.split(places)]
-    return lengths, len(batch.pixels), int((batch.labels[:, 1:] >= 0).sum()), vision_tokens
+    return lengths, len(batch.tiles), int((batch.labels[:, 1:] >= 0).sum()), vision_tokens
 
 
 def counted_flops(function):

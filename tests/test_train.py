@@ -228,11 +228,15 @@ def test_recomputing_takes_the_same_steps(world, straight, tmp_path):
     check_same(tmp_path, straight)
 
 
-def test_frozen_parts_in_half_precision_are_saved_as_they_came(world, straight, tmp_path):
+def test_frozen_parts_in_half_precision_are_saved_as_they_came(world, straight, tmp_path, monkeypatch):
     """--precision bf16 computes with a rounded ViT; the model that is written has the one that was read, bit for bit."""
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/phase1").symlink_to(straight / "tiny/phase1")
-    train.main(flags(world, tmp_path, "--phase", "2", "--precision", "bf16"))
+    seen, encode = set(), CLIPVision.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(CLIPVision, "encode", lambda self, pixels: (seen.add(torch.is_autocast_enabled("cpu")), encode(self, pixels))[1])
+        train.main(flags(world, tmp_path, "--phase", "2", "--precision", "bf16"))
+    assert seen == {False}, "a GPU's autocast would compute norms in float32, and so all that the blocks add to"
     before, after = LLaVAVR.from_pretrained(straight / "tiny/phase1").state_dict(), result(tmp_path, 2)[0]
     frozen = [key for key in after if key.startswith("vision_tower.")]
     assert frozen and all(torch.equal(before[key], after[key]) for key in frozen)
@@ -457,6 +461,45 @@ def test_an_unforeseen_error_ends_the_process_and_its_workers(world, tmp_path):
     command = [sys.executable, "-c", BROKEN, *flags(world, tmp_path, "--phase", "1"), "--workers", "1"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1 and "as if the GPU were full" in run.stderr
+
+
+FAILING = """
+import os, sys, time, train
+import torch.distributed as dist
+dist.destroy_process_group = lambda: time.sleep(100)                   # as NCCL's waits for peers in a collective
+how, real, rank = sys.argv[1], train.train_step, os.environ["RANK"]
+def step(*inputs):
+    if rank == "1" and inputs[-1] == 1:
+        print("failing now", file=sys.stderr, flush=True)
+        if how == "killed":
+            os.kill(os.getpid(), 9)
+        if how == "raises":
+            raise OSError("the reason of rank 1")
+        inputs = *inputs[:4], float("nan"), inputs[5]                   # of its own loss alone
+    return real(*inputs)
+train.train_step = step
+try:
+    train.main(sys.argv[2:])
+except (ValueError, OSError) as error:
+    sys.exit(f"rank {rank}: {error}")
+"""
+
+
+@pytest.mark.parametrize("how, reason", (("killed", "Signal 9 \\(SIGKILL\\)"), ("raises", "rank 1: the reason of rank 1"),
+                                         ("no number", r"rank 0: step 1: the loss is nan on samples drawn-\d")))
+def test_a_rank_that_fails_ends_the_group_within_seconds_and_says_why(how, reason, world, tmp_path):
+    """The others sit in a collective. Whoever leaves must not wait for them, and what all can know they say together."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    command = [*TORCHRUN, "2", str(tmp_path / "failing.py"), how, *flags(world, tmp_path, "--phase", "1", "--micro", "2")]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    said = ""
+    while "failing now" not in said and run.poll() is None:
+        said += run.stderr.readline()
+    begun = time.time()
+    said += run.stderr.read()
+    assert run.wait() == 1 and re.search(reason, said), said
+    assert time.time() - begun < 50
+    assert how != "no number" or "Connection" not in said, "no rank is left alone"
 
 
 def test_a_full_disk_does_not_end_the_run(world, straight, tmp_path, monkeypatch, capsys):
@@ -698,6 +741,18 @@ def test_a_drawn_preset_trains_on_a_part_unless_told_otherwise():
     assert limit("--preset", "tiny", "--data", "mine.json") is None and limit("--preset", "0.5b") is None
 
 
+def test_labels_of_the_reference_are_a_flag_and_a_reason_to_refuse_a_checkpoint(world, straight, tmp_path):
+    """--labels llava also trains the frames of the turns. A checkpoint saved before there was the flag stays good."""
+    def opened(*more):
+        run = train.make_run(train.arguments(flags(world, straight, "--phase", "2", *more)), "2", 0, 1, torch.device("cpu"))
+        model = train.build_model(run)
+        samples, order = train.open_data(run, model)
+        return train.targets_of(samples[[0, 1]][0]), train.identity_of(run, samples, order, model)
+    answers, usual = opened()
+    more, identity = opened("--labels", "llava")
+    assert more > answers and "labels" not in usual and {**usual, "labels": "llava"} == identity
+
+
 def test_vision_remember_learns_at_its_own_rate(world, tmp_path):
     """--remember-lr is the peak of Vision Remember alone; without it all that trains has one rate."""
     def peaks(*more):
@@ -726,7 +781,7 @@ def test_shards_need_ranks(world, tmp_path):
 
 def test_ranks_that_see_other_data_stop_before_the_first_step(monkeypatch):
     """A node without the shared disk finds no checkpoint, or an index of its own: its gradients would be of other batches."""
-    monkeypatch.setattr(checkpoint, "_from_all", lambda facts: [facts, facts, {**facts, "checkpoint": 0}])
+    monkeypatch.setattr(checkpoint, "from_all", lambda facts: [facts, facts, {**facts, "checkpoint": 0}])
     checkpoint.agree(data="abc")
     with pytest.raises(ValueError, match=r"rank 2 has another checkpoint than rank 0 \(0 and 500\): all must see the same"):
         checkpoint.agree(data="abc", checkpoint=500)

@@ -191,10 +191,9 @@ def check(args):
 
 
 def print_lengths(index, side, tile):
-    """How many samples have how many tokens in the two phases, as `data.planned_tokens` plans
-    them."""
-    plain = data.planned_tokens(index, data.SampleFormat("plain", "square", side, tile))
-    chat = data.planned_tokens(index, data.SampleFormat("chat", "a4", side, tile))
+    """How many samples have how many tokens in the two phases, as `data.planned` plans them."""
+    plain, _ = data.planned(index, data.SampleFormat("plain", "square", side, tile))
+    chat, _ = data.planned(index, data.SampleFormat("chat", "a4", side, tile))
     edges = [0, *(2**power + 1 for power in range(6, 14)), 2**31]            # 65, 129, .. 8,193
     rows = zip(edges, edges[1:], np.histogram(plain, edges)[0], np.histogram(chat, edges)[0])
     print(f"\n{'planned tokens, text estimated':<32}{'square, plain':>15}{'a4, chat':>15}")

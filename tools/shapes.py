@@ -40,7 +40,7 @@ class Shapes:
         # these have numbers: which tokens are the question depends on them
         ids = torch.tensor([[0] + n * [data.IMAGE] + [0, 0]])            # (1, T)
         labels, lengths = torch.full_like(ids, data.IGNORE), torch.tensor([n + 3])
-        self.batch = data.Batch(ids, labels, lengths, pixels=None, plans=[], record_ids=[])
+        self.batch = data.Batch(ids, labels, lengths, tiles=None, plans=[], record_ids=[])
         self.embedded = torch.zeros(1, n + 3, d)                         # (1, T, d)
 
     def project(self):
