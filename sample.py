@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from compared.choices import add_choices, add_name, folder_of
+from compared.precision import add_precision
 from compared.variants import load_model, read_variant
 from data import load_image
 from model import PRESETS
@@ -65,6 +66,7 @@ def main(argv=None):
     add("--model", type=Path, help="folder of another trained model")
     add("--max-new-tokens", type=int, default=128)
     add("--prune", metavar="RULE", help="fastv:K=2,R=0.5, pdrop, resize: see compared/")
+    add_precision(parser)
     add_choices(parser)
     args = parser.parse_args(argv)
     folder = args.model or Path("runs") / folder_of(args) / "phase2"
@@ -77,7 +79,7 @@ def main(argv=None):
                                 f"python train.py --preset {args.preset}")
 
     pictures = [load_image(path) for path in args.image]
-    model = load_model(folder, *read_variant(args, folder))
+    model = load_model(folder, *read_variant(args, folder), args.precision, args.int8)
     if args.question is None:
         return talk(model, pictures, args.max_new_tokens)
     return reply(model, pictures, args.question, args.max_new_tokens)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import data
 from compared.choices import given, typed, with_side
 from compared.graft import graft
+from compared.precision import DTYPES, announce, to_int8, usual_precision
 from compared.pruning import PrunedLLaVAVR, read_rule
 from model import LLaVAVR, LLaVAVRConfig
 
@@ -122,20 +123,27 @@ def refuse_untrained(choices, config, folder):
                          f"at each of --remember {typed(config.remember)}; leave out the last ones")
 
 
-def load_model(folder, rule=None, choices=None):
-    """The trained model in a folder, asked by a rule or with other choices: on this rank's GPU in
-    bfloat16, or on the CPU in float32."""
+def load_model(folder, rule=None, choices=None, precision=None, int8=False):
+    """The trained model in a folder, asked by a rule or with other choices, on this rank's GPU or
+    on the CPU.
+
+    precision: of compared.precision.PRECISIONS; None is bfloat16 on a GPU and float32 on a CPU.
+    int8: the decoder's weights are.
+    """
     if rule is None:
         model = LLaVAVR.from_pretrained(folder, **(choices or {}))
     elif rule.startswith("resize"):
         model = ResizedLLaVAVR.from_pretrained(folder, rule)
     else:
         model = PrunedLLaVAVR.from_pretrained(folder, rule)
+    if precision == "auto":
+        precision = announce(precision, model.config)
+    device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        model = model.to(device, torch.bfloat16)
-    return model.eval()
+    model = model.to(device, DTYPES[precision or usual_precision()])
+    return (to_int8(model) if int8 else model).eval()
 
 
 def described(choices):

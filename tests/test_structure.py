@@ -32,7 +32,7 @@ ARROWS = {
     "compared.graft": {"storage.weights"},
     "compared.variants": {"compared", "data", "model", "storage.weights"},   # how it is asked
     "benchmarks": {"benchmarks", "data"},
-    "tiny": {"benchmarks.task", "clip", "data", "model", "qwen2", "storage", "tiny"},
+    "tiny": {"benchmarks.task", "clip", "compared.precision", "data", "model", "qwen2", "storage", "tiny"},
     "tools": {*TOP, *ROOMS},
 }
 
