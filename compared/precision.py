@@ -115,12 +115,12 @@ class Int8Linear(nn.Module):
 
 
 def to_int8(model):
-    """Let every linear layer of a LLaVAVR's decoder, and its lm_head, be an Int8Linear.
+    """Let every linear layer of a LLaVAVR's decoder, or of a Qwen2, be an Int8Linear.
 
-    The embedding stays as it is, also where the lm_head shared it. Cast the model before: scales
-    stay float32. Returns the model.
+    Its lm_head too; the embedding stays as it is, also where the lm_head shared it. Cast the model
+    before: scales stay float32. Returns the model.
     """
-    decoder = model.language_model
+    decoder = getattr(model, "language_model", model)
     for module in list(decoder.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):

@@ -4,6 +4,7 @@ The stub answers with the red value of the picture's first pixel, so it "sees"; 
 """
 import io
 import json
+from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from PIL import Image
 
 import eval as evaluate
 from compared import variants
+from model import PRESETS
 from tiny import standins
 
 REDS = [10, 200, 128, 250, 40, 60]              # the answers; blind, only row 2 is right
@@ -76,7 +78,8 @@ def setup(tmp_path, monkeypatch):
     Stub.calls = []
     monkeypatch.setattr(variants, "LLaVAVR", Stub)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
+    config = {"model_type": "llava_vr", **asdict(PRESETS["tiny"].config)}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
     (tmp_path / "model/model.safetensors").write_bytes(b"weights")
     write_chartqa(tmp_path / "data/ChartQA/data")
     return ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
