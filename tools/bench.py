@@ -400,7 +400,7 @@ def decode(args):
     """Milliseconds a token at batch 1 and 8, beside the time that reading memory alone takes."""
     speed = read_speed(args.device)
     print(f"reads {cost.short(speed, 'B/s')}, {args.prompt} tokens in the cache")
-    text = preset_config(args).text
+    text = preset_config(args, cost.PLAIN).text          # the decoder alone
     torch.manual_seed(args.seed)
     original, found = Qwen2(text).eval().to(args.device), []
     for name, dtype, int8 in numbers_to_decode(args):
