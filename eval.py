@@ -23,9 +23,10 @@ pictures (compared/variants.py). It needs a model without Vision Remember. --rem
 choices ask a model in another form than it was trained in, where that needs no weights. --out is
 then by default <model>/eval-fastv-K2-R0.5 or <model>/eval-remembernone.
 
-Decoding is greedy, prompts and limits are those of lmms-eval v0.3.4. In float32 (CPU) answers do
-not depend on --batch or the number of ranks; in bfloat16 (GPU) sums round differently in another
-batch, and a near tie may turn out otherwise. Nothing is downloaded here.
+Decoding is greedy, prompts and limits are those of lmms-eval v0.3.4. In float32 answers do not
+depend on --batch or the number of ranks; in bfloat16 sums round differently in another batch, and a
+near tie may turn out otherwise. --precision auto takes bfloat16 on a GPU, and on a CPU for models
+from 0.5b on if it is at least twice as fast there. Nothing is downloaded here.
 """
 import argparse
 import functools
@@ -56,8 +57,9 @@ from benchmarks.rows import (
     count_rows, find_all, is_drawn, open_row, picture_files, rows_of)
 from compared.choices import add_choices, add_name, folder_of
 from compared.origin import TABLES, papers_row, refuse_untaught
+from compared.precision import add_precision, announce, usual_precision
 from compared.variants import described, load_model, read_variant
-from model import PRESETS
+from model import PRESETS, LLaVAVRConfig
 from storage.weights import fingerprint
 from tiny import standins
 
@@ -84,6 +86,8 @@ class Run:
     seed: int = 0
     batch: int = 8
     prune: str | None = None        # see compared.variants.read_variant
+    precision: str = "auto"         # in `main` what was taken
+    int8: bool = False
     out: Path | None = None
     fresh: bool = False
     report: bool = False
@@ -120,6 +124,7 @@ def arguments(argv):
     add("--seed", type=int, help="of --sample")
     add("--batch", type=int, help="samples per call of the model")
     add("--prune", metavar="RULE", help="fastv:K=2,R=0.5, pdrop, resize ...: see above")
+    add_precision(parser)
     add_choices(parser)
     add("--out", type=Path, help="default <model>/eval")
     add("--fresh", action="store_true", help="forget the answers of earlier runs")
@@ -190,6 +195,12 @@ def model_mark(folder, variant=""):
     """
     text = json.dumps(fingerprint(folder), sort_keys=True) + variant
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def numbers(run):
+    """What else tells answers apart: another precision than usual, int8. "" if neither."""
+    other = "" if run.precision == usual_precision() else f" {run.precision}"
+    return other + (" int8" if run.int8 else "")
 
 
 # ------------------------------------------------------------------------------------------- ask
@@ -291,6 +302,7 @@ def evaluate(run, task, files, load):
     about = {
         "model": str(run.model), "model_mark": run.mark, "data": str(files[0].parent),
         "rows": len(wanted), "of": total, "batch": run.batch, "processes": run.world,
+        "precision": run.precision, "int8": run.int8,
         "seconds": round(time.time() - start, 1), "kept": len(wanted) - asked,
         "drawn": is_drawn(files) or run.draws and task in standins.STAND_INS,
         "paper_row": run.row}
@@ -381,7 +393,8 @@ def main(argv=None):
     run.variant = rule or described(choices)
     run.row, run.words = papers_row(run.model, run.variant)
     run.out = run.out or run.model / folder_name(run.variant)
-    run.mark = model_mark(run.model, run.variant)
+    run.precision = announce(run.precision, LLaVAVRConfig.read(run.model, {})[0])
+    run.mark = model_mark(run.model, run.variant + numbers(run))
     results = run.out / "results.json"
     earlier = read_results(results, run.mark, run.fresh)
     found = prepare(run) if run.rank == 0 else None
@@ -389,7 +402,8 @@ def main(argv=None):
         dist.init_process_group("gloo", timeout=timedelta(days=1))
         dist.barrier()                      # now all files are there
 
-    load = functools.cache(partial(load_model, run.model, rule, choices))
+    load = functools.cache(
+        partial(load_model, run.model, rule, choices, run.precision, run.int8))
     entries, cards = {}, {}
     found = found or find_all(run.tasks, run.data, run.named)
     for task, files in found.items():

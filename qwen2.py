@@ -107,10 +107,11 @@ class KVCache:
 
     def __init__(self, config, batch, max_len, dtype=torch.float32, device="cpu"):
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        shape = (layers, 2, batch, max_len, heads, config.head_dim)
+        shape = (layers, 2, batch, heads, max_len, config.head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)         # empty could hold NaN
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.max_len = max_len
+        self.places = torch.arange(max_len, device=device)
         self.used = 0                                                    # M
 
     def select_rows(self, rows):
@@ -123,24 +124,21 @@ class KVCache:
         Prefill has no mask. Raises ValueError when the cache is full.
         """
         prefill = self.used == 0
-        steps = torch.arange(length, device=self.lengths.device)         # (T,)
-        self.positions = self.lengths[:, None] + steps                   # (B, T)
-        self.used = length if prefill else int(self.positions.max()) + 1
+        self.used = int(self.lengths.max()) + length
         if self.used > self.max_len:
             raise ValueError(f"the cache has room for {self.max_len} tokens, {self.used} needed")
+        self.positions = self.lengths[:, None] + self.places[:length]    # (B, T)
         self.lengths = self.lengths + length
         if prefill:
             return self.positions, None
-        places = torch.arange(self.used, device=steps.device)            # (M,)
-        return self.positions, (places <= self.positions[..., None])[:, None]
+        return self.positions, self.places[:self.used] <= self.positions[:, None, :, None]
 
     def write(self, layer, k, v):
-        """k v (B, G, T, D) to the reserved places of a layer -> k v of all (B, G, M, D)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]            # (B, 1)
-        new = torch.stack([k, v]).transpose(2, 3)                        # (2, B, T, G, D)
-        self.kv[layer][:, rows, self.positions] = new.to(self.kv.dtype)
-        seen = self.kv[layer, :, :, :self.used].transpose(2, 3)          # (2, B, G, M, D)
-        return seen.to(k.dtype).unbind(0)
+        """k v (B, G, T, D) to the reserved places of a layer -> k v of all (B, G, M, D), a view."""
+        index = self.positions[:, None, :, None].expand_as(k)            # (B, G, T, D)
+        for kept, new in zip(self.kv[layer], (k, v)):                    # (B, G, max_len, D)
+            kept.scatter_(2, index, new.to(kept.dtype))
+        return self.kv[layer, :, :, :, :self.used].to(k.dtype).unbind(0)
 
 
 class Packing(NamedTuple):
@@ -166,15 +164,20 @@ def attention(q, k, v, scope=None):
     """q (B, A, T, D), k v (B, G, M, D) -> (B, A, T, D). Query head a reads key head a // (A/G).
 
     scope: None for causal (M = T); a mask (B, 1, T, M) of bool, True = look; or a Packing (B = 1),
-    causal within each sample. For a Packing there are kernels of its own, see below.
+    causal within each sample. For a Packing there are kernels of its own, see below. Under a mask
+    the heads that share a key become more queries of it: without enable_gqa GPUs have fast kernels.
     """
     if isinstance(scope, Packing):
         return packed_attention(q, k, v, scope)
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):   # the backward pass is slow in bf16
             return attention(q.float(), k.float(), v.float(), scope)
-    causal, grouped = scope is None, q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, scope, is_causal=causal, enable_gqa=grouped)
+    shared = q.shape[1] // k.shape[1]                                    # A/G
+    if scope is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared > 1)
+    folded = q.unflatten(1, (-1, shared)).flatten(2, 3)                  # (B, G, A/G * T, D)
+    mask = scope.repeat(1, 1, shared, 1)                                 # (B, 1, A/G * T, M)
+    return F.scaled_dot_product_attention(folded, k, v, mask).view_as(q)
 
 
 def packed_attention(q, k, v, packing):

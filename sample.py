@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from compared.choices import add_choices, add_name, folder_of
+from compared.precision import add_precision
 from compared.variants import load_model, read_variant
 from data import load_image
 from model import PRESETS, most_likely
@@ -76,6 +77,7 @@ def add_asking(parser):
     add("--temperature", type=float, default=0.0, help="draw the answer; 0, the default, is greedy")
     add("--top-p", type=float, help="draw from the tokens that hold this share (default 1)")
     add("--seed", type=int, help="of the draws (default 0): the same seed, the same answer")
+    add_precision(parser)
 
 
 def model_folder(args):
@@ -174,7 +176,7 @@ def main(argv=None):
     folder = model_folder(args)
 
     pictures = [open_picture(path) for path in args.image]
-    model = load_model(folder, *read_variant(args, folder))
+    model = load_model(folder, *read_variant(args, folder), args.precision, args.int8)
     if args.question is None:
         return talk(model, pictures, args, choose)
     question = {"role": "user", "content": args.question}

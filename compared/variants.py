@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import data
 from compared.choices import given, typed, with_side
 from compared.graft import graft
+from compared.precision import DTYPES, announce, to_int8, usual_precision
 from compared.pruning import PrunedLLaVAVR, read_rule
 from model import LLaVAVR, LLaVAVRConfig
 
@@ -122,27 +123,31 @@ def refuse_untrained(choices, config, folder):
                          f"at each of --remember {typed(config.remember)}; leave out the last ones")
 
 
-def load_model(folder, rule=None, choices=None):
-    """The trained model in a folder, asked by a rule or with other choices, where and in what
-    `place_of_answers` says."""
+def load_model(folder, rule=None, choices=None, precision=None, int8=False):
+    """The trained model in a folder, asked by a rule or with other choices, on `device_of_answers`.
+
+    precision: of compared.precision.PRECISIONS; None is bfloat16 on a GPU and float32 elsewhere.
+    int8: the decoder's weights are.
+    """
     if rule is None:
         model = LLaVAVR.from_pretrained(folder, **(choices or {}))
     elif rule.startswith("resize"):
         model = ResizedLLaVAVR.from_pretrained(folder, rule)
     else:
         model = PrunedLLaVAVR.from_pretrained(folder, rule)
-    return model.to(*place_of_answers()).eval()
+    if precision == "auto":
+        precision = announce(precision, model.config)
+    model = model.to(device_of_answers(), DTYPES[precision or usual_precision()])
+    return (to_int8(model) if int8 else model).eval()
 
 
-def place_of_answers():
-    """-> (device, dtype): this rank's GPU in bfloat16; else Apple's GPU, if torch can use it, or
-    the CPU, both in float32, as not every Mac computes in bfloat16."""
+def device_of_answers():
+    """This rank's GPU; else Apple's GPU, if torch can use it, or the CPU."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        return device, torch.bfloat16
-    apple = torch.backends.mps.is_available()
-    return torch.device("mps" if apple else "cpu"), torch.float32
+        return device
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def described(choices):

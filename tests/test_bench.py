@@ -1,9 +1,15 @@
 """tools/bench.py measures what it says it measures; its figures are kept in results/bench.md."""
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 
 import data
 from model import PRESETS
+from qwen2 import Qwen2
 from tools import bench
 
 
@@ -31,3 +37,68 @@ def test_what_is_kept_for_the_backward_pass_is_counted_once():
     """Two products of one tensor keep it once."""
     x = torch.ones(100, requires_grad=True)
     assert bench.kept_for_backward(lambda: (x * x) * 2) == 400
+
+
+def asked(**changes):
+    """The command line of tools.bench, as far as these tests need it."""
+    return SimpleNamespace(**{"preset": "tiny", "layers": None, "seed": 0, "precision": "fp32", "rounds": 2, "tokens": 2,
+                              "device": torch.device("cpu"), "tokenizer": "tiny/qwen2", "tiles": 5, "int8": False,
+                              "asked": "auto", "prompt": 20, "systems": "mlp,aap+vr,fastv", **changes})
+
+
+def test_bytes_for_a_token_are_the_weights_once_and_the_used_cache():
+    """An embedding is only looked up, but counts once where it is the lm_head, too; unused places are not read."""
+    for tied in (True, False):
+        config = replace(PRESETS["tiny"].config.text, tie_word_embeddings=tied)
+        decoder = Qwen2(config)
+        step, cache = bench.decode_step(decoder, 3, 20, 10)
+        with torch.inference_mode():
+            step()
+        weights = sum(parameter.numel() for parameter in decoder.parameters())
+        weights -= 0 if tied else config.vocab_size * config.hidden_size
+        seen = config.num_hidden_layers * 2 * 3 * config.num_key_value_heads * 21 * config.head_dim
+        assert bench.bytes_for_a_token(decoder, cache) == 4 * (weights + seen)
+
+
+def test_decoding_is_timed_in_all_three_numbers_beside_the_floor(capsys, monkeypatch):
+    """And the last line is JSON."""
+    monkeypatch.setattr(bench, "read_speed", lambda device: 1e9)
+    bench.decode(asked())
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = [(row["numbers"], row["batch"]) for row in last["decode"]]
+    assert rows == [(name, batch) for name in ("fp32", "bf16", "bf16 int8") for batch in (1, 8)]
+    floors = {row["numbers"]: row["floor_ms"] for row in last["decode"] if row["batch"] == 1}
+    assert floors["fp32"] > floors["bf16"] > floors["bf16 int8"] > 0
+
+
+def test_parts_of_the_time_to_first_token_add_up_to_the_whole(monkeypatch):
+    """By a clock that moves one second a look: what stands outside all parts would be lost."""
+    model = bench.build_systems(asked(), ["aap+vr"])["aap+vr"]
+    picture = bench.full_picture(5, model.config.vision.image_size, 0)
+    looks = iter(range(1000))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(looks))
+    parts = bench.first_token(model, picture, torch.device("cpu"))
+    monkeypatch.undo()
+    # a second a call: of the ViT, the projector, `prepare`, and the hook before each of six layers
+    assert {name: parts[name] for name in bench.TTFT_PARTS[:4]} == {"pictures": 1, "vit": 1, "projector": 1, "remember": 7}
+    assert "forward" not in vars(model.vision_tower) and "remember" not in vars(model)
+
+
+def test_the_table_has_each_system_beside_formula_and_paper(capsys, monkeypatch):
+    """The ratio of FastV in the paper is 63.56 over 83.6 ms; one line of JSON ends it."""
+    monkeypatch.setattr(bench.cost, "gemm_peak", lambda *_: 1e12)
+    bench.ttft(asked(rounds=1))
+    lines = capsys.readouterr().out.splitlines()
+    rows = {row["system"]: row for row in json.loads(lines[-1])["ttft"]}
+    assert list(rows) == ["mlp", "aap+vr", "fastv"]
+    assert rows["mlp"]["tokens"] - rows["aap+vr"]["tokens"] == 5 * (64 - 16) + 2 * (8 - 4)       # and newlines
+    assert rows["aap+vr"]["parts"]["remember"] > 0
+    assert round(rows["fastv"]["paper"] * 83.6, 2) == 63.56
+    assert all(f"| {name} " in text for name, text in zip(rows, lines[3:]))
+
+
+@pytest.mark.parametrize("change, says", (({"systems": "mlp,mpl"}, "'mpl' is unknown"), ({"tiles": 7}, "--tiles 7: the canvases"),
+                                          ({"layers": 4}, "stands before layers 1, 4")))
+def test_what_cannot_be_measured_is_one_line(change, says):
+    with pytest.raises(ValueError, match=says):
+        bench.ttft(asked(**{"systems": "aap+vr", **change}))

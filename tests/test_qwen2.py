@@ -221,6 +221,34 @@ def test_attention_is_causal_softmax_with_shared_heads():
     assert torch.allclose(attention(q, k, v), scores.softmax(-1) @ v.repeat_interleave(3, 1), atol=1e-6)
 
 
+def test_under_a_mask_heads_that_share_a_key_are_more_queries_of_it(monkeypatch):
+    """With a mask and enable_gqa a GPU would fall to the kernel that writes all scores out."""
+    q, k, v = torch.randn(2, 6, 3, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
+    mask = torch.rand(2, 1, 3, 5) < 0.5
+    mask[..., 0] = True
+    plain, asked = F.scaled_dot_product_attention, []
+    expected = plain(q, k, v, mask, enable_gqa=True)
+
+    def kernel(*tensors, **how):
+        asked.append((tensors[0].shape, how.get("enable_gqa", False)))
+        return plain(*tensors, **how)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    assert off_by(attention(q, k, v, mask), expected) <= 1e-6
+    assert asked == [((2, 2, 9, 4), False)]
+
+
+def test_the_cache_is_read_without_a_copy():
+    """A step of decoding reads all of it, so a copy would double what the step reads there."""
+    cache = KVCache(SHAPE, 2, 6)
+    cache.reserve(3)
+    cache.write(1, *torch.randn(2, 2, 2, 3, 4))
+    cache.reserve(1)
+    new = torch.randn(2, 2, 2, 1, 4)
+    for kept, seen, last in zip(cache.kv[1], cache.write(1, *new), new):
+        assert seen.data_ptr() == kept.data_ptr() and seen.shape == (2, 2, 4, 4)
+        assert torch.equal(kept[:, :, 3:4], last)
+
+
 @pytest.mark.parametrize("scope", (None, Packing.of([2, 3], 5, "cpu")))
 def test_a_cpu_attends_in_float32_under_autocast(scope):
     """The backward of the fused kernel is slow there in bf16; projections may stay in it."""

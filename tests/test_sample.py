@@ -30,7 +30,7 @@ class Talker:
 def talker(tmp_path, monkeypatch):
     """sample.main's leading arguments, with the stub in the model's place and pictures that are their path."""
     Talker.asked, Talker.chosen = [], []
-    monkeypatch.setattr(sample, "load_model", lambda folder, rule, choices: Talker())
+    monkeypatch.setattr(sample, "load_model", lambda folder, *_: Talker())
     monkeypatch.setattr(sample, "load_image", str)
     return ["--model", str(tmp_path)]
 

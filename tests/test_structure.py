@@ -35,7 +35,7 @@ ARROWS = {
     "compared.variants": {"compared", "data", "model", "storage.weights"},   # how it is asked
     "benchmarks": {"benchmarks", "data"},
     "benchmarks.own": {"benchmarks", "storage.records"},                     # own questions, as training records too
-    "tiny": {"benchmarks.task", "clip", "data", "model", "qwen2", "storage", "tiny"},
+    "tiny": {"benchmarks.task", "clip", "compared.precision", "data", "model", "qwen2", "storage", "tiny"},
     "tools": {*TOP, *ROOMS},
 }
 

@@ -6,7 +6,7 @@ import torch
 
 from compared.choices import FIELDS
 from compared.pruning import PrunedLLaVAVR
-from compared.variants import ResizedLLaVAVR, described, load_model, place_of_answers, read_variant
+from compared.variants import ResizedLLaVAVR, described, device_of_answers, load_model, read_variant
 from data import plan_image
 from helpers import batch_of, picture, tiny_model, wake
 from model import LLaVAVR
@@ -133,11 +133,10 @@ def test_levels_deeper_than_the_folder_s_vit_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("cuda, apple, expected", [
-    (False, False, (torch.device("cpu"), torch.float32)), (False, True, (torch.device("mps"), torch.float32)),
-    (True, True, (torch.device("cuda", 0), torch.bfloat16))])
+    (False, False, torch.device("cpu")), (False, True, torch.device("mps")), (True, True, torch.device("cuda", 0))])
 def test_answers_are_computed_on_the_best_device_there_is(cuda, apple, expected, monkeypatch):
     """Chosen in one place for eval.py, sample.py and the tools. No GPU is needed to ask where it would be."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
-    assert place_of_answers() == expected
+    assert device_of_answers() == expected

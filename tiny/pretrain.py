@@ -48,6 +48,7 @@ from torch.utils.data import DataLoader
 
 import data
 from clip import CLIPVision
+from compared.precision import CLEARLY, bf16_gain
 from model import LLaVAVR
 from qwen2 import Qwen2
 from tiny import lessons
@@ -482,16 +483,7 @@ def stages_in_bf16(precision):
     """
     if precision != "auto":
         return tuple(STEPS) if precision == "bf16" else ()
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(1040, 128, dtype=dtype), torch.ones(128, 512, dtype=dtype)
-        times = []
-        for _ in range(20):
-            began = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - began)
-        seconds[dtype] = min(times)
-    return ("vision", "align") if 2 * seconds[torch.bfloat16] < seconds[torch.float32] else ()
+    return ("vision", "align") if bf16_gain(1040, 128, 512) >= CLEARLY else ()
 
 
 def means(notes):

@@ -5,6 +5,9 @@
     python -m tools.bench answers            # sixteen questions answered together, and one by one
     python -m tools.bench decoding           # the same without pictures: mostly the answers' tokens
     python -m tools.bench data               # pictures to tiles, ours and transformers'
+    python -m tools.bench decode --preset 0.5b    # ms a token beside the memory floor
+    python -m tools.bench ttft --preset 1.5b --systems mlp,aap,aap+vr --tiles 5 --layers 4
+                                             # time to first token of what the paper compares
     python -m tools.bench answers --preset 0.5b --layers 6    # a large model's shape on a laptop
     python -m tools.bench packing --preset 0.5b --count 8     # one GPU, bf16
 
@@ -13,9 +16,19 @@ comparison; `data` does without. The ways are timed in turn, round by round, so 
 slows down slows all of them. Printed are the median, the fastest and the slowest time of each, and
 the ratio of the medians.
 
+decode counts as the floor the bytes that a token needs (weights of decoder and lm_head once, keys
+and values of all rows) over the speed at which this machine reads memory.
+
+ttft reads one picture that fills its tiles and one question, and takes the first token. Vision
+Remember's time is what its own calls take; the rest of the decoder is prefill. It ends in a line of
+JSON.
+
     B  rows of a batch     T  tokens of a row     t  tiles of a batch     P  pixels along a tile
+    p  vision tokens along a side of a tile
 """
 import argparse
+import copy
+import json
 import math
 import statistics
 import sys
@@ -26,13 +39,19 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
+from clip import CLIPVision
+from compared.precision import DTYPES, add_precision, announce, to_int8
+from compared.pruning import PrunedLLaVAVR, parse_rule
 from model import PRESETS, LLaVAVR
+from qwen2 import KVCache, Qwen2
 from tiny import world
-from tools import cost
+from tools import cost, plan
 from tools.convert import pinpoints, to_next
+from tools.systems import system_flops
 
 # (W, H) of a picture, or None for a sample without one, and its share. The lengths of LLaVA-NeXT's
 # 779K samples are not published. We assume photographs, scans, charts and some text alone.
@@ -172,7 +191,7 @@ def kept_for_backward(forward):
 
 def train_step(args, model, loss_of):
     """Forward and backward pass; the gradients are thrown away."""
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.device.type == "cuda"):
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         loss = loss_of()
     loss.backward()
     model.zero_grad(set_to_none=True)
@@ -272,7 +291,9 @@ def inputs_of_transformers(model, padded, pictures, config):
 
 def answers(args, pictures=True):
     """Questions about drawn pictures, answered together and one at a time."""
-    model = build(args).eval()
+    model = build(args).to(DTYPES[args.precision]).eval()
+    if args.int8:
+        to_int8(model)
     model.read_tokenizer(args.tokenizer)
     scale = model.config.vision.image_size / 112         # drawn for tiles of 112 pixels
     images, questions = [], []
@@ -327,8 +348,267 @@ def reading(args):
     compare(args, ways, len(pictures), "pictures")
 
 
-WAYS = {"packing": packing, "transformers": transformers, "answers": answers,
-        "decoding": decoding, "data": reading}
+# ---- decoding beside its floor -------------------------------------------------------------------
+
+def read_speed(device, rounds=10):
+    """Bytes a second at which this device reads memory: the fastest sum over 512 MB.
+
+    A vector times a matrix is tried, too, as decoding does that.
+    """
+    x = torch.ones(32768, 4096, device=device)
+    row = torch.ones(1, 4096, device=device)
+    seconds = timed({"sum": x.sum, "product": partial(F.linear, row, x)}, rounds, device)
+    return x.numel() * x.element_size() / min(map(min, seconds.values()))
+
+
+def bytes_for_a_token(decoder, cache):
+    """Bytes that decoding a token of every row reads at least: weights, and the used cache.
+
+    Of an embedding only a row is looked up, unless it is the lm_head as well.
+    """
+    held = {name: tensor for name, tensor in decoder.state_dict().items()
+            if "embed_tokens" not in name}               # a tied one comes again as the lm_head
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    seen = cache.kv[..., :cache.used, :]
+    return weights + seen.numel() * seen.element_size()
+
+
+def decode_step(decoder, batch, prompt, room):
+    """-> (a function that decodes a token of each of `batch` rows, its KVCache).
+
+    The cache holds `prompt` random keys and values a row: what they are changes no time.
+    """
+    weight = decoder.model.embed_tokens.weight
+    cache = KVCache(decoder.config, batch, prompt + room, weight.dtype, weight.device)
+    cache.kv.normal_()
+    cache.reserve(prompt)
+    tokens = torch.zeros(batch, 1, dtype=torch.long, device=weight.device)
+    return partial(decoder, tokens, cache=cache), cache
+
+
+def numbers_to_decode(args):
+    """-> [(name, dtype, int8)] that the command line asks for: all three by default."""
+    if args.int8 or args.asked != "auto":
+        name = args.precision + (" int8" if args.int8 else "")
+        return [(name, DTYPES[args.precision], args.int8)]
+    return [("fp32", torch.float32, False), ("bf16", torch.bfloat16, False),
+            ("bf16 int8", torch.bfloat16, True)]
+
+
+@torch.inference_mode()
+def decode(args):
+    """Milliseconds a token at batch 1 and 8, beside the time that reading memory alone takes."""
+    speed = read_speed(args.device)
+    print(f"reads {cost.short(speed, 'B/s')}, {args.prompt} tokens in the cache")
+    text = preset_config(args, cost.PLAIN).text          # the decoder alone
+    torch.manual_seed(args.seed)
+    original, found = Qwen2(text).eval().to(args.device), []
+    for name, dtype, int8 in numbers_to_decode(args):
+        decoder = copy.deepcopy(original).to(dtype)      # its lm_head stays tied
+        if int8:
+            to_int8(decoder)
+        for batch in (1, 8):
+            steps = args.rounds * args.tokens + args.tokens
+            step, cache = decode_step(decoder, batch, args.prompt, steps)
+
+            def some():
+                for _ in range(args.tokens):
+                    step()
+            seconds = timed({"": some}, args.rounds, args.device)[""]
+            milliseconds = [1000 * second / args.tokens for second in seconds]
+            floor = 1000 * bytes_for_a_token(decoder, cache) / speed
+            median = statistics.median(milliseconds)
+            print(f"  {name:10} batch {batch}{median:9.1f} ms a token "
+                  f"({min(milliseconds):.1f} to {max(milliseconds):.1f}), floor {floor:6.1f} ms, "
+                  f"ratio {median / floor:5.2f}")
+            found.append({"numbers": name, "batch": batch, "ms": median, "floor_ms": floor})
+    print(json.dumps({"decode": found, "read_bytes_per_second": speed, **conditions(args)}))
+
+
+# ---- time to first token -------------------------------------------------------------------------
+
+# What --systems may name: (choices of the architecture, pruning rule, label in the paper's Table 1)
+SYSTEMS = {
+    "mlp": (cost.MLP, None, "no compression"),
+    "aap": (cost.PLAIN, None, "DeCo"),
+    "aap+vr": ({}, None, "ours"),
+    "narrow": ({"interaction": "narrow"}, None, None),
+    "fastv": (cost.MLP, "fastv:K=2,R=0.5", "FastV"),
+    "pdrop": (cost.MLP, "pdrop", "PDrop"),
+    "tokenpacker": ({"projector": "tokenpacker", **cost.FOUR, **cost.PLAIN}, None, "TokenPacker"),
+}
+WHOLE = 83.6        # ms to the first token without compression, Table 5(b) of the paper
+QUESTION = "What is written on the sign? Answer the question using a single word or phrase."
+TTFT_PARTS = ("pictures", "vit", "projector", "remember", "decoder")     # decoder: prefill
+
+
+def paper_ratio(name):
+    """The paper's time to first token over that without compression, or None where it has none."""
+    label = SYSTEMS[name][2]
+    if label == "no compression":
+        return 1.0
+    return next((row.paper["TTFT"] for row in plan.TABLES["1"] if row.label == label), None)
+
+
+def read_systems(words):
+    """"mlp,aap" -> ["mlp", "aap"]. ValueError for an unknown name."""
+    names = words.split(",")
+    unknown = [name for name in names if name not in SYSTEMS]
+    if unknown:
+        raise ValueError(f"--systems {words}: {unknown[0]!r} is unknown, use of "
+                         f"{', '.join(SYSTEMS)}, with commas between")
+    return names
+
+
+def full_picture(tiles, tile, seed):
+    """A picture of noise that fills `tiles` tiles, its small whole among them.
+
+    ValueError for a number that no canvas of phase 2 has.
+    """
+    for across, down in ((1, 2), (1, 3), (2, 2)):
+        size = across * tile, down * tile
+        if data.plan_image(size, "a4", 1, tile).tiles == tiles:
+            return random_picture(np.random.default_rng(seed), *size)
+    raise ValueError(f"--tiles {tiles}: the canvases of a4 make 3, 4 or 5 tiles")
+
+
+def preset_config(args, choices=None):
+    """The LLaVAVRConfig of the preset with other choices and, with --layers, fewer layers."""
+    choices = choices or {}
+    if PRESETS[args.preset].drawn and "levels" in choices:
+        choices = {**choices, "levels": (1, 2, 4, 6)}    # of its six, as in tools/plan.py
+    config = cost.choose(args.preset, choices)
+    if not args.layers:
+        return config
+    if max(config.remember, default=0) >= args.layers:
+        raise ValueError(f"--layers {args.layers}: Vision Remember stands before layers "
+                         f"{', '.join(map(str, config.remember))}, give more")
+    return replace(config, text=replace(config.text, num_hidden_layers=args.layers))
+
+
+def build_systems(args, names):
+    """{name: model} with random weights. They share a decoder, and a ViT where levels agree."""
+    torch.manual_seed(args.seed)
+    dtype, models, towers, text = DTYPES[args.precision], {}, {}, None
+    for name in names:
+        choices, rule, _ = SYSTEMS[name]
+        config = preset_config(args, choices)
+        text = text or Qwen2(config.text).to(args.device, dtype)
+        if config.levels not in towers:
+            tower = CLIPVision(config.vision, config.levels, config.saliency)
+            towers[config.levels] = tower.to(args.device, dtype)
+        kind = PrunedLLaVAVR if rule else LLaVAVR
+        model = kind(config, towers[config.levels], text).to(args.device, dtype).eval()
+        if rule:
+            model.prune_by(parse_rule(rule, config.text.num_hidden_layers))
+        model.read_tokenizer(args.tokenizer)
+        models[name] = model
+    return models
+
+
+def clocked(function, seconds, part, device):
+    """The function, which from now on adds the time it takes to seconds[part]."""
+    def run(*args, **named):
+        wait(device)
+        start = time.perf_counter()
+        out = function(*args, **named)
+        wait(device)
+        seconds[part] += time.perf_counter() - start
+        return out
+    return run
+
+
+@torch.inference_mode()
+def first_token(model, picture, device):
+    """Seconds from a PIL picture and a question to the first token -> {part of TTFT_PARTS: it}."""
+    seconds = dict.fromkeys(TTFT_PARTS, 0.0)
+    places = {"vit": [(model.vision_tower, "forward")],
+              "projector": [(model.mm_projector, "forward")],
+              "remember": [(model, "remember"), (model.vision_remember, "prepare")]}
+    calls = [(module, name, part) for part, some in places.items() for module, name in some]
+    for module, name, part in calls:
+        setattr(module, name, clocked(getattr(module, name), seconds, part, device))
+    try:
+        whole = dict.fromkeys(("pictures", "rest"), 0.0)
+        sample = clocked(model.encode_prompt, whole, "pictures", device)(picture, QUESTION)
+        prefill = clocked(model.prefill, whole, "rest", device)
+        logits, _ = prefill([sample], 0, 1)
+        logits.argmax(-1).tolist()
+    finally:
+        for module, name, _ in calls:
+            delattr(module, name)                        # the class's own is seen again
+    seconds["pictures"] = whole["pictures"]
+    seconds["decoder"] = whole["rest"] - sum(seconds[part] for part in places)
+    return seconds
+
+
+def ttft(args):
+    """The time to first token of systems, in parts, beside formula and paper."""
+    names = read_systems(args.systems)
+    models = build_systems(args, names)
+    peak = cost.gemm_peak(args.device, DTYPES[args.precision])
+    tile = next(iter(models.values())).config.vision.image_size
+    picture = full_picture(args.tiles, tile, args.seed)
+    runs = {name: [] for name in names}
+    for number in range(args.rounds + 1):
+        for name, model in models.items():
+            parts = first_token(model, picture, args.device)
+            if number > 0:                               # the first round warms up
+                runs[name].append(parts)
+    rows = [ttft_row(name, models[name], picture, runs[name], args.tiles) for name in names]
+    print(f"one picture of {args.tiles} tiles, {args.precision}; a matrix product reaches "
+          f"{cost.short(peak, 'FLOP/s')}. In brackets: the share of it")
+    print(*ttft_table(rows, peak), sep="\n")
+    print(json.dumps({"ttft": rows, "peak": peak, "tiles": args.tiles, **conditions(args)}))
+
+
+def ttft_row(name, model, picture, runs, tiles):
+    """What is known of a system: times of all rounds [{part: seconds}] -> a dict for the table."""
+    tokens = len(model.encode_prompt(picture, QUESTION)["input_ids"])                    # T
+    rule, text = SYSTEMS[name][1], tokens - tiles * model.config.side**2
+    totals = [sum(parts.values()) for parts in runs]
+    medians = {part: statistics.median(parts[part] for parts in runs) for part in TTFT_PARTS}
+    return {"system": name, "tokens": tokens, "seconds": statistics.median(totals),
+            "fastest": min(totals), "slowest": max(totals), "parts": medians,
+            "flop": system_flops(model.config, tiles, text, rule), "paper": paper_ratio(name)}
+
+
+def ttft_table(rows, peak):
+    """Lines of a table: milliseconds with the share of the peak that formula and clock give; ratios
+    to the first system measured, by formula, and the paper's to its uncompressed one."""
+    heads = ["system", "tokens", "ms", "of", *TTFT_PARTS, "GFLOP", "ratio", "formula", "paper ms",
+             "paper"]
+    lines = [cost.row_of(heads), cost.row_of(["---", *["---:"] * (len(heads) - 1)])]
+    flop = [sum(row["flop"].values()) for row in rows]
+    for row, total in zip(rows, flop):
+        cells = [row["system"], f"{row['tokens']}", ms_and_share(row["seconds"], total, peak),
+                 f"{1000 * row['fastest']:.0f} to {1000 * row['slowest']:.0f}"]
+        cells += [ms_and_share(row["parts"][part], row["flop"].get(part), peak)
+                  for part in TTFT_PARTS]
+        ratio, formula = row["seconds"] / rows[0]["seconds"], total / flop[0]
+        paper = row["paper"]
+        cells += [cost.three_digits(total / 1e9), f"{ratio:.2f}", f"{formula:.2f}"]
+        cells += [f"{WHOLE * paper:.1f}", f"{paper:.2f}"] if paper else ["-", "-"]
+        lines.append(cost.row_of(cells))
+    return lines
+
+
+def ms_and_share(seconds, flop, peak):
+    """0.25 s of 50 TFLOP at a peak of 400 TFLOP/s -> "250 (50%)"; without FLOPs no share."""
+    if not flop or not seconds:
+        return f"{1000 * seconds:.0f}"
+    return f"{1000 * seconds:.0f} ({flop / seconds / peak:.0%})"
+
+
+def conditions(args):
+    """What a line of JSON says about the run."""
+    return {"preset": args.preset, "layers": args.layers, "precision": args.precision,
+            "rounds": args.rounds, "device": args.device.type, "torch": torch.__version__,
+            "threads": torch.get_num_threads()}
+
+
+WAYS = {"decode": decode, "ttft": ttft, "packing": packing, "transformers": transformers,
+        "answers": answers, "decoding": decoding, "data": reading}
 
 
 def main():
@@ -343,6 +623,10 @@ def main():
     parser.add_argument("--each", type=int, default=1, help="questions about a picture")
     parser.add_argument("--tokens", type=int, default=8, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=800, help="decode: tokens in the cache")
+    parser.add_argument("--tiles", type=int, default=5, help="ttft: of the picture, 3 to 5")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="ttft: which (all)")
+    add_precision(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", default="tiny/qwen2", help="folder with a tokenizer.json")
     args = parser.parse_args()
@@ -350,6 +634,8 @@ def main():
     print(f"tools/bench.py {args.what}, preset {args.preset}, torch {torch.__version__}, "
           f"{args.device.type}, {torch.get_num_threads()} thread(s), seed {args.seed}, "
           f"{args.rounds} rounds")
+    args.asked = args.precision
+    args.precision = announce(args.precision, PRESETS[args.preset].config)
     WAYS[args.what](args)
 
 

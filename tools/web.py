@@ -243,7 +243,7 @@ def main(argv=None):
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port {args.port}: give a number from 0 to 65535")
     chooser(args)                                                        # now, not at a question
-    model = load_model(model_folder(args))
+    model = load_model(model_folder(args), precision=args.precision, int8=args.int8)
     try:
         server = Server(model, args)
     except OSError as error:

@@ -1,0 +1,130 @@
+"""float32, bfloat16 or int8: in which numbers a trained model is asked.
+
+    python eval.py --task chartqa --preset 0.5b                       # measures, says what it took
+    python eval.py --task chartqa --preset 0.5b --precision fp32
+    python sample.py --preset 0.5b --int8 --image photo.jpg "Where?"  # weights of a quarter
+
+    rows   of a product (tokens)     d  channels that go in     out  channels that come out
+
+Decoding one token reads every weight of the decoder once, and little else takes time. So halving
+their bytes nearly halves the time, and --int8 halves them again.
+"""
+import os
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+PRECISIONS = ("auto", "fp32", "bf16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CLEARLY = 2         # what bfloat16 must gain in a product: other steps gain nothing, some lose
+SMALL = 512         # channels of a decoder below which products are not what takes the time
+LANES = 32          # the int8 kernel reads so many channels at a time, also beyond the last one
+FEW = 4             # rows up to which the int8 kernel was faster than a product in bfloat16
+
+
+# ------------------------------------------------------------------------------ float32 or bfloat16
+
+def add_precision(parser):
+    """Give a command line --precision and --int8."""
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto",
+                        help="auto: bf16 on a GPU; on a CPU what it measures to be faster")
+    parser.add_argument("--int8", action="store_true",
+                        help="decoder weights in int8: fewer bytes to read for a token")
+
+
+def bf16_gain(rows, d, out, rounds=4):
+    """How many times faster than in float32 this CPU multiplies (rows, d) by (d, out) in bfloat16.
+
+    The fastest of several rounds counts, as other programs may run.
+    """
+    seconds = []
+    for dtype in DTYPES.values():
+        x, weight = torch.ones(rows, d, dtype=dtype), torch.ones(out, d, dtype=dtype)
+        times = []
+        for _ in range(rounds + 1):                                      # the first picks a kernel
+            began = time.perf_counter()
+            F.linear(x, weight)
+            times.append(time.perf_counter() - began)
+        seconds.append(min(times[1:]))
+    return seconds[0] / seconds[1]
+
+
+def choose_precision(asked, config):
+    """One of PRECISIONS and a LLaVAVRConfig -> ("fp32" or "bf16", why).
+
+    auto measures products of 128 rows as wide as the ViT and the decoder: some milliseconds.
+    """
+    if asked != "auto":
+        return asked, "as asked"
+    if torch.cuda.is_available():
+        return "bf16", "on a GPU"
+    if torch.backends.mps.is_available():
+        return "fp32", "on Apple's GPU, as not every one computes in bfloat16"
+    if config.text.hidden_size < SMALL:
+        return "fp32", "the model is small"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                         # as torchrun says
+        return "fp32", "several processes on a CPU might measure different things"
+    gain = min(bf16_gain(128, part.hidden_size, 1024) for part in (config.vision, config.text))
+    taken = "bf16" if gain >= CLEARLY else "fp32"
+    return taken, f"this CPU multiplies {gain:.1f} times as fast in bf16 as in fp32"
+
+
+def announce(asked, config):
+    """As choose_precision, but says on stderr what was taken -> "fp32" or "bf16"."""
+    taken, why = choose_precision(asked, config)
+    print(f"precision: {taken}, {why}", file=sys.stderr)
+    return taken
+
+
+def usual_precision():
+    """What answers were given in if nothing else is known of them."""
+    return "bf16" if torch.cuda.is_available() else "fp32"
+
+
+# --------------------------------------------------------------------------------------------- int8
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weight is kept in int8, each row with a scale. (..., d) -> (..., out).
+
+    A row is divided by its largest absolute value over 127 and rounded. Inputs are not: products
+    are taken in the input's precision, or for few rows on a CPU by a kernel that reads int8.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()                          # (out, d)
+        scale = weight.abs().amax(1).clamp(min=1e-12) / 127              # (out,)
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("one", torch.ones_like(scale, dtype=torch.bfloat16))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)                                          # (rows, d)
+        whole = x.shape[-1] % LANES == 0
+        if whole and len(rows) <= FEW and x.device.type == "cpu":
+            # it is fast in bfloat16 alone; the scale comes after, in float32
+            out = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.one)
+        else:
+            out = F.linear(rows, self.weight.to(x.dtype))
+        out = out * self.scale                                           # (rows, out) in float32
+        if self.bias is not None:
+            out = out + self.bias
+        return out.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def to_int8(model):
+    """Let every linear layer of a LLaVAVR's decoder, or of a Qwen2, be an Int8Linear.
+
+    Its lm_head too; the embedding stays as it is, also where the lm_head shared it. Cast the model
+    before: scales stay float32. Returns the model.
+    """
+    decoder = getattr(model, "language_model", model)
+    for module in list(decoder.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child))
+    return model

@@ -1,0 +1,119 @@
+"""In which numbers a model is asked: float32, bfloat16, int8."""
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import eval as evaluation
+from compared import precision
+from compared.precision import Int8Linear, bf16_gain, choose_precision, to_int8
+from compared.variants import load_model
+from helpers import picture, tiny_model
+from model import PRESETS
+
+SIZES = PRESETS["0.5b"].config
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """A machine without a GPU, of one process, whose gain is set by what is called."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def set_gains(*gains):
+        left = list(gains)
+        monkeypatch.setattr(precision, "bf16_gain", lambda *sizes: left.pop())
+    return set_gains
+
+
+def test_the_gain_is_a_ratio_of_times(monkeypatch):
+    """float32 takes 4 s a product and bfloat16 1 s: the clock says so, whatever this machine does."""
+    now, asked = [0.0], []
+
+    def product(x, weight):
+        asked.append((tuple(x.shape), tuple(weight.shape)))
+        now[0] += 4 if x.dtype == torch.float32 else 1
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(F, "linear", product)
+    assert bf16_gain(3, 5, 7) == 4 and set(asked) == {((3, 5), (7, 5))}
+
+
+def test_bf16_is_taken_only_if_it_is_clearly_faster_for_vit_and_decoder(cpu):
+    """Norms and softmax gain nothing from it, so a small gain in products is none."""
+    cpu(5.0, 3.0)
+    assert choose_precision("auto", SIZES)[0] == "bf16"
+    cpu(5.0, 1.4)
+    assert choose_precision("auto", SIZES) == ("fp32", "this CPU multiplies 1.4 times as fast in bf16 as in fp32")
+
+
+def test_what_is_asked_for_is_taken_without_measuring(cpu):
+    cpu()                                                                       # measuring would fail
+    assert [choose_precision(asked, SIZES)[0] for asked in ("fp32", "bf16")] == ["fp32", "bf16"]
+
+
+def test_a_small_model_and_several_processes_stay_in_float32(cpu, monkeypatch):
+    """The tiny model's published scores are in float32; ranks that measure alone may disagree about the answers' mark."""
+    cpu()
+    assert choose_precision("auto", PRESETS["tiny"].config)[0] == "fp32"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_precision("auto", SIZES)[0] == "fp32"
+
+
+def test_a_gpu_takes_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_precision("auto", PRESETS["tiny"].config)[0] == "bf16"
+
+
+def test_a_model_is_loaded_in_the_precision_that_is_asked_for(tmp_path):
+    """And answers in it; int8 keeps its scales in float32."""
+    tiny_model().save_pretrained(tmp_path)
+    dtypes = {asked: load_model(tmp_path, None, None, asked).image_newline.dtype for asked in (None, "fp32", "bf16")}
+    assert dtypes == {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
+    model = load_model(tmp_path, None, None, "bf16", int8=True)
+    head = model.language_model.lm_head
+    assert isinstance(head, Int8Linear) and head.scale.dtype == torch.float32 and head.weight.dtype == torch.int8
+    assert isinstance(model.generate([picture(60, 60)], ["What?"], 3)[0], str)
+
+
+def test_answers_of_another_precision_are_another_models():
+    """Or a run that goes on would mix them. What a machine has always used keeps the mark of earlier answers."""
+    run = evaluation.Run(precision="fp32")
+    assert evaluation.numbers(run) == ""
+    assert evaluation.numbers(replace(run, precision="bf16")) == " bf16"
+    assert evaluation.numbers(replace(run, int8=True)) == " int8"
+
+
+@pytest.mark.parametrize("width", (24, 64))
+@pytest.mark.parametrize("rows", (1, 4, 5, 40))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_an_int8_layer_is_off_by_half_a_step_at_most(rows, dtype, width):
+    """Of its row's scale, for each input: also by the kernel for few rows, which rounds its result to bfloat16, and would
+    read beyond the end of 24 channels."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(width, 10), torch.randn(rows, width).to(dtype)
+    linear.weight.data[3] *= 100                                                # each row has a scale of its own
+    layer = Int8Linear(linear)
+    exact, found = linear(x.float()), layer(x)
+    step = layer.scale * x.float().abs().sum(1, keepdim=True) / 2               # (rows, out)
+    assert found.dtype == dtype
+    assert ((found.float() - exact).abs() <= step + 0.01 * exact.abs() + 0.01).all()
+
+
+def test_a_row_of_zeros_stays_zero():
+    """A scale of 0 would round 0 / 0, which is any number on some machines."""
+    linear = nn.Linear(4, 3, bias=False)
+    linear.weight.data.zero_()
+    layer = Int8Linear(linear)
+    assert (layer.scale > 0).all() and torch.equal(layer(torch.ones(1, 4)), torch.zeros(1, 3))
+
+
+def test_int8_leaves_the_embedding_and_replaces_every_product_of_the_decoder():
+    """The lm_head is tied to the embedding: it gets a copy in int8, a look-up costs nothing."""
+    model = tiny_model()
+    to_int8(model)
+    decoder = model.language_model
+    assert not any(isinstance(module, nn.Linear) for module in decoder.modules())
+    assert decoder.model.embed_tokens.weight.dtype == torch.float32
+    assert any(isinstance(module, nn.Linear) for module in model.vision_tower.modules())
