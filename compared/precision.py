@@ -12,6 +12,7 @@ their bytes nearly halves the time, and --int8 halves them again.
 import os
 import sys
 import time
+from functools import cache
 
 import torch
 import torch.nn as nn
@@ -86,11 +87,29 @@ def usual_precision():
 
 # --------------------------------------------------------------------------------------------- int8
 
+@cache
+def kernel_works():
+    """Whether torch has its int8 kernel, and one product by it is right on this CPU.
+
+    The kernel is private to torch: another release may lack it, or want its arguments otherwise.
+    All numbers here are small whole ones, so bfloat16 holds the product exactly.
+    """
+    x = (torch.arange(2 * LANES) % 3 - 1).view(2, LANES)                 # (rows, d)
+    weight = (torch.arange(3 * LANES) % 5 - 2).view(3, LANES)            # (out, d)
+    one = torch.ones(3, dtype=torch.bfloat16)
+    try:
+        found = torch._weight_int8pack_mm(x.bfloat16(), weight.to(torch.int8), one)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(found.long(), x @ weight.T)
+
+
 class Int8Linear(nn.Module):
     """A linear layer whose weight is kept in int8, each row with a scale. (..., d) -> (..., out).
 
     A row is divided by its largest absolute value over 127 and rounded. Inputs are not: products
-    are taken in the input's precision, or for few rows on a CPU by a kernel that reads int8.
+    are taken in the input's precision, or for few rows on a CPU by a kernel that reads int8, if
+    torch has a working one.
     """
 
     def __init__(self, linear):
@@ -105,7 +124,7 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         rows = x.flatten(0, -2)                                          # (rows, d)
         whole = x.shape[-1] % LANES == 0
-        if whole and len(rows) <= FEW and x.device.type == "cpu":
+        if whole and len(rows) <= FEW and x.device.type == "cpu" and kernel_works():
             # it is fast in bfloat16 alone; the scale comes after, in float32
             out = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.one)
         else:

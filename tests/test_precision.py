@@ -101,6 +101,46 @@ def test_an_int8_layer_is_off_by_half_a_step_at_most(rows, dtype, width):
     assert ((found.float() - exact).abs() <= step + 0.01 * exact.abs() + 0.01).all()
 
 
+def lacking(x, weight, scale):
+    """What torch does where it has the name, but no kernel for this CPU."""
+    raise RuntimeError("not compiled")
+
+
+@pytest.mark.parametrize("kernel", (None, lacking, lambda x, weight, scale: x @ weight.T.bfloat16() + 1,
+                                    lambda x, weight: x @ weight.T.bfloat16()))
+def test_an_int8_layer_does_without_the_kernel_where_it_is_not_to_be_trusted(monkeypatch, kernel):
+    """It is private to torch, so a release may lack it, have none for a CPU, compute otherwise or take other arguments:
+    one row is then multiplied as many rows are."""
+    torch.manual_seed(0)
+    layer, x = Int8Linear(nn.Linear(64, 10)), torch.randn(1, 64)
+    many = layer(x.expand(precision.FEW + 1, -1))[:1]
+    assert precision.kernel_works() and not torch.equal(layer(x), many), "by the kernel, which rounds"
+    if kernel is None:
+        monkeypatch.delattr(torch, "_weight_int8pack_mm")
+    else:
+        monkeypatch.setattr(torch, "_weight_int8pack_mm", kernel)
+    precision.kernel_works.cache_clear()
+    assert not precision.kernel_works()
+    torch.testing.assert_close(layer(x), many, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(autouse=True)
+def fresh_check():
+    """What one test learnt of the kernel is forgotten for the next."""
+    yield
+    precision.kernel_works.cache_clear()
+
+
+def test_the_kernel_is_checked_once(monkeypatch):
+    """A layer is asked for every token; only the first asks torch."""
+    calls, real = [], torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: calls.append(args[0].shape) or real(*args))
+    layer = Int8Linear(nn.Linear(64, 10))
+    for _ in range(3):
+        layer(torch.ones(1, 64))
+    assert calls == [(2, precision.LANES), (1, 64), (1, 64), (1, 64)]
+
+
 def test_a_row_of_zeros_stays_zero():
     """A scale of 0 would round 0 / 0, which is any number on some machines."""
     linear = nn.Linear(4, 3, bias=False)
