@@ -4,9 +4,10 @@
     python -m tools.cost --preset 7b --world 1 --lora 64        # its memory beside the full one's
 
 Hu et al. 2021 (arXiv:2106.09685): y = W x + alpha / rank * B A x, with W frozen, B zero at first.
-As in LLaVA's finetune_lora.sh alpha is twice the rank, every linear of a decoder layer has its A
-and B, and they learn ten times as fast as the rest. Not as there: no dropout, and the projector and
-Vision Remember are trained whole. Saving adds B A to W: the folder is an ordinary one.
+As in LLaVA's finetune_lora.sh alpha is twice the rank (256 and 128), every linear of a decoder
+layer has its A and B, and they learn ten times as fast as the rest. Not as there: no dropout.
+Trained whole are the projector, as there, and Vision Remember. Saving adds B A to W: the folder is
+an ordinary one.
 """
 import torch
 import torch.nn as nn

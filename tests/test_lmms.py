@@ -1,4 +1,4 @@
-"""tools/lmms.py against a stand-in of lmms-eval's interface (0.3.5), for the harness itself is large and optional."""
+"""tools/lmms.py against a stand-in of lmms-eval's interface, for the harness itself is large and optional."""
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -37,7 +37,20 @@ def test_requests_are_answered_in_their_order_as_generate_would(adapter, tmp_pat
     assert lm.generate_until(requests) == expected and len(set(expected)) > 3
 
 
+def test_every_release_is_told_where_the_adapter_is(adapter):
+    """0.3, then 0.4, then 0.6 with a registry that lists nothing it was not given as a manifest."""
+    given = []
+    old, middle = SimpleNamespace(AVAILABLE_MODELS={}), SimpleNamespace(AVAILABLE_SIMPLE_MODELS={})
+    new = SimpleNamespace(ModelManifest=lambda **named: named, AVAILABLE_SIMPLE_MODELS={}, AVAILABLE_MODELS={},
+                          MODEL_REGISTRY_V2=SimpleNamespace(register_manifest=given.append))
+    for models in (old, middle, new):
+        adapter.register(models)
+    assert old.AVAILABLE_MODELS == middle.AVAILABLE_SIMPLE_MODELS == {"llava_vr": "lmms_adapter.Adapter"}
+    assert given == [{"model_id": "llava_vr", "simple_class_path": "lmms_adapter.Adapter"}]
+
+
 def test_without_the_harness_it_says_what_to_install():
     run = subprocess.run([sys.executable, "-c", "import sys; sys.modules['lmms_eval'] = None; import tools.lmms"], cwd=ROOT,
                          capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.startswith("tools.lmms: lmms-eval is not installed; pip install lmms-eval==0.3.5")
+    assert run.returncode == 1 and run.stderr.startswith("tools.lmms: lmms-eval is not installed")
+    assert "pip install lmms-eval==0.3.5" in run.stderr and run.stderr.count("\n") == 1

@@ -6,10 +6,14 @@
     accelerate launch --num_processes=8 -m tools.lmms --model llava_vr \\
         --model_args pretrained=runs/0.5b/phase2 --tasks chartqa
 
-All flags are lmms-eval's. It fetches data sets itself; eval.py needs none of this. Written against
-the interface of 0.3.5, which is that of v0.3.4, whose rules eval.py follows. Two scores are others
-in 0.3.5: all open questions of MMMU count 0, and ScienceQA takes "A. text" for A. Where that
-matters: pip install git+https://github.com/EvolvingLMMs-Lab/lmms-eval@v0.3.4
+All flags are lmms-eval's. It fetches data sets itself; eval.py needs none of this. Tried with
+0.3.5, 0.5.0, 0.6.0 and 0.7.3: each gave the answers of eval.py. 0.7.3 stops beside filelock 4:
+pip install "filelock<4".
+
+eval.py follows the rules of v0.3.4. 0.3.5 scores two otherwise: all open questions of MMMU count 0,
+and ScienceQA takes "A. text" for A. 0.7.3 counts the open questions again, keeps that of ScienceQA
+and reads MMStar, OCRBench and RealWorldQA by rules of its own. Where that matters:
+pip install git+https://github.com/EvolvingLMMs-Lab/lmms-eval@v0.3.4
 """
 import sys
 from itertools import groupby
@@ -20,9 +24,9 @@ from model import LLaVAVR
 
 try:
     from lmms_eval.api.model import lmms
-except ImportError:
-    sys.exit("tools.lmms: lmms-eval is not installed; pip install lmms-eval==0.3.5, "
-             "or use eval.py, which needs no harness")
+except ImportError as error:
+    sys.exit(f"tools.lmms: lmms-eval is not installed, or lacks a part ({error}); "
+             "pip install lmms-eval==0.3.5, or use eval.py, which needs no harness")
 
 
 class Adapter(lmms):
@@ -79,9 +83,21 @@ def task_of(request):
     return request.args[4]
 
 
+def register(models):
+    """Tell the module lmms_eval.models where the adapter is, in the way of its release."""
+    place = "lmms_adapter.Adapter"
+    if hasattr(models, "MODEL_REGISTRY_V2"):                            # 0.6 and later
+        manifest = models.ModelManifest(model_id="llava_vr", simple_class_path=place)
+        models.MODEL_REGISTRY_V2.register_manifest(manifest)
+    elif hasattr(models, "AVAILABLE_SIMPLE_MODELS"):                    # 0.4 and 0.5
+        models.AVAILABLE_SIMPLE_MODELS["llava_vr"] = place
+    else:
+        models.AVAILABLE_MODELS["llava_vr"] = place
+
+
 if __name__ == "__main__":
     import lmms_eval.models
     from lmms_eval.__main__ import cli_evaluate
     sys.modules["lmms_adapter"] = sys.modules["__main__"]           # one class, whoever imports it
-    lmms_eval.models.AVAILABLE_MODELS["llava_vr"] = "lmms_adapter.Adapter"
+    register(lmms_eval.models)
     cli_evaluate()
