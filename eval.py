@@ -55,7 +55,7 @@ from benchmarks.report import (
     beside, entry_of, gallery, page, print_entry, read_results, summary, table, write_results)
 from benchmarks.rows import (
     count_rows, find_all, is_drawn, open_row, picture_files, rows_of)
-from compared.choices import add_choices, add_name, folder_of
+from compared.choices import add_choices, add_name, model_folder
 from compared.origin import TABLES, papers_row, refuse_untaught
 from compared.precision import add_precision, announce, usual_precision
 from compared.variants import described, load_model, read_variant
@@ -144,7 +144,6 @@ def arguments(argv):
         raise ValueError("--limit and --sample exclude each other: give one")
     drawn = PRESETS[run.preset].drawn
     run.draws = drawn and run.data is None
-    run.model = run.model or Path("runs") / folder_of(run) / "phase2"
     run.data = run.data or Path("data/tiny/eval" if drawn else "data/eval")
     run.blind = drawn if run.blind is None else run.blind
     return run
@@ -384,10 +383,7 @@ def main(argv=None):
         return rescore(run.rescore, run.metric)
     if run.compare:
         return compare_runs(run.compare, compared_tasks(run), run.metric, run.out)
-    if not (run.model / "config.json").exists():
-        lacking = "config.json in" if run.model.is_dir() else "model folder"
-        raise FileNotFoundError(f"no {lacking} {run.model}; train one with: python train.py "
-                                f"--preset {run.preset} (tiny needs no download)")
+    run.model = model_folder(run)
     refuse_untaught(run.model)
     rule, choices = read_variant(run, run.model)
     run.variant = rule or described(choices)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from compared.choices import add_choices, add_name, folder_of
+from compared.choices import add_choices, add_name, model_folder
 from compared.precision import add_precision
 from compared.variants import load_model, read_variant
 from data import load_image
@@ -78,15 +78,6 @@ def add_asking(parser):
     add("--top-p", type=float, help="draw from the tokens that hold this share (default 1)")
     add("--seed", type=int, help="of the draws (default 0): the same seed, the same answer")
     add_precision(parser)
-
-
-def model_folder(args):
-    """The folder of the model that the command line names. FileNotFoundError if it is missing."""
-    folder = args.model or Path("runs") / folder_of(args) / "phase2"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder {folder}; train one with: "
-                                f"python train.py --preset {args.preset}")
-    return folder
 
 
 def chooser(args):

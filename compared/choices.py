@@ -114,6 +114,18 @@ def folder_of(args):
     return f"{args.preset}-{args.name}"
 
 
+def model_folder(args):
+    """The trained model that a command line names: --model, or phase 2 of --preset and --name.
+    FileNotFoundError, with the command that trains one, where there is none."""
+    folder = args.model or Path("runs") / folder_of(args) / "phase2"
+    if not (folder / "config.json").exists():
+        lacking = "config.json in" if folder.is_dir() else "model folder"
+        name = f" --name {args.name}" if args.name and not args.model else ""
+        raise FileNotFoundError(f"no {lacking} {folder}; train one with: python train.py --preset "
+                                f"{args.preset}{name} (tiny needs no download)")
+    return folder
+
+
 def whole_numbers(text):
     """The text 1,4 -> (1, 4), and none -> (). ValueError for what is no number."""
     return () if text == "none" else tuple(int(word) for word in text.split(","))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
-from compared.choices import FIELDS, add_choices, begin, check, folder_of, for_training, given, typed, write
+from compared.choices import FIELDS, add_choices, begin, check, folder_of, for_training, given, model_folder, typed, write
 from model import PRESETS, LLaVAVRConfig
 
 NOWHERE = Path("nowhere/phase1")
@@ -86,6 +86,14 @@ def test_another_architecture_needs_a_name():
 def test_runs_lie_under_preset_and_name(name, folder):
     """runs/<preset>-<NAME>/phase1 ..."""
     assert folder_of(argparse.Namespace(preset="tiny", name=name)) == folder
+
+
+def test_the_command_that_trains_a_missing_model_has_its_name(tmp_path, monkeypatch):
+    """Without --name it would train another one, and the model would still be missing."""
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(preset="tiny", name="mine", model=None)
+    with pytest.raises(FileNotFoundError, match="no model folder runs/tiny-mine/phase2.* --preset tiny --name mine "):
+        model_folder(args)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..\\x", "a b", "..", "."])

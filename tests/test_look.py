@@ -295,6 +295,7 @@ def test_names_questions_and_answers_are_only_text(tmp_path, monkeypatch):
     """However they look, they open no tag, end no script and stand for no part of ours."""
     folder = tmp_path / "<" / "script><b>"                          # together: </script>
     folder.mkdir(parents=True)
+    (folder / "config.json").touch()
     image, question = tmp_path / "<i>&amp;.png", "</title></script><img src=x onerror=alert(1)>{{data}}\\1"
     PICTURE.save(image)
     model = wake(tiny_model())
@@ -346,6 +347,8 @@ def test_errors_are_one_line(arguments, complaint, tmp_path, monkeypatch):
     PICTURE.save("a.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     (tmp_path / "model").mkdir()
+    if complaint != "config.json":
+        (tmp_path / "model/config.json").touch()
     with pytest.raises((ValueError, OSError)) as caught:
         look.main(["--model", "model", *arguments])
     assert complaint in str(caught.value) and "\n" not in str(caught.value)

@@ -29,8 +29,9 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 import data
+from compared.choices import model_folder
 from compared.variants import load_model
-from sample import add_asking, asked, chooser, model_folder
+from sample import add_asking, asked, chooser
 from tools.look import data_uri, figures_of, heat
 
 PAGE = Path(__file__).with_suffix(".html")
