@@ -18,7 +18,6 @@ import os
 import re
 import shlex
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def add_name(parser):
 
 
 def add_beginning(parser):
-    """Add --name, and the flags that say what a run goes on from, may replace, and learns by."""
+    """Add --name, --from, --overwrite and --lora."""
     add_name(parser)
     add = parser.add_argument
     add("--from", dest="origin", metavar="FOLDER", help="go on from this LLaVA-VR model, by "
@@ -73,8 +72,8 @@ def add_beginning(parser):
 def complete(args, argv):
     """Fill in what --from decides, and keep what was typed for messages that tell what to type.
 
-    args.typed: the command line without --resume and --overwrite. args.place: of it only where
-    models lie and are read from.
+    args.typed: the command line without --resume and --overwrite. args.place: only those of its
+    flags that say where models lie and are read from.
     """
     words = sys.argv[1:] if argv is None else argv
     args.typed = shlex.join(str(word) for word in words if word not in ("--resume", "--overwrite"))
@@ -100,7 +99,8 @@ def preset_of(folder):
 
 
 def widths(config):
-    """What tells presets apart. Not the ViT's depth: of it only what is read may be there."""
+    """What tells presets apart. Not the depth of the ViT: a folder may lack blocks that nothing
+    reads."""
     return config.vision.hidden_size, config.text.hidden_size, config.text.num_hidden_layers
 
 
@@ -139,12 +139,12 @@ def given(args):
 
 def begin(args, paths, out, before):
     """What a phase starts from -> (folder of a model, or None for pre-trained parts; {field: value}
-    to set in it). Nothing heavy is loaded.
+    to set in it). No weights are loaded.
 
-    paths: folders of "clip" and "llm". out: that of the finished phase. before: the name of the
-    phase before, or None.
-    Raises ValueError or OSError in one line: for choices that do not fit together or the model that
-    is gone on from, and for a finished model that would be replaced without --overwrite.
+    paths: folders of "clip" and "llm". out: folder that the finished phase will have. before: name
+    of the folder of the phase before, or None.
+    Raises ValueError or OSError in one line: for choices that do not fit together or do not fit the
+    model of --from, and for a finished model that would be replaced without --overwrite.
     """
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite begins anew: give one")
@@ -178,15 +178,12 @@ def refuse_to_replace(args, out):
     is. ValueError where it is of another architecture than what was typed."""
     if not is_finished(args, out):
         return
-    why = ""
     if not args.resume:
-        kept = {}
-        with suppress(ValueError):                                   # damaged: nothing is known
-            kept = load(out / "choices.json").get("flags", {})
+        kept, why = flags_of(out), ""
         differ = [name for name in LEARN if kept.get(name) != getattr(args, name)]
         if kept and differ:
-            then, now = (flag(differ[0], value)
-                         for value in (kept.get(differ[0]), getattr(args, differ[0])))
+            name = differ[0]
+            then, now = flag(name, kept.get(name)), flag(name, getattr(args, name))
             why = f", trained {then}, not {now}"
         if not kept or differ or args.phase or args.data:
             raise FileExistsError(f"{out} holds a finished model{why}: give another --name, or "
@@ -214,8 +211,8 @@ def refuse_another_beginning(args, out):
 
 
 def from_model(args, out):
-    """{field: value} to change in the model of --from, with a line for each part that starts fresh.
-    Raises as `begin` does."""
+    """{field: value} to change in the model of --from. Prints which parts start fresh. Raises as
+    `begin` does."""
     folder = args.origin
     if args.name is None:
         raise ValueError(f"--from {folder} needs a --name: its runs lie in runs/<preset>-<NAME>")
@@ -245,8 +242,8 @@ def from_model(args, out):
 
 
 def origin_config(folder):
-    """The LLaVAVRConfig of the model in a folder. ValueError or OSError for any other folder, which
-    tells where the next one is, if there is."""
+    """The LLaVAVRConfig of the model in a folder. ValueError or OSError for any other folder, with
+    what to give instead."""
     folder = Path(folder)
     inside = [path.parent for path in sorted(folder.glob("*/config.json"))]
     if inside and not (folder / "config.json").exists():
@@ -300,7 +297,7 @@ def sized(config, paths):
 
 
 def with_side(chosen, config):
-    """The same choices; the uncompressed projector brings its side, that of the features."""
+    """The same choices, with the side of the features where the projector does not compress."""
     if chosen.get("projector") == "mlp":
         return {"side": config.feature_side, **chosen}
     return chosen
@@ -340,6 +337,15 @@ def load(path):
     if not isinstance(kept, dict):
         raise ValueError(damaged(path))
     return kept
+
+
+def flags_of(folder):
+    """{name of LEARN: value or None}, the flags that the model in a folder was trained with. {}
+    where its choices.json has none, is damaged or is not there."""
+    try:
+        return dict(load(folder / "choices.json")["flags"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def damaged(path):

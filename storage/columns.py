@@ -10,8 +10,8 @@ from storage.formats import MARK, as_list, format_of, roles_and_texts, turns_of
 
 
 def column_of_turns(file, schema):
-    """The one of FORMATS that a Parquet file has. Raises ValueError, also for pictures that are
-    none."""
+    """The one of FORMATS that a Parquet file has. Raises ValueError, also where its column of
+    pictures cannot hold any."""
     columns = {field.name: str(field.type) for field in schema if str(field.type) != "null"}
     try:
         key = format_of(columns)
@@ -56,11 +56,12 @@ def picture_counts(path):
 def text_sizes(key, column):
     """A column of turns in format `key` -> (rows, 2) int64: characters of all turns, marks."""
     name = re.search("(value|content): (large_)?string", str(column.type))
-    if name:                                                                 # turns without parts
-        row = compute.list_parent_indices(column)                            # of each turn
-        text = compute.struct_field(column.flatten(), name[1]).fill_null("")
-        of_turn = compute.utf8_length(text), compute.count_substring(text, MARK)
-        return np.stack([np.bincount(row, each, len(column)) for each in of_turn], 1).astype(int)
+    if name:  # turns without parts
+        row = compute.list_parent_indices(column)                                    # (turns,)
+        text = compute.struct_field(column.flatten(), name[1]).fill_null("")         # (turns,)
+        counts = compute.utf8_length(text), compute.count_substring(text, MARK)      # (turns,) each
+        sums = [np.bincount(row, count, len(column)) for count in counts]            # (rows,) each
+        return np.stack(sums, 1).astype(int)
     sizes = []
     for given in column.to_pylist():
         try:

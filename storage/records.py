@@ -107,8 +107,8 @@ class Pictures(PerProcess):
 
 
 class Reader(PerProcess):
-    """What the readers of JSON and of Parquet share. They have `path`, `pictures`, and for a row of
-    the set `_load`, its record as it is stored, and `_file`, where that is."""
+    """What the readers of JSON and of Parquet share. Each has `path`, `pictures`, and for a row of
+    the set `_load`, its record as it is stored, and `_file`, the file that holds it."""
     marks_first = False  # whether pictures are put before the first question: no record has a mark
 
     def read(self, i):
@@ -172,26 +172,27 @@ class JSONRecords(Reader):
                     refused.append((kind, f"{where} {words}"))
                 if kind not in (None, UNMARKED):
                     continue
-                marked = marked or bool(pictures) and not kind
+                if pictures and not kind:
+                    marked = True
                 characters = sum(len(text) for _, text in roles_and_texts(turns))
                 table.append((number, start, end, characters, len(pictures), kind == UNMARKED))
                 if len(shown) < 100:
                     shown += [(kind, each) for each in pictures[:1] if isinstance(each, str)]
         table = np.array(table, np.int64).reshape(-1, 6)
-        lacks = table[:, 5] == 1
-        self.marks_first = bool(lacks.any()) and not marked
+        spans, sizes, unmarked = table[:, :3], table[:, 3:5], table[:, 5] == 1
+        self.marks_first = bool(unmarked.any()) and not marked
         if self.marks_first:
             refused = [each for each in refused if each[0] != UNMARKED]
-            table[lacks, 3] += table[lacks, 4] * len(MARK + " ")
+            sizes[unmarked, 0] += sizes[unmarked, 1] * len(MARK + " ")
         else:
             refused = [(MISMATCH if kind == UNMARKED else kind, words) for kind, words in refused]
-            table = table[~lacks]
-        if refused and (problems is None or not len(table)):
+            spans, sizes = spans[~unmarked], sizes[~unmarked]
+        self.spans, self.sizes = spans.copy(), sizes.copy()
+        if refused and (problems is None or not len(self)):
             more = f" (and {len(refused) - 1} more such records)" if len(refused) > 1 else ""
             raise ValueError(refused[0][1] + more)
         if problems is not None:
             problems += refused
-        self.spans, self.sizes = table[:, :3].copy(), table[:, 3:5].copy()
         paths = [each for kind, each in shown if is_path(each) and (self.marks_first or not kind)]
         if paths and not images and all(self.pictures.get(each) is None for each in paths):
             raise FileNotFoundError(f"picture {paths[0]} of {path} is in none of {self.pictures}: "
