@@ -28,8 +28,8 @@ LONGEST_PATH = 1000
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "system": "system"}
 
-# Kinds of problem that a record can have. UNMARKED becomes MISMATCH if another record of the set has
-# marks, else marks are put first.
+# Kinds of problem that a record can have. UNMARKED becomes MISMATCH if another record of the set
+# has marks; else marks are put first.
 MALFORMED, MISMATCH, EMPTY = "malformed records", "mark/picture mismatches", "empty answers"
 UNMARKED = "pictures without marks"
 

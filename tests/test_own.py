@@ -155,7 +155,7 @@ GOOD = {"question": "Which?", "answer": "1"}
     (GOOD, "letter", "has 0 options: the metric letter needs 2 to 26"),
     (GOOD | {"options": ["a", "b"]}, "letter", "the answer '1', which is neither one of the letters AB nor the text of one"),
     ({"conversations": [{"from": "human", "value": "?"}]}, "exact", "has a question without an answer"),
-    ({"conversations": [{"from": "gpt", "value": "?"}]}, "exact", "has a turn of 'gpt' where questions and answers"),
+    ({"conversations": [{"from": "gpt", "value": "?"}]}, "exact", "has a turn of 'assistant' where questions and answers"),
     ({"label": 1}, "exact", "bad.jsonl")])
 def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(setup, tmp_path, text, metric, message):
     """In one line with file, line and question; a bad last row must not cost the answers to all the others."""
