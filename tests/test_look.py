@@ -286,6 +286,7 @@ def run_main(monkeypatch, model, folder, image, question=QUESTION):
     """The command with a model that is at hand -> the page it wrote."""
     monkeypatch.setattr(look, "load_model", lambda folder: model)
     out = folder / "out.html"
+    (folder / "config.json").touch()
     look.main([question, "--model", str(folder), "--image", str(image), "--out", str(out), "--max-new-tokens", "2"])
     assert [path.name for path in folder.iterdir() if "out" in path.name] == ["out.html"]
     return out.read_text(encoding="utf-8")
@@ -295,7 +296,6 @@ def test_names_questions_and_answers_are_only_text(tmp_path, monkeypatch):
     """However they look, they open no tag, end no script and stand for no part of ours."""
     folder = tmp_path / "<" / "script><b>"                          # together: </script>
     folder.mkdir(parents=True)
-    (folder / "config.json").touch()
     image, question = tmp_path / "<i>&amp;.png", "</title></script><img src=x onerror=alert(1)>{{data}}\\1"
     PICTURE.save(image)
     model = wake(tiny_model())
