@@ -227,8 +227,8 @@ def ask(model, answers, rows, batch, bar):
 
 
 def read_ahead(task, rows, count):
-    """Yields windows of `count` rows: lists of (row, its Question or a ValueError). Meanwhile threads
-    read the next one: decoding a scan takes 0.1 s, about as long as a GPU's answer."""
+    """Yields windows of `count` rows: lists of (row, its Question or a ValueError). Threads read
+    the next one meanwhile: decoding a scan takes 0.1 s, about as long as a GPU's answer."""
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(THREADS) as decoders:
         def read():
             window = list(islice(rows, count))

@@ -265,7 +265,7 @@ class LLaVAVR(nn.Module):
         prompts: str, or turns [{"role", "content"}] (or from, value) that end with the user's. The
             first may be a system turn. Without `<image>` marks the pictures stand first.
         on_token(row, text): called with every new piece of text.
-        choose(logits (B, V)) -> tokens (B,): greedy; a sample.Sampler draws them.
+        choose(logits (B, V)) -> tokens (B,): by default greedy; a sample.Sampler draws them.
         Raises ValueError for a damaged picture, too many tokens, marks that fit no pictures.
         """
         if len(images) != len(prompts):

@@ -57,7 +57,7 @@ class Recipe:
     template: str                    # how text is laid out: data.SampleFormat
     mode: str                        # how pictures become tiles: data.plan_image
     micro: int = 8                   # samples per forward on one device: as many as fit it
-    most_tiles: float = math.inf     # of several samples there: bounds a ViT that trains
+    most_tiles: float = math.inf     # of a forward of several samples: bounds a ViT that trains
     vision_lr: float | None = None   # peak of the ViT, where it trains
     remember_lr: float | None = None  # peak of Vision Remember, if it is another
     epochs: int = 1                  # LLaVA-NeXT's scripts
@@ -200,9 +200,9 @@ def freeze(model, trains):
 
 
 def cast_frozen_to_bf16(model, run):
-    """Under bf16, frozen weights take half the memory, and no cast in every step. A frozen ViT then
-    runs without autocast: a GPU's would keep norms and residuals in float32. -> {name: tensor} of
-    those weights that rank 0 will write, as they were, on the CPU."""
+    """Under bf16, frozen weights then take half the memory, and need no cast in every step. A
+    frozen ViT runs without autocast, which on a GPU would keep norms and residuals in float32.
+    -> {name: tensor} of those weights that rank 0 will write, as they were, on the CPU."""
     originals, tower = {}, model.vision_tower
     if run.flags.precision == "bf16" and "vision_tower" not in run.recipe.trains:
         tower.forward = torch.autocast(run.device.type, enabled=False)(tower.forward)
@@ -255,7 +255,7 @@ def build_optimizer(model, recipe):
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            peak = recipe.peak(part_of(name)) * lora.faster(name)
+            peak = recipe.peak(part_of(name)) * lora.lr_factor(name)
             groups.setdefault(peak, []).append(parameter)
     groups = [{"params": params, "lr": peak, "peak": peak} for peak, params in groups.items()]
     return torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=0, fused=True)
