@@ -165,17 +165,17 @@ def begin(args, paths, out, before):
 
 
 def is_finished(args, out):
-    """Whether the phase of this folder is done and left as it is."""
+    """Whether the phase of this folder is done, and is not to be trained anew."""
     there = (out / "config.json").exists()
-    if args.resume:                                                  # one begun by --overwrite?
-        return there and not partial_of(out).exists()
+    if args.resume:
+        return there and not partial_of(out).exists()                # which --overwrite began
     return there and not args.overwrite
 
 
 def refuse_to_replace(args, out):
     """FileExistsError for a finished model, unless --overwrite is given. A command that runs both
-    phases on the preset's own data may be repeated: what the same flags have trained is left as it
-    is. ValueError where it is of another architecture than what was typed."""
+    phases on the preset's own data may be repeated: a phase that the same flags have trained is
+    left as it is. ValueError where the flags ask for another architecture than it has."""
     if not is_finished(args, out):
         return
     if not args.resume:
@@ -204,7 +204,9 @@ def refuse_another_beginning(args, out):
     kept = load(begun).get("flags") if begun.exists() else None
     for name in ("origin", "lora") if kept else ():
         now, then = getattr(args, name), kept.get(name)
-        same = bool(now) == bool(then) if name == "origin" else now == then    # it may have moved
+        same = now == then
+        if name == "origin":                                         # it may have moved
+            same = bool(now) == bool(then)
         if not same:
             raise ValueError(f"{begun.parent} was begun {flag(name, then)}, not {flag(name, now)}: "
                              "resume it as it was begun")
@@ -226,8 +228,8 @@ def from_model(args, out):
         chosen = {"side": config.feature_side // 2, **chosen}        # the paper's ratio of 1/4
     chosen = with_side(chosen, config)
     if args.resume and begun.exists():
-        kept = read(begun)
-        refuse_others(given(args), kept, f"the run in {begun.parent} was begun with")
+        kept = read_fields(begun)
+        refuse_other_choices(given(args), kept, f"the run in {begun.parent} was begun with")
         chosen = kept
     chosen = {name: value for name, value in chosen.items()
               if typed(value) != typed(getattr(config, name))}
@@ -264,12 +266,12 @@ def for_training(args, paths, out):
     Raises ValueError for choices that do not fit together, or have no name of their own; and where
     they differ from those of the resumed run.
     """
-    config = sized(PRESETS[args.preset].config, paths)
+    config = with_sizes(PRESETS[args.preset].config, paths)
     chosen, unfinished = with_side(given(args), config), partial_of(out)
     begun = unfinished / "choices.json"
     if args.resume and begun.exists():
-        kept = read(begun)
-        refuse_others(chosen, kept, f"the run in {unfinished} was begun with")
+        kept = read_fields(begun)
+        refuse_other_choices(chosen, kept, f"the run in {unfinished} was begun with")
         chosen = kept
     elif args.resume and unfinished.exists() and args.name and not chosen:
         raise ValueError(f"{begun} is missing: type the flags of the architecture again")
@@ -287,8 +289,8 @@ def partial_of(out):
     return out.with_name(f"{out.name}.partial")
 
 
-def sized(config, paths):
-    """A config with the sizes of the ViT and the decoder in these folders, where they are there."""
+def with_sizes(config, paths):
+    """The same config, with the sizes of the ViT and the decoder in the folders that are there."""
     kinds = {"clip": ("vision", CLIPConfig), "llm": ("text", Qwen2Config)}
     sizes = {field: read_config(paths[name], kind.from_dict)
              for name, (field, kind) in kinds.items()
@@ -318,8 +320,8 @@ def write(path, config, args=None):
     os.replace(new, path)
 
 
-def read(path):
-    """The choices that `write` wrote. ValueError where they were damaged."""
+def read_fields(path):
+    """{field: value} that `write` wrote. ValueError where the file is damaged."""
     kept = load(path)
     if not set(FIELDS) <= set(kept):
         raise ValueError(damaged(path))
@@ -355,10 +357,10 @@ def damaged(path):
 
 def check(args, folder):
     """ValueError where a flag asks for another architecture than the model in a folder has."""
-    refuse_others(given(args), of(LLaVAVRConfig.read(folder, {})[0]), f"{folder} has")
+    refuse_other_choices(given(args), of(LLaVAVRConfig.read(folder, {})[0]), f"{folder} has")
 
 
-def refuse_others(chosen, kept, who):
+def refuse_other_choices(chosen, kept, who):
     """ValueError for the first choice that differs from what is kept."""
     for name, value in chosen.items():
         if typed(value) != typed(kept[name]):
