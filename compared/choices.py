@@ -166,10 +166,11 @@ def begin(args, paths, out, before):
 
 def is_finished(args, out):
     """Whether the phase of this folder is done, and is not to be trained anew."""
-    there = (out / "config.json").exists()
-    if args.resume:
-        return there and not partial_of(out).exists()                # which --overwrite began
-    return there and not args.overwrite
+    if args.resume:                              # a run beside it was begun by --overwrite
+        begun_anew = partial_of(out).exists()
+    else:
+        begun_anew = args.overwrite
+    return (out / "config.json").exists() and not begun_anew
 
 
 def refuse_to_replace(args, out):

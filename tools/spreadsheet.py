@@ -98,12 +98,10 @@ def read_questions(args):
 
 def picture_problem(path):
     """Why a picture cannot be used, or ""."""
-    if not path.is_file():
-        return f"picture {path} is not there"
     try:
         load_image(path)
-    except ValueError as error:
-        return f"picture {path}: {str(error).splitlines()[0]}"
+    except (ValueError, OSError) as error:
+        return str(error).splitlines()[0]
     return ""
 
 
