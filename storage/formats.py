@@ -120,8 +120,8 @@ def join(parts, in_parts):
 
 
 def reference(picture):
-    """A picture as a record gives it -> its bytes, or its path or base64 as text; None where the
-    record gives none."""
+    """A picture as a record gives it -> its bytes, or its path or base64 as text. None for
+    nothing."""
     while isinstance(picture, dict):
         picture = next((picture[key] for key in PICTURE_KEYS if picture.get(key)), None)
     return None if picture == "" else picture
@@ -234,12 +234,11 @@ def scan_json(path):
                 record = json.loads(text[at:end].encode("latin-1"))
         except ValueError as error:
             place = error.pos if isinstance(error, json.JSONDecodeError) else at
-            begin = text.rfind("\n", 0, place) + 1  # of the line that is wrong
-            before = text[begin:place].encode("latin-1").decode("utf-8", "replace")
-            wrong_line, column = text.count("\n", 0, place) + 1, len(before) + 1
-            why = getattr(error, "msg", "it is not UTF-8")
+            begin = text.rfind("\n", 0, place) + 1
+            column = len(text[begin:place].encode("latin-1").decode("utf-8", "replace")) + 1
             raise ValueError(f"{path}:{line}: not valid JSON in record {number}, at line "
-                             f"{wrong_line}, column {column}: {why}") from error
+                             f"{text.count(chr(10), 0, place) + 1}, column {column}: "
+                             f"{getattr(error, 'msg', 'it is not UTF-8')}") from error
         if not isinstance(record, dict):
             record = {}
         name = "" if record.get("id") is None else f", id {record['id']},"
