@@ -398,14 +398,15 @@ def decode(args):
     print(f"reads {cost.short(speed, 'B/s')}, {args.prompt} tokens in the cache")
     text = preset_config(args, cost.PLAIN).text          # the decoder alone
     torch.manual_seed(args.seed)
-    original, found = Qwen2(text).eval().to(args.device), []
+    original = Qwen2(text).eval().to(args.device)
+    found = []
     for name, dtype, int8 in precisions_to_decode(args):
         decoder = copy.deepcopy(original).to(dtype)      # its lm_head stays tied
         if int8:
             to_int8(decoder)
         for batch in (1, 8):
-            steps = args.rounds * args.tokens + args.tokens
-            step, cache = decode_step(decoder, batch, args.prompt, steps)
+            room = (args.rounds + 1) * args.tokens       # the first round warms up
+            step, cache = decode_step(decoder, batch, args.prompt, room)
 
             def tokens():
                 for _ in range(args.tokens):
