@@ -66,7 +66,7 @@ def add_beginning(parser):
     add("--from", dest="origin", metavar="FOLDER", help="go on from this LLaVA-VR model, by "
         "default with phase 2; architecture flags add parts to it, which start fresh")
     add("--overwrite", action="store_true", help="train a finished phase anew, and replace it")
-    add("--lora", type=int, metavar="RANK", help="small matrices beside the decoder's frozen ones")
+    add("--lora", type=int, metavar="RANK", help="train the decoder by LoRA: see compared/lora.py")
 
 
 def complete(args, argv):
