@@ -35,7 +35,7 @@ FIELDS = ("projector", "side", "interaction", "remember", "levels", "window", "s
           "start")
 # Flags that change what is learned; those of FIELDS stand in config.json.
 LEARN = ("origin", "lora", "clip", "llm", "data", "images", "batch", "lr", "vision_lr",
-         "remember_lr", "epochs", "limit", "validate", "seed", "precision")
+         "remember_lr", "epochs", "limit", "validate", "seed", "precision", "labels")
 
 
 def add_choices(parser):

@@ -79,7 +79,7 @@ def test_a_stopped_run_needs_none_of_the_flags_again(folder, monkeypatch, capsys
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         train_both_phases("toy", folder, "--name", "stopped", *SOME, *long)
-    assert "go on with --resume" in capsys.readouterr().out
+    assert "go on with: train.py --preset toy " in capsys.readouterr().out
     with pytest.raises(ValueError, match="--projector aap: the run in .* was begun with --projector tokenpacker"):
         train_both_phases("toy", folder, "--name", "stopped", "--projector", "aap", "--resume", *long)
     train_both_phases("toy", folder, "--name", "stopped", "--resume", *long)

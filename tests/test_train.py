@@ -744,7 +744,7 @@ def test_a_drawn_preset_trains_on_a_part_unless_told_otherwise():
 def test_labels_of_the_reference_are_a_flag_and_a_reason_to_refuse_a_checkpoint(world, straight, tmp_path):
     """--labels llava also trains the frames of the turns. A checkpoint saved before there was the flag stays good."""
     def opened(*more):
-        run = train.make_run(train.arguments(flags(world, straight, "--phase", "2", *more)), "2", 0, 1, torch.device("cpu"))
+        run = train.make_run(train.arguments(flags(world, straight, "--phase", "2", "--overwrite", *more)), "2", 0, 1, torch.device("cpu"))
         model = train.build_model(run)
         samples, order = train.open_data(run, model)
         return train.targets_of(samples[[0, 1]][0]), train.identity_of(run, samples, order, model)
@@ -837,8 +837,10 @@ SCRIPTS = {"train": ("laptop", "one GPU", "eight GPUs"), "eval": ("laptop", "one
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_usage_at_the_top_of_a_script_names_commands_that_parse(script):
+def test_the_usage_at_the_top_of_a_script_names_commands_that_parse(script, tmp_path, monkeypatch):
     """Laptop, one GPU, eight GPUs, each with a command; a flag renamed in the code and not there would show here."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text('{"question": "How many?", "answer": "2"}\n')
     usage = ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text()))
     lines = [line for line in usage.splitlines() if f" {script}.py" in line and ("python " in line or "torchrun " in line)]
     for machine in SCRIPTS[script]:
