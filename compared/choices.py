@@ -160,7 +160,7 @@ def begin(args, paths, out, before):
         return None, for_training(args, paths, out)
     folder = out.parent / before
     if args.phase and folder.exists():                               # else it is still to come
-        check(args, folder)
+        refuse_another_architecture(args, folder)
     return folder, {}
 
 
@@ -189,7 +189,7 @@ def refuse_to_replace(args, out):
         if not kept or differ or args.phase or args.data:
             raise FileExistsError(f"{out} holds a finished model{why}: give another --name, or "
                                   f"replace it with: train.py {args.typed} --overwrite")
-    check(args, out)
+    refuse_another_architecture(args, out)
 
 
 def flag(name, value):
@@ -356,7 +356,7 @@ def damaged(path):
     return f"{path} is damaged: remove {path.parent} to begin anew"
 
 
-def check(args, folder):
+def refuse_another_architecture(args, folder):
     """ValueError where a flag asks for another architecture than the model in a folder has."""
     refuse_other_choices(given(args), of(LLaVAVRConfig.read(folder, {})[0]), f"{folder} has")
 
