@@ -471,6 +471,7 @@ def train(run, stop):
     checkpoint.agree(checkpoint=first, recipe_or_data=checkpoint.digest(identity),
                      index_of_the_data=checkpoint.digest(order.lengths))
     if run.rank == 0:
+        choices.hold(run.partial, flags)
         choices.write(run.partial / "choices.json", model.config, flags)
     log = start_log(run, model, order, first) if run.rank == 0 else None
     clock, asked = time.perf_counter(), False
@@ -616,9 +617,11 @@ def arguments(argv=None):
         args.limit = DRAWN_LIMIT
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
+        if value == "":                                             # of a variable that is not set
+            parser.error(choices.flag(name, "'': give a value, or leave it out"))
         if name in ("validate", "keep_every", "workers", "seed"):
-            if value < 0:
-                parser.error(f"{flag}: must not be below 0")
+            if not 0 <= value < 2**63:
+                parser.error(f"{flag}: must be a number from 0, below 2**63")
         elif type(value) in (int, float) and not 0 < value < math.inf:
             parser.error(f"{flag}: must be a number above 0")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:

@@ -19,6 +19,8 @@ LLaVA's instruction to answer with the letter. A question itself should say how 
 to be, in the words that the model was trained with.
 """
 import json
+import math
+import os
 import re
 from pathlib import Path
 
@@ -26,7 +28,8 @@ from benchmarks import TASKS
 from benchmarks.answers import entry_beside
 from benchmarks.ocr_chart import chartqa_score, docvqa_score
 from benchmarks.task import LETTER, LETTERS, Task, careful_letter, exact_match, lettered
-from storage.formats import MARK, as_list, roles_and_texts
+from storage.formats import (MARK, as_list, check_letters, is_path, printable, read_text, reason_of,
+                             roles_and_texts)
 from storage.records import open_records
 
 PREFIX = "own-"                     # of a task's name; the rest is the file's
@@ -113,7 +116,8 @@ def add_task_of_answers(name, path, metric=None):
 
 def task_name(path):
     """The name of the task that a file of questions makes: my charts.jsonl -> own-my-charts."""
-    return PREFIX + re.sub(r"[^\w-]+", "-", Path(path).stem)
+    name = PREFIX + re.sub(r"[^\w-]+", "-", Path(path).stem)
+    return re.sub("_blind$", "-blind", name)                # _blind marks answers to grey pictures
 
 
 def is_own(name):
@@ -190,22 +194,18 @@ class Questions:
 
     def _lines(self):
         """[(line, entry)] of a .jsonl or .json; of a list in a .json, the number of the entry."""
-        try:
-            text = self.path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path} is not UTF-8 ({error.reason} at byte {error.start}): "
-                             "save it as UTF-8") from None
-        found, place = [], ""
+        text, found, place = read_text(self.path), [], ""
         try:
             if self.path.suffix == ".json":
                 found = list(enumerate(as_list(json.loads(text)), 1))
             else:
-                for number, line in enumerate(text.splitlines(), 1):
+                for number, line in enumerate(text.split("\n"), 1):
                     place = f":{number}"
                     if line.strip():
                         found.append((number, json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.path}{place}: not valid JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}{place}: not valid JSON ({reason_of(error)}"
+                             f"{position_of(error)})") from None
         for number, entry in found:
             if not isinstance(entry, dict):
                 raise ValueError(f"{self.path}:{number}: {str(entry)[:40]!r} is no object with "
@@ -214,27 +214,30 @@ class Questions:
 
     def _add_entry(self, entry, where):
         """Take an entry with question and answer."""
-        name = str(entry.get("id", len(self.rows)))
+        name = printable(len(self.rows) if entry.get("id") is None else entry["id"])
         where = f"{where}: question {name}"
-        pictures = [picture for key in ("image", "images") for picture in as_list(entry.get(key))]
+        pictures = as_list(_one_of(entry, ("image", "images"), where))
         for picture in pictures:
             if not isinstance(picture, str) or not picture:
                 raise ValueError(f"{where} has a picture that is no path: {str(picture)[:40]!r}")
-        found = [picture if picture.startswith("data:") else self._find(picture, where)
+        found = [self._find(picture, where) if is_path(picture) else picture
                  for picture in pictures]
-        answers = as_list(entry.get("answers", entry.get("answer")))
+        answers = as_list(_one_of(entry, ("answers", "answer"), where))
         sizes = [picture.stat().st_size if isinstance(picture, Path) else len(picture)
                  for picture in found]
         row = {"id": name, "question": entry.get("question"),
-               "options": as_list(entry.get("options", entry.get("choices"))) or None,
+               "options": as_list(_one_of(entry, ("options", "choices"), where)) or None,
                "answers": answers, "sizes": sizes,
                "image": [picture[:200] for picture in pictures]}
         self._add(row, found, where)
 
     def _find(self, picture, where):
         """The path of a picture's file."""
+        if picture.startswith(("http://", "https://")):
+            raise ValueError(f"{where} has the web address {picture[:60]} as picture, and nothing "
+                             "is fetched: save it and give its path")
         for place in self.places:
-            if (place / picture).is_file():
+            if os.path.isfile(place / picture):
                 return place / picture
         raise FileNotFoundError(f"{where}: picture {picture} is in none of "
                                 f"{', '.join(map(str, self.places))}; name the folder: --images")
@@ -261,6 +264,7 @@ class Questions:
         """Check a row and take it."""
         if not isinstance(row["question"], str) or not row["question"].strip():
             raise ValueError(f"{where} has no text in question")
+        check_question(row["question"], where)
         row["answers"] = [_as_text(answer, where) for answer in row["answers"]]
         if not row["answers"]:
             raise ValueError(f"{where} has no answer")
@@ -281,10 +285,35 @@ def _as_text(value, where):
     """An answer or option as text; numbers are written as JSON writes them."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"{where} has {json.dumps(value)[:40]} where a text or a number must be")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} has {value} where a text or a number must be")
     text = str(value).strip()
     if not text:
         raise ValueError(f"{where} has an empty answer or option")
+    check_question(text, where)
     return text
+
+
+def check_question(text, where):
+    """ValueError for a text with half a character in it."""
+    try:
+        check_letters(text, "in a text")
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None
+
+
+def _one_of(entry, names, where):
+    """The value of the one of two keys that an entry has; None for null or neither. ValueError for
+    both: one of them would be left out without a word."""
+    found = [name for name in names if entry.get(name) is not None]
+    if len(found) > 1:
+        raise ValueError(f"{where} has {' and '.join(found)}: keep one of them")
+    return entry[found[0]] if found else None
+
+
+def position_of(error):
+    """Where in a line json stopped reading, as words that go on; "" where it does not say."""
+    return f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
 
 
 def _letter_of(answer, options, where):

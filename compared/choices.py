@@ -31,11 +31,16 @@ from qwen2 import Qwen2Config
 from sela import JOINS
 from storage.weights import read_config
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 FIELDS = ("projector", "side", "interaction", "remember", "levels", "window", "saliency", "join",
           "start")
 # Flags that change what is learned; those of FIELDS stand in config.json.
 LEARN = ("origin", "lora", "clip", "llm", "data", "images", "batch", "lr", "vision_lr",
          "remember_lr", "epochs", "limit", "validate", "seed", "precision", "labels")
+HELD = []                               # open files whose locks this process has
 
 
 def add_choices(parser):
@@ -224,6 +229,9 @@ def from_model(args, out):
             raise ValueError(f"--{name} {getattr(args, name)}: with --from all weights are those "
                              f"of {folder}: leave it out")
     config = origin_config(folder)
+    if out.exists() and out.samefile(folder):
+        raise ValueError(f"--from {folder}: the run would replace the model that it goes on from: "
+                         "give another --name")
     begun, chosen = partial_of(out) / "choices.json", given(args)
     if config.projector == "mlp" and chosen.get("projector", "mlp") != "mlp":
         chosen = {"side": config.feature_side // 2, **chosen}        # the paper's ratio of 1/4
@@ -257,7 +265,11 @@ def origin_config(folder):
     if read_config(folder).get("model_type") == "llava_next":
         raise ValueError(f"--from {folder}: a LlavaNext as Hugging Face has it; convert it first: "
                          f"python -m tools.convert {folder} {folder.name}-ours")
-    return LLaVAVRConfig.read(folder, {})[0]
+    try:
+        return LLaVAVRConfig.read(folder, {})[0]
+    except ValueError as error:
+        file = f"{folder}/config.json"
+        raise ValueError(str(error) if file in str(error) else f"{file}: {error}") from None
 
 
 def for_training(args, paths, out):
@@ -288,6 +300,29 @@ def for_training(args, paths, out):
 def partial_of(out):
     """The folder of a run in progress: runs/0.5b/phase1 -> runs/0.5b/phase1.partial."""
     return out.with_name(f"{out.name}.partial")
+
+
+def hold(partial, args):
+    """Keep a run to this process, until it ends: two that write into one folder spoil both. Raises
+    ValueError where another process has it.
+
+    With --overwrite of both phases that of phase 2 is made, too: by it --resume knows that a phase
+    2 that is there is to be replaced.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    if args.overwrite and args.phase is None:
+        partial.with_name("phase2.partial").mkdir(exist_ok=True)
+    if fcntl is None:                                                # Windows
+        return
+    file = open(partial / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # ends with the process
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{partial}: another process is training there: wait for its end, or give "
+                         "another --name") from None
+    except OSError:                                                  # a disk that knows no locks
+        pass
+    HELD.append(file)
 
 
 def with_sizes(config, paths):
@@ -337,7 +372,7 @@ def load(path):
         return {}
     except ValueError:
         raise ValueError(damaged(path)) from None
-    if not isinstance(kept, dict):
+    if not isinstance(kept, dict) or not isinstance(kept.get("flags", {}), dict):
         raise ValueError(damaged(path))
     return kept
 

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 
-from storage.formats import MARK, as_list, format_of, roles_and_texts, turns_of
+from storage.formats import COLUMNS, MARK, as_list, format_of, roles_and_texts, turns_of
 
 
 def column_of_turns(file, schema):
@@ -24,6 +24,37 @@ def column_of_turns(file, schema):
             raise ValueError(f"{file} has no pictures in its column {name}, which is "
                              f"{columns[name]}: store their bytes or paths")
     return key
+
+
+def metadata_of(file):
+    """The metadata of a Parquet file. Raises ValueError for what is none."""
+    try:
+        return parquet.read_metadata(file)
+    except Exception as error:
+        raise ValueError(f"{file} is no complete parquet file ({error}): download it again"
+                         ) from error
+
+
+def read_group(path, group):
+    """A row group of a Parquet file as a table of those of COLUMNS that it has. Raises ValueError
+    where its bytes are damaged."""
+    try:
+        with parquet.ParquetFile(path) as file:
+            return file.read_row_group(group, columns=list(COLUMNS))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged in row group {group} ({error}): download it again"
+                         ) from error
+
+
+def batches_of(path, name):
+    """Yields a column of a Parquet file, some thousand rows at a time. Raises as `read_group`."""
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=[name]):
+                yield batch.column(0)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged in its column {name} ({error}): download it again"
+                         ) from error
 
 
 def picture_leaves(group):

@@ -112,7 +112,7 @@ def join(parts, in_parts):
                 raise ValueError(f"has a part for picture {part['index']} where picture "
                                  f"{len(in_parts)} is next: put the parts in order, from 0")
             text += " " + MARK if text.endswith(MARK) else MARK
-            in_parts.append(reference(part))
+            in_parts.append(reference({key: part.get(key) for key in PICTURE_KEYS}))
         else:
             raise ValueError(f"has a part of type {kind!r} without text: parts are "
                              '{"type": "text", "text": ...} or {"type": "image", ...}')
@@ -121,8 +121,11 @@ def join(parts, in_parts):
 
 def reference(picture):
     """A picture as a record gives it -> its bytes, or its path or base64 as text. None for
-    nothing."""
+    nothing. Raises ValueError for a dict that names none."""
     while isinstance(picture, dict):
+        if picture and not set(PICTURE_KEYS) & set(picture):
+            raise ValueError(f"has a picture with {', '.join(map(str, picture))}, and with none of "
+                             f"{', '.join(PICTURE_KEYS)}: name it by one of these")
         picture = next((picture[key] for key in PICTURE_KEYS if picture.get(key)), None)
     return None if picture == "" else picture
 
@@ -168,9 +171,20 @@ def check_turns(pairs):
         if not isinstance(text, str):
             raise ValueError(f"has no text in turn {place + 1}: each needs from and value, or role "
                              "and content")
+        check_letters(text, f"in turn {place + 1}")
         if role not in ROLES or role == "system" and place > 0:
             raise ValueError(f"has the role {role!r} in turn {place + 1}: use human or user, gpt "
                              "or assistant, and system for the first turn")
+
+
+def check_letters(text, where):
+    """Raises ValueError for a text with half of a surrogate pair: JSON can write it, but it is no
+    character, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has {text[error.start]!a}, half a character, {where}: remove it"
+                         ) from None
 
 
 def record_problem(turns, pictures):
@@ -206,6 +220,30 @@ def stands_for_picture(question):
 
 # ---------------------------------------------------------------------------------- JSON files
 
+def read_text(path):
+    """A text file, with or without a byte order mark. Raises ValueError, with the file's name, for
+    one that is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as "
+                         "UTF-8") from None
+
+
+def printable(value):
+    """A value as text that any terminal and any file takes: half characters are escaped."""
+    return str(value).encode(errors="backslashreplace").decode()
+
+
+def reason_of(error):
+    """What json says of a text that it cannot read, in a few words."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "lists or objects lie too deep in each other"
+    return getattr(error, "msg", "a number has too many digits")
+
+
 def json_files(path):
     """The file itself, or all .json and .jsonl below a folder, in order of path."""
     if path.is_file():
@@ -232,16 +270,16 @@ def scan_json(path):
             record, end = decoder.raw_decode(text, at)
             if not text[at:end].isascii():  # decode its letters, not its bytes
                 record = json.loads(text[at:end].encode("latin-1"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             place = error.pos if isinstance(error, json.JSONDecodeError) else at
             begin = text.rfind("\n", 0, place) + 1
             column = len(text[begin:place].encode("latin-1").decode("utf-8", "replace")) + 1
             raise ValueError(f"{path}:{line}: not valid JSON in record {number}, at line "
                              f"{text.count(chr(10), 0, place) + 1}, column {column}: "
-                             f"{getattr(error, 'msg', 'it is not UTF-8')}") from error
+                             f"{reason_of(error)}") from None
         if not isinstance(record, dict):
             record = {}
-        name = "" if record.get("id") is None else f", id {record['id']},"
+        name = "" if record.get("id") is None else f", id {printable(record['id'])},"
         yield f"{path}:{line}: record {number}{name}", at, end, record
         number += 1
     if end == head.end():

@@ -196,7 +196,7 @@ def test_folders_from_before_a_field_was_there_have_its_default(tmp_path):
             refuse_another_architecture(parse(*words), out)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"projector": "ml', "3", '{"projector": "aap"}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"projector": "ml', "3", '{"projector": "aap"}', '{"flags": 3}', '{"flags": []}'])
 def test_damaged_choices_are_named(tmp_path, text):
     """By a crash or an editor; the run cannot guess what it was."""
     (tmp_path / "phase1.partial").mkdir()
