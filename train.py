@@ -662,7 +662,7 @@ def main(argv=None):
         draw = [sys.executable, "-m", "tiny.world", "--out", Path("data/tiny").resolve()]
         subprocess.run(draw, cwd=Path(__file__).parent, check=True)
     checkpoint.from_all(None)                                       # none reads before it is drawn
-    with stop_on_signal() as stop:
+    with stop_on_signal() as stop, choices.HELD:
         for run in runs:
             if not train(run, stop):
                 break

@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,7 @@ FIELDS = ("projector", "side", "interaction", "remember", "levels", "window", "s
 # Flags that change what is learned; those of FIELDS stand in config.json.
 LEARN = ("origin", "lora", "clip", "llm", "data", "images", "batch", "lr", "vision_lr",
          "remember_lr", "epochs", "limit", "validate", "seed", "precision", "labels")
-HELD = []                               # open files whose locks this process has
+HELD = ExitStack()                      # open files whose locks this process has; train.main closes
 
 
 def add_choices(parser):
@@ -322,7 +323,7 @@ def hold(partial, args):
                          "another --name") from None
     except OSError:                                                  # a disk that knows no locks
         pass
-    HELD.append(file)
+    HELD.enter_context(file)
 
 
 def with_sizes(config, paths):
