@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from storage.weights import load_weights, read_config
+from storage.weights import check_sizes, load_weights, read_config
 
 SALIENCY = ("sigmoid", "softmax", "standardised", "none")
 
@@ -30,6 +30,7 @@ class CLIPConfig:
     hidden_act: str = "quick_gelu"
 
     def __post_init__(self):
+        check_sizes(self)
         if self.hidden_act != "quick_gelu":
             raise ValueError(f"hidden_act {self.hidden_act!r}: only OpenAI's quick_gelu is built")
         if self.hidden_size % self.num_attention_heads:

@@ -465,20 +465,20 @@ class Order:
     @functools.lru_cache(maxsize=1)
     def epoch(self, epoch):
         """(samples,) int64: the records of an epoch in the order they are trained. Blocks (row
-        groups) are shuffled, and each block's records are spread over a window of WINDOW blocks; at
-        the end of the epoch it goes on at the start. A block of one record costs no window: it can
-        come anywhere. Text-only records are spread evenly: a batch with many of them would be a
-        short one, and the next a long one."""
+        groups) are shuffled, and the records of each are spread over a window of WINDOW blocks; a
+        window that reaches beyond the end of the epoch goes on at its start. Blocks of one record
+        do not count: such a record is as cheap to read anywhere. Text-only records are spread
+        evenly: a batch with many of them would be a short one, and the next a long one."""
         random = np.random.default_rng([self.seed, epoch])
         records = np.arange(len(self.lengths))
         within_window = random.random(len(records))
         blocks = random.permutation(len(self.starts))
         block = np.searchsorted(self.starts, records, "right") - 1           # of every record
-        many = np.bincount(block, minlength=len(blocks)) > 1                 # of every block
-        place = np.empty(len(blocks))                # how many such blocks stand before a block
-        place[blocks] = np.cumsum(many[blocks])
-        count = max(many.sum(), 1)
-        order = np.argsort((place[block] + within_window * min(WINDOW, count)) % count)
+        counts = np.bincount(block, minlength=len(blocks)) > 1               # of every block
+        window = np.empty(len(blocks))               # its start: how many that count come up to it
+        window[blocks] = np.cumsum(counts[blocks])
+        count = max(counts.sum(), 1)
+        order = np.argsort((window[block] + within_window * min(WINDOW, count)) % count)
         text = self.tiles[order] == 0
         place = np.empty(len(records))               # 0 to 1, among the records of its kind
         for kind in (text, ~text):

@@ -55,7 +55,7 @@ from benchmarks.report import (
     beside, entry_of, gallery, page, print_entry, read_results, summary, table, write_results)
 from benchmarks.rows import (
     count_rows, find_all, is_drawn, open_row, picture_files, rows_of)
-from compared.choices import add_choices, add_name, folder_of
+from compared.choices import add_choices, add_name, model_folder
 from compared.origin import TABLES, papers_row, refuse_untaught
 from compared.precision import add_precision, announce, usual_precision
 from compared.variants import described, load_model, read_variant
@@ -96,11 +96,11 @@ class Run:
 
     tasks: tuple = ()               # names, in the order of the table
     named: bool = False             # each task by its own name, so none of them may be missing
-    draws: bool = False             # stand-ins are drawn for benchmarks that are not there
+    draws: bool = False             # whether stand-ins are drawn for benchmarks that are not there
     variant: str = ""               # how the model differs from the one that was trained
     mark: str = ""                  # tells this trained model from others
-    row: str | None = None          # the paper's beside ours, and the words that say which
-    words: str = ""
+    row: str | None = None          # of the paper, to stand beside ours: see papers_row
+    words: str = ""                 # which row that is, or why there is none
     rank: int = int(os.environ.get("RANK", 0))              # as torchrun says
     world: int = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -130,7 +130,7 @@ def arguments(argv):
     add("--fresh", action="store_true", help="forget the answers of earlier runs")
     add("--report", action="store_true", help="also write report.html: table and pictures")
     add("--compare", nargs=2, type=Path, metavar=("RUN_A", "RUN_B"),
-        help="of two models' answers: the difference, its error, what changed")
+        help="two models' answers: the difference, its error, what changed")
     add("--rescore", nargs="+", type=Path, metavar="FILE", help="score saved answers again")
     run = parser.parse_args(argv, namespace=Run())
 
@@ -144,15 +144,14 @@ def arguments(argv):
         raise ValueError("--limit and --sample exclude each other: give one")
     drawn = PRESETS[run.preset].drawn
     run.draws = drawn and run.data is None
-    run.model = run.model or Path("runs") / folder_of(run) / "phase2"
     run.data = run.data or Path("data/tiny/eval" if drawn else "data/eval")
     run.blind = drawn if run.blind is None else run.blind
     return run
 
 
 def tasks_of(run):
-    """-> (names of what --task asks for, whether each was named by itself). Files of own questions
-    are read here. ValueError for a name that is none, OSError for a file that is not there."""
+    """-> (names of what --task asks for, whether each was named by itself). Reads the files of own
+    questions. ValueError for an unknown name, OSError for a missing file."""
     typed = run.task or ("chartqa",)
     files = [word for word in typed if Path(word).suffix.lower() in own.SUFFIXES]
     words = " ".join(word for word in typed if word not in files)
@@ -170,8 +169,8 @@ def tasks_of(run):
 
 
 def compared_tasks(run):
-    """The tasks that --compare is about; None where --task was not given, or is all: those that
-    both runs have."""
+    """The tasks that --compare is about, or None for all that both runs have: where --task was not
+    given, or is all."""
     words = [own.task_name(word) if Path(word).suffix.lower() in own.SUFFIXES else word
              for word in run.task]
     if words in ([], ["all"]):
@@ -197,8 +196,8 @@ def model_mark(folder, variant=""):
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def numbers(run):
-    """What else tells answers apart: another precision than usual, int8. "" if neither."""
+def precision_mark(run):
+    """What the model's mark says of another precision than usual, and of int8. "" if neither."""
     other = "" if run.precision == usual_precision() else f" {run.precision}"
     return other + (" int8" if run.int8 else "")
 
@@ -228,8 +227,8 @@ def ask(model, answers, rows, batch, bar):
 
 
 def read_ahead(task, rows, count):
-    """Yields windows of `count` rows as lists of (row, its Question, or why there is none), each
-    while the next one is read: decoding a scan takes 0.1 s, about as long as a GPU's answer."""
+    """Yields windows of `count` rows: lists of (row, its Question or a ValueError). Threads read
+    the next one meanwhile: decoding a scan takes 0.1 s, about as long as a GPU's answer."""
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(THREADS) as decoders:
         def read():
             window = list(islice(rows, count))
@@ -241,7 +240,7 @@ def read_ahead(task, rows, count):
 
 
 def question_of(task, row):
-    """(index, row) -> its Question, or a ValueError that says why there is none."""
+    """(index, row) -> its Question, or the ValueError that says why it cannot be asked."""
     try:
         return open_row(task, *row)
     except ValueError as error:
@@ -317,7 +316,7 @@ def evaluate(run, task, files, load):
 
 
 def print_table(entries, several, row, words):
-    """Print what the scores are read against: of several tasks the summary."""
+    """Print the summary of several tasks, or what one task's score is compared with."""
     if several:
         print("\n" + summary(entries, row, words))
     else:
@@ -327,17 +326,14 @@ def print_table(entries, several, row, words):
 def rescore(paths, metric=None):
     """Score saved files again, those of a task together -> {task: entry}. Nothing is asked.
 
-    Which model answered, and what, is read from the results.json that lies beside them, and the
-    metric of own questions, unless one is given.
+    The results.json beside them says which row of the paper belongs to the model, whether data was
+    drawn, and by which metric own questions are scored, unless one is given.
     """
     entries, rows = {}, set()
     for path in paths:
         task = path.name.split(".")[0].removesuffix("_blind")
         if own.is_own(task):
-            found = metric or entry_beside(path, task).get("metric")
-            if found not in own.METRICS:
-                raise ValueError(f"{path} needs --metric: one of {', '.join(own.METRICS)}")
-            TASKS[task] = own.make_task(task, found)
+            own.add_task_of_answers(task, path, metric)
     for task, (names, lines) in read_together(paths).items():
         start = time.time()
         samples, blind = scored(task, lines[""]), scored(task, lines["_blind"])
@@ -384,17 +380,14 @@ def main(argv=None):
         return rescore(run.rescore, run.metric)
     if run.compare:
         return compare_runs(run.compare, compared_tasks(run), run.metric, run.out)
-    if not (run.model / "config.json").exists():
-        lacking = "config.json in" if run.model.is_dir() else "model folder"
-        raise FileNotFoundError(f"no {lacking} {run.model}; train one with: python train.py "
-                                f"--preset {run.preset} (tiny needs no download)")
+    run.model = model_folder(run)
     refuse_untaught(run.model)
     rule, choices = read_variant(run, run.model)
     run.variant = rule or described(choices)
     run.row, run.words = papers_row(run.model, run.variant)
     run.out = run.out or run.model / folder_name(run.variant)
     run.precision = announce(run.precision, LLaVAVRConfig.read(run.model, {})[0])
-    run.mark = model_mark(run.model, run.variant + numbers(run))
+    run.mark = model_mark(run.model, run.variant + precision_mark(run))
     results = run.out / "results.json"
     earlier = read_results(results, run.mark, run.fresh)
     found = prepare(run) if run.rank == 0 else None

@@ -28,7 +28,8 @@ from compared.graft import graft
 from qwen2 import QWEN2, KVCache, Qwen2, Qwen2Config
 from sela import Insertions, Memory, Sizes, VisionRemember, flat_index
 from storage.formats import put_marks_first, stands_for_picture
-from storage.weights import check_fingerprint, fingerprint, load_weights, read_config, save_weights
+from storage.weights import (
+    check_fingerprint, check_sizes, fingerprint, load_weights, read_config, save_weights)
 
 # call a function, and call it again in the backward pass instead of keeping what it computed
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -84,10 +85,7 @@ class LLaVAVRConfig:
                 raise ValueError(f"{name} {numbers}: give whole numbers")
             if list(numbers) != sorted(set(numbers)):
                 raise ValueError(f"{name} {numbers}: name each layer once, the deepest last")
-        for name in ("side", "window"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} {value!r}: give a whole number above 0")
+        check_sizes(self)
         for layer in self.remember:
             if not 0 <= layer < self.text.num_hidden_layers:
                 raise ValueError(f"remember {layer} is out of range: the decoder has layers 0 to "
@@ -265,7 +263,7 @@ class LLaVAVR(nn.Module):
         prompts: str, or turns [{"role", "content"}] (or from, value) that end with the user's. The
             first may be a system turn. Without `<image>` marks the pictures stand first.
         on_token(row, text): called with every new piece of text.
-        choose(logits (B, V)) -> tokens (B,): greedy; a sample.Sampler draws them.
+        choose(logits (B, V)) -> tokens (B,): by default greedy; a sample.Sampler draws them.
         Raises ValueError for a damaged picture, too many tokens, marks that fit no pictures.
         """
         if len(images) != len(prompts):

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from storage.weights import load_weights, read_config
+from storage.weights import check_sizes, load_weights, read_config
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -49,6 +49,7 @@ class Qwen2Config:
     max_position_embeddings: int = 32768
 
     def __post_init__(self):
+        check_sizes(self)
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(f"hidden_size {self.hidden_size} does not divide into "
                              f"{self.num_attention_heads} heads of even width")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from compared.choices import add_choices, add_name, folder_of
+from compared.choices import add_choices, add_name, model_folder
 from compared.precision import add_precision
 from compared.variants import load_model, read_variant
 from data import load_image
@@ -29,11 +29,11 @@ WEB_ADDRESS = re.compile(r"\w+://?")        # pathlib makes https:/ of https://
 class Sampler:
     """Draws the next token of every answer: `model.generate(..., choose=Sampler(0.7, 0.9))`.
 
-    temperature: logits are divided by it: near 0 the most likely token is always drawn, at 1 each
-        as often as the model was trained to say it, above more evenly.
-    top_p: drawn from the fewest tokens that hold this share together (arXiv:1904.09751).
-    seed: row r of a batch is answered as if it were alone, with seed + r. So the same question
-        asked several times in a batch gets several answers, and each can be had again.
+    temperature: logits are divided by it. Near 0 the most likely token is always drawn, at 1 each
+        token with the probability that the model gives it, above 1 they come more evenly.
+    top_p: only the fewest tokens that together have this probability (arXiv:1904.09751).
+    seed: row r of a batch is drawn with seed + r, as it would be alone. So the same question asked
+        several times in a batch gets several answers, and each can be repeated.
     Raises ValueError for values without meaning.
     """
 
@@ -46,7 +46,7 @@ class Sampler:
         if not 0 <= seed < 2**62:
             raise ValueError(f"seed {seed}: give a whole number from 0, of at most 18 digits")
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
-        self.generators = []                # of each row; on the CPU: a GPU draws other numbers
+        self.generators = []                # one a row, on the CPU: a GPU draws other numbers
 
     def __call__(self, logits):
         """Logits (B, V) -> tokens (B,)."""
@@ -55,13 +55,13 @@ class Sampler:
         draws = [torch.rand(1, generator=generator) for generator in self.generators[:len(logits)]]
         draws = torch.stack(draws).to(logits.device)                     # (B, 1), in [0, 1)
         logits = logits.float() - logits.float().amax(-1, keepdim=True)  # so that none overflows
-        shares, tokens = (logits / self.temperature).softmax(-1).sort(-1, descending=True)
-        before = shares.cumsum(-1) - shares                              # (B, V)
-        kept = torch.where(before < self.top_p, shares, 0)               # at least the first
+        probs, tokens = (logits / self.temperature).softmax(-1).sort(-1, descending=True)
+        before = probs.cumsum(-1) - probs                                # (B, V)
+        kept = torch.where(before < self.top_p, probs, 0)                # at least the first
         ends = kept.cumsum(-1)                                           # (B, V)
         place = torch.searchsorted(ends, draws * ends[:, -1:], right=True)       # (B, 1)
-        last = (kept > 0).sum(-1, keepdim=True) - 1                      # rounding stays inside
-        return tokens.gather(-1, place.minimum(last)).squeeze(-1)
+        last = (kept > 0).sum(-1, keepdim=True) - 1                      # (B, 1)
+        return tokens.gather(-1, place.minimum(last)).squeeze(-1)        # rounding stays inside
 
 
 # --------------------------------------------------------------------------- the command line
@@ -78,15 +78,6 @@ def add_asking(parser):
     add("--top-p", type=float, help="draw from the tokens that hold this share (default 1)")
     add("--seed", type=int, help="of the draws (default 0): the same seed, the same answer")
     add_precision(parser)
-
-
-def model_folder(args):
-    """The folder of the model that the command line names. FileNotFoundError if it is missing."""
-    folder = args.model or Path("runs") / folder_of(args) / "phase2"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder {folder}; train one with: "
-                                f"python train.py --preset {args.preset}")
-    return folder
 
 
 def chooser(args):
@@ -106,8 +97,8 @@ def chooser(args):
     return most_likely
 
 
-def asked(args, turns):
-    """The turns of a conversation behind the system prompt of the command line, if it has one."""
+def with_system(args, turns):
+    """The turns of a conversation, after the system prompt of the command line if it has one."""
     return turns if args.system is None else [{"role": "system", "content": args.system}, *turns]
 
 
@@ -128,7 +119,7 @@ def show(row, piece):
 
 def reply(model, pictures, turns, args, choose):
     """Print the answer to the last of some turns as it is generated, and return it."""
-    answers = model.generate([pictures or None], [asked(args, turns)], args.max_new_tokens,
+    answers = model.generate([pictures or None], [with_system(args, turns)], args.max_new_tokens,
                              on_token=show, choose=choose)
     print()
     return answers[0]

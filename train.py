@@ -57,7 +57,7 @@ class Recipe:
     template: str                    # how text is laid out: data.SampleFormat
     mode: str                        # how pictures become tiles: data.plan_image
     micro: int = 8                   # samples per forward on one device: as many as fit it
-    most_tiles: float = math.inf     # of several samples there: bounds a ViT that trains
+    most_tiles: float = math.inf     # of a forward of several samples: bounds a ViT that trains
     vision_lr: float | None = None   # peak of the ViT, where it trains
     remember_lr: float | None = None  # peak of Vision Remember, if it is another
     epochs: int = 1                  # LLaVA-NeXT's scripts
@@ -200,9 +200,9 @@ def freeze(model, trains):
 
 
 def cast_frozen_to_bf16(model, run):
-    """Under bf16, frozen weights take half the memory, and no cast in every step. A frozen ViT then
-    runs without autocast: a GPU's would keep norms and residuals in float32. -> {name: tensor} of
-    those weights that rank 0 will write, as they were, on the CPU."""
+    """Under bf16, frozen weights then take half the memory, and need no cast in every step. A
+    frozen ViT runs without autocast, which on a GPU would keep norms and residuals in float32.
+    -> {name: tensor} of those weights that rank 0 will write, as they were, on the CPU."""
     originals, tower = {}, model.vision_tower
     if run.flags.precision == "bf16" and "vision_tower" not in run.recipe.trains:
         tower.forward = torch.autocast(run.device.type, enabled=False)(tower.forward)
@@ -255,7 +255,7 @@ def build_optimizer(model, recipe):
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            peak = recipe.peak(part_of(name)) * lora.faster(name)
+            peak = recipe.peak(part_of(name)) * lora.lr_factor(name)
             groups.setdefault(peak, []).append(parameter)
     groups = [{"params": params, "lr": peak, "peak": peak} for peak, params in groups.items()]
     return torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=0, fused=True)
@@ -471,6 +471,7 @@ def train(run, stop):
     checkpoint.agree(checkpoint=first, recipe_or_data=checkpoint.digest(identity),
                      index_of_the_data=checkpoint.digest(order.lengths))
     if run.rank == 0:
+        choices.hold(run.partial, flags)
         choices.write(run.partial / "choices.json", model.config, flags)
     log = start_log(run, model, order, first) if run.rank == 0 else None
     clock, asked = time.perf_counter(), False
@@ -580,8 +581,8 @@ def arguments(argv=None):
     choices.add_beginning(parser)
     add("--clip", help="folder of the CLIP weights (phase 1)")
     add("--llm", help="folder of the Qwen2 weights (phase 1)")
-    add("--data", help="LLaVA .json or .jsonl, a folder of Parquet shards, or a .mix of several")
-    add("--images", help="folder or .zip with the pictures of a .json")
+    add("--data", help=".json, .jsonl, .parquet, a folder of them or a .mix: docs/data.md")
+    add("--images", help="folder or .zip with the pictures that records name by path")
     add("--out", default="runs", help="folder of all runs; default: runs")
     add("--resume", action="store_true", help="go on from the newest whole checkpoint, if any")
     add("--accept-changes", action="store_true", help="resume though recipe or data differ")
@@ -616,9 +617,11 @@ def arguments(argv=None):
         args.limit = DRAWN_LIMIT
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
+        if value == "":                                             # of a variable that is not set
+            parser.error(choices.flag(name, "'': give a value, or leave it out"))
         if name in ("validate", "keep_every", "workers", "seed"):
-            if value < 0:
-                parser.error(f"{flag}: must not be below 0")
+            if not 0 <= value < 2**63:
+                parser.error(f"{flag}: must be a number from 0, below 2**63")
         elif type(value) in (int, float) and not 0 < value < math.inf:
             parser.error(f"{flag}: must be a number above 0")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
@@ -659,7 +662,7 @@ def main(argv=None):
         draw = [sys.executable, "-m", "tiny.world", "--out", Path("data/tiny").resolve()]
         subprocess.run(draw, cwd=Path(__file__).parent, check=True)
     checkpoint.from_all(None)                                       # none reads before it is drawn
-    with stop_on_signal() as stop:
+    with stop_on_signal() as stop, choices.HELD:
         for run in runs:
             if not train(run, stop):
                 break

@@ -2,15 +2,15 @@
 
     python eval.py --compare runs/tiny/phase2 runs/tiny-mine/phase2 --task all
 
-Both answered the same questions, so most of what makes one question harder than another falls out
-of the difference. Its standard error is that of the differences sample by sample, and is often much
-smaller than the errors of the two scores would suggest.
+Both answered the same questions, so a hard question is hard for both. The standard error of the
+difference is that of the differences sample by sample. It is often much smaller than the errors of
+the two scores would suggest.
 """
 import json
 import re
 
 from benchmarks import TASKS, aggregate, own
-from benchmarks.answers import entry_beside, read_file, scored, write
+from benchmarks.answers import read_file, scored, write
 
 SHOWN = 5                           # changed samples that are printed of each task
 SAME = ("prompt", "answer", "answers", "image", "sizes")    # what two samples must agree in
@@ -35,20 +35,17 @@ def find_samples(run):
 
 
 def read_samples(task, path, metric=None):
-    """{row: scored sample} of a file; its answers are scored anew, so both runs by one rule.
+    """{row: scored sample} of a file. Answers are scored anew, so that one rule scores both runs.
 
     metric: of own questions; by default that of the results.json beside the file.
     """
     if own.is_own(task):
-        metric = metric or entry_beside(path, task).get("metric")
-        if metric not in own.METRICS:
-            raise ValueError(f"{path} needs --metric: one of {', '.join(own.METRICS)}")
-        TASKS[task] = own.make_task(task, metric)
+        own.add_task_of_answers(task, path, metric)
     _, _, lines = read_file(path)
     return {sample["index"]: sample for sample in scored(task, lines)}
 
 
-def refuse_others(task, first, second, runs):
+def refuse_other_questions(task, first, second, runs):
     """ValueError in one line where two runs were not asked the same questions."""
     if first.keys() != second.keys():
         both = len(first.keys() & second.keys())
@@ -65,8 +62,8 @@ def refuse_others(task, first, second, runs):
 def difference(task, first, second):
     """The part {"n", "score", "stderr"} of second minus first, in points of the task.
 
-    A benchmark's mean is linear in the scores of its samples, but for MME's; so the mean of the
-    differences is the difference of the means, and its error is the paired one.
+    A benchmark's mean is linear in the scores of its samples. So the mean of the differences is the
+    difference of the means, and its error is the paired one. MME's is not linear: see Task.paired.
     """
     pairs = [(first[index], second[index]) for index in sorted(first)]
     paired = TASKS[task].paired
@@ -122,7 +119,7 @@ def compare_runs(runs, tasks=None, metric=None, out=None):
     results, samples = {}, []
     for task in tasks or common:
         first, second = (read_samples(task, files[task], metric) for files in found)
-        refuse_others(task, first, second, runs)
+        refuse_other_questions(task, first, second, runs)
         results[task], some = compare(task, first, second)
         samples += some
     folder = out or found[1][next(iter(results))].parent

@@ -6,31 +6,35 @@ A .jsonl has one question a line, a .json a list of them, such as
     {"id": "7", "question": "Which?", "options": ["a cat", "a dog"], "answer": "B",
      "images": ["a.png", "b.png"]}
 
-answer (or answers, a list: any of them is right) is a text or a number. image or images is a path,
-looked for in --images, else in images/ beside the file, else beside the file; base64 as a data:
-address will do, and no picture, too. id and options may be left out.
+answer is a text or a number; answers is a list of which any is right. image or images is a path,
+looked for in --images, else in images/ beside the file, else beside the file. A picture may also be
+a data: URL. Pictures, id and options may be left out.
 
-Training records are taken, too: all that storage.records reads, so that a set that was held back
-can be scored as it is. A record makes a question of every round. Each is asked alone, with the
+Training records are read as well, in all forms that storage.records reads. So a set that was held
+back can be scored as it is. A record makes a question of every round. Each is asked alone, with the
 record's pictures and without the rounds before it.
 
-The question is asked as it stands; with options, they follow as lines "A. text", and for the metric
-letter LLaVA's instruction to answer with the letter. How short answers should be, a question says
-itself, in the words that the model was trained with.
+The question is asked as it stands. Options follow it as lines "A. text", and for the metric letter
+LLaVA's instruction to answer with the letter. A question itself should say how short the answer has
+to be, in the words that the model was trained with.
 """
 import json
+import math
+import os
 import re
 from pathlib import Path
 
 from benchmarks import TASKS
+from benchmarks.answers import entry_beside
 from benchmarks.ocr_chart import chartqa_score, docvqa_score
 from benchmarks.task import LETTER, LETTERS, Task, careful_letter, exact_match, lettered
-from storage.records import MARK, open_records
+from storage.formats import (MARK, as_list, check_letters, is_path, printable, read_text, reason_of,
+                             roles_and_texts)
+from storage.records import open_records
 
 PREFIX = "own-"                     # of a task's name; the rest is the file's
 SUFFIXES = (".jsonl", ".json", ".parquet")
 COLUMNS = ("id", "question", "options", "answers", "image", "sizes")
-ASKING, ANSWERING = ("human", "user"), ("gpt", "assistant")
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -41,8 +45,8 @@ def exact_score(reply, row):
 
 
 def relaxed_score(reply, row):
-    """1 if a number is off by at most 5 %, or a text is equal but for case: ChartQA's rule. "70."
-    and "1,000" are texts there, and "7%" is 0.07."""
+    """1 if a number is off by at most 5 %, or a text is equal but for case. This is ChartQA's rule:
+    "70." and "1,000" are texts there, and "7%" is 0.07."""
     return max(chartqa_score(reply, {"answer": answer.strip()}) for answer in row["answers"])
 
 
@@ -57,7 +61,7 @@ def contains_score(reply, row):
 
 
 def letter_parse(reply, row):
-    """The letter that a reader would say the reply chose: task.careful_letter."""
+    """The letter of the option that the reply chose: task.careful_letter."""
     return careful_letter(reply, options_of(row))
 
 
@@ -84,8 +88,8 @@ def options_of(row):
 def add_task(path, metric, images=None):
     """Read a file of questions and put it into TASKS -> the task's name, own-<name of the file>.
 
-    ValueError or OSError in one line for a metric that is none, two files of one name, and for all
-    that Questions refuses.
+    ValueError or OSError in one line where no metric is given, where two files would make tasks of
+    the same name, and for all that Questions refuses.
     """
     if metric is None:
         raise ValueError(f"--task {path} needs --metric: one of {', '.join(METRICS)}")
@@ -99,9 +103,21 @@ def add_task(path, metric, images=None):
     return name
 
 
+def add_task_of_answers(name, path, metric=None):
+    """Put a task into TASKS whose saved answers, in the file `path`, are to be scored again.
+
+    metric: by default that of the results.json beside the file. ValueError where neither is there.
+    """
+    metric = metric or entry_beside(path, name).get("metric")
+    if metric not in METRICS:
+        raise ValueError(f"{path} needs --metric: one of {', '.join(METRICS)}")
+    TASKS[name] = make_task(name, metric)
+
+
 def task_name(path):
     """The name of the task that a file of questions makes: my charts.jsonl -> own-my-charts."""
-    return PREFIX + re.sub(r"[^\w-]+", "-", Path(path).stem)
+    name = PREFIX + re.sub(r"[^\w-]+", "-", Path(path).stem)
+    return re.sub("_blind$", "-blind", name)                # _blind marks answers to grey pictures
 
 
 def is_own(name):
@@ -110,7 +126,7 @@ def is_own(name):
 
 
 def make_task(name, metric, questions=None):
-    """The Task. Without questions it can score answers that are there, and show their scores."""
+    """The Task. Without questions it can only score answers that are saved, and show the scores."""
     def prompt(row):
         text = row["question"]
         if row["options"]:
@@ -178,22 +194,18 @@ class Questions:
 
     def _lines(self):
         """[(line, entry)] of a .jsonl or .json; of a list in a .json, the number of the entry."""
-        try:
-            text = self.path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path} is not UTF-8 ({error.reason} at byte {error.start}): "
-                             "save it as UTF-8") from None
-        found, place = [], ""
+        text, found, place = read_text(self.path), [], ""
         try:
             if self.path.suffix == ".json":
-                found = list(enumerate(_listed(json.loads(text)), 1))
+                found = list(enumerate(as_list(json.loads(text)), 1))
             else:
-                for number, line in enumerate(text.splitlines(), 1):
+                for number, line in enumerate(text.split("\n"), 1):
                     place = f":{number}"
                     if line.strip():
                         found.append((number, json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.path}{place}: not valid JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}{place}: not valid JSON ({reason_of(error)}"
+                             f"{position_of(error)})") from None
         for number, entry in found:
             if not isinstance(entry, dict):
                 raise ValueError(f"{self.path}:{number}: {str(entry)[:40]!r} is no object with "
@@ -202,27 +214,30 @@ class Questions:
 
     def _add_entry(self, entry, where):
         """Take an entry with question and answer."""
-        name = str(entry.get("id", len(self.rows)))
+        name = printable(len(self.rows) if entry.get("id") is None else entry["id"])
         where = f"{where}: question {name}"
-        pictures = [picture for key in ("image", "images") for picture in _listed(entry.get(key))]
+        pictures = as_list(_one_of(entry, ("image", "images"), where))
         for picture in pictures:
             if not isinstance(picture, str) or not picture:
                 raise ValueError(f"{where} has a picture that is no path: {str(picture)[:40]!r}")
-        found = [picture if picture.startswith("data:") else self._find(picture, where)
+        found = [self._find(picture, where) if is_path(picture) else picture
                  for picture in pictures]
-        answers = _listed(entry.get("answers", entry.get("answer")))
+        answers = as_list(_one_of(entry, ("answers", "answer"), where))
         sizes = [picture.stat().st_size if isinstance(picture, Path) else len(picture)
                  for picture in found]
         row = {"id": name, "question": entry.get("question"),
-               "options": _listed(entry.get("options", entry.get("choices"))) or None,
+               "options": as_list(_one_of(entry, ("options", "choices"), where)) or None,
                "answers": answers, "sizes": sizes,
                "image": [picture[:200] for picture in pictures]}
         self._add(row, found, where)
 
     def _find(self, picture, where):
         """The path of a picture's file."""
+        if picture.startswith(("http://", "https://")):
+            raise ValueError(f"{where} has the web address {picture[:60]} as picture, and nothing "
+                             "is fetched: save it and give its path")
         for place in self.places:
-            if (place / picture).is_file():
+            if os.path.isfile(place / picture):
                 return place / picture
         raise FileNotFoundError(f"{where}: picture {picture} is in none of "
                                 f"{', '.join(map(str, self.places))}; name the folder: --images")
@@ -233,9 +248,7 @@ class Questions:
         for number in range(len(reader)):
             record = reader[number]
             where = f"{self.path}: record {record['id']}"
-            turns = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
-                     for turn in record["conversations"]]
-            rounds = _rounds(turns, where)
+            rounds = _rounds(roles_and_texts(record["conversations"]), where)
             several += len(rounds) > 1
             for place, (question, answer) in enumerate(rounds, 1):
                 row = {"id": f"{record['id']}#{place}" if len(rounds) > 1 else record["id"],
@@ -251,6 +264,7 @@ class Questions:
         """Check a row and take it."""
         if not isinstance(row["question"], str) or not row["question"].strip():
             raise ValueError(f"{where} has no text in question")
+        check_question(row["question"], where)
         row["answers"] = [_as_text(answer, where) for answer in row["answers"]]
         if not row["answers"]:
             raise ValueError(f"{where} has no answer")
@@ -267,21 +281,39 @@ class Questions:
         self.sources.append(source)
 
 
-def _listed(value):
-    """None -> [], one -> [one], a list as it is."""
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
-
-
 def _as_text(value, where):
     """An answer or option as text; numbers are written as JSON writes them."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"{where} has {json.dumps(value)[:40]} where a text or a number must be")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} has {value} where a text or a number must be")
     text = str(value).strip()
     if not text:
         raise ValueError(f"{where} has an empty answer or option")
+    check_question(text, where)
     return text
+
+
+def check_question(text, where):
+    """ValueError for a text with half a character in it."""
+    try:
+        check_letters(text, "in a text")
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None
+
+
+def _one_of(entry, names, where):
+    """The value of the one of two keys that an entry has; None for null or neither. ValueError for
+    both: one of them would be left out without a word."""
+    found = [name for name in names if entry.get(name) is not None]
+    if len(found) > 1:
+        raise ValueError(f"{where} has {' and '.join(found)}: keep one of them")
+    return entry[found[0]] if found else None
+
+
+def position_of(error):
+    """Where in a line json stopped reading, as words that go on; "" where it does not say."""
+    return f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
 
 
 def _letter_of(answer, options, where):
@@ -299,13 +331,13 @@ def _letter_of(answer, options, where):
 
 
 def _rounds(turns, where):
-    """[(question, answer)] of a record's turns. ValueError for anything that the question alone
-    would not say: a system turn, or an answer to no question."""
+    """[(role, text)] of a record -> [(question, answer)]. ValueError for what cannot be asked as
+    single questions: a system turn, an answer to no question."""
     rounds, asked = [], None
     for role, text in turns:
-        if role in ASKING and asked is None:
+        if role == "user" and asked is None:
             asked = text
-        elif role in ANSWERING and asked is not None:
+        elif role == "assistant" and asked is not None:
             rounds.append((asked, text))
             asked = None
         else:

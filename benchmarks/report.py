@@ -128,7 +128,7 @@ HEADER = ["benchmark", "score", "stderr", "n", "unparsed", "blind", "chance", "s
 
 def summary_rows(entries, row):
     """The summary's cells as text: HEADER, a row for each task in the table's order, Avg."""
-    rows, is_drawn = [HEADER], any(entry.get("drawn") for entry in entries.values())
+    rows, any_drawn = [HEADER], any(entry.get("drawn") for entry in entries.values())
     for task, spec in TASKS.items():
         if task not in entries:
             continue
@@ -148,11 +148,11 @@ def summary_rows(entries, row):
         mean, error, _ = average(entries, row)
         seconds = sum(entry["seconds"] for entry in entries.values())
         rows.append(["Avg", number(mean), number(error), "", "", "", "", number(seconds),
-                     number(None if is_drawn else paper_average(row))])
+                     number(None if any_drawn else paper_average(row))])
     return rows
 
 
-def notes(entries, row, words):
+def notes(entries, words):
     """Lines that belong under a table: what is drawn, what the column of the paper is."""
     drawn = [task for task, entry in entries.items() if entry.get("drawn")]
     lines = []
@@ -186,14 +186,14 @@ def summary(entries, row, words=""):
     for title, *cells in rows:
         aligned = [cell.rjust(width) for cell, width in zip(cells, widths)]
         lines.append(title.ljust(first) + "".join(aligned))
-    return "\n".join(lines + average_notes(entries, row) + notes(entries, row, words))
+    return "\n".join(lines + average_notes(entries, row) + notes(entries, words))
 
 
 def beside(entries, row, words=""):
     """What one task's score is read against: the summary's cells that its own table lacks."""
     cells = dict(zip(HEADER, summary_rows(entries, row)[1]))
     text = ", ".join(f"{name} {cells[name]}" for name in ("n", "unparsed", "chance", "paper"))
-    return "\n".join([text, *notes(entries, row, words)])
+    return "\n".join([text, *notes(entries, words)])
 
 
 # ----------------------------------------------------------------------------------- results.json
@@ -372,7 +372,7 @@ def page(entries, galleries, row, words=""):
         sections += (f"<h2>{title}</h2><p class='dim'>{len(samples)} of "
                      f"{entries[task]['rows']} samples</p><div class='cards'>{cards}</div>")
     model = html.escape(str(next(iter(entries.values()))["model"]))
-    said = average_notes(entries, row) + notes(entries, row, words)
+    said = average_notes(entries, row) + notes(entries, words)
     note = "<br>".join(html.escape(line) for line in said)
     return ("<!doctype html><html lang='en'><meta charset='utf-8'>"
             "<meta name='viewport' content='width=device-width'>"

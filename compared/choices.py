@@ -18,7 +18,7 @@ import os
 import re
 import shlex
 import sys
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,11 +32,16 @@ from qwen2 import Qwen2Config
 from sela import JOINS
 from storage.weights import read_config
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 FIELDS = ("projector", "side", "interaction", "remember", "levels", "window", "saliency", "join",
           "start")
 # Flags that change what is learned; those of FIELDS stand in config.json.
 LEARN = ("origin", "lora", "clip", "llm", "data", "images", "batch", "lr", "vision_lr",
          "remember_lr", "epochs", "limit", "validate", "seed", "precision", "labels")
+HELD = ExitStack()                      # open files whose locks this process has; train.main closes
 
 
 def add_choices(parser):
@@ -61,20 +66,20 @@ def add_name(parser):
 
 
 def add_beginning(parser):
-    """Add --name, and the flags that say what a run goes on from, may replace, and learns by."""
+    """Add --name, --from, --overwrite and --lora."""
     add_name(parser)
     add = parser.add_argument
     add("--from", dest="origin", metavar="FOLDER", help="go on from this LLaVA-VR model, by "
         "default with phase 2; architecture flags add parts to it, which start fresh")
     add("--overwrite", action="store_true", help="train a finished phase anew, and replace it")
-    add("--lora", type=int, metavar="RANK", help="small matrices beside the decoder's frozen ones")
+    add("--lora", type=int, metavar="RANK", help="train the decoder by LoRA: see compared/lora.py")
 
 
 def complete(args, argv):
     """Fill in what --from decides, and keep what was typed for messages that tell what to type.
 
-    args.typed: the command line without --resume and --overwrite. args.place: of it only where
-    models lie and are read from.
+    args.typed: the command line without --resume and --overwrite. args.place: only those of its
+    flags that say where models lie and are read from.
     """
     words = sys.argv[1:] if argv is None else argv
     args.typed = shlex.join(str(word) for word in words if word not in ("--resume", "--overwrite"))
@@ -100,7 +105,8 @@ def preset_of(folder):
 
 
 def widths(config):
-    """What tells presets apart. Not the ViT's depth: of it only what is read may be there."""
+    """What tells presets apart. Not the depth of the ViT: a folder may lack blocks that nothing
+    reads."""
     return config.vision.hidden_size, config.text.hidden_size, config.text.num_hidden_layers
 
 
@@ -112,6 +118,18 @@ def folder_of(args):
         raise ValueError(f"--name {args.name!r}: use letters, digits and . _ + - only, for it "
                          "becomes a folder")
     return f"{args.preset}-{args.name}"
+
+
+def model_folder(args):
+    """The trained model that a command line names: --model, or phase 2 of --preset and --name.
+    FileNotFoundError, with the command that trains one, where there is none."""
+    folder = args.model or Path("runs") / folder_of(args) / "phase2"
+    if not (folder / "config.json").exists():
+        lacking = "config.json in" if folder.is_dir() else "model folder"
+        name = f" --name {args.name}" if args.name and not args.model else ""
+        raise FileNotFoundError(f"no {lacking} {folder}; train one with: python train.py --preset "
+                                f"{args.preset}{name} (tiny needs no download)")
+    return folder
 
 
 def whole_numbers(text):
@@ -127,12 +145,12 @@ def given(args):
 
 def begin(args, paths, out, before):
     """What a phase starts from -> (folder of a model, or None for pre-trained parts; {field: value}
-    to set in it). Nothing heavy is loaded.
+    to set in it). No weights are loaded.
 
-    paths: folders of "clip" and "llm". out: that of the finished phase. before: the name of the
-    phase before, or None.
-    Raises ValueError or OSError in one line: for choices that do not fit together or the model that
-    is gone on from, and for a finished model that would be replaced without --overwrite.
+    paths: folders of "clip" and "llm". out: folder that the finished phase will have. before: name
+    of the folder of the phase before, or None.
+    Raises ValueError or OSError in one line: for choices that do not fit together or do not fit the
+    model of --from, and for a finished model that would be replaced without --overwrite.
     """
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite begins anew: give one")
@@ -148,38 +166,36 @@ def begin(args, paths, out, before):
         return None, for_training(args, paths, out)
     folder = out.parent / before
     if args.phase and folder.exists():                               # else it is still to come
-        check(args, folder)
+        refuse_another_architecture(args, folder)
     return folder, {}
 
 
 def is_finished(args, out):
-    """Whether the phase of this folder is done and left as it is."""
-    there = (out / "config.json").exists()
-    if args.resume:                                                  # one begun by --overwrite?
-        return there and not partial_of(out).exists()
-    return there and not args.overwrite
+    """Whether the phase of this folder is done, and is not to be trained anew."""
+    if args.resume:                              # a run beside it was begun by --overwrite
+        begun_anew = partial_of(out).exists()
+    else:
+        begun_anew = args.overwrite
+    return (out / "config.json").exists() and not begun_anew
 
 
 def refuse_to_replace(args, out):
     """FileExistsError for a finished model, unless --overwrite is given. A command that runs both
-    phases on the preset's own data may be repeated: what the same flags have trained is left as it
-    is. ValueError where it is of another architecture than what was typed."""
+    phases on the preset's own data may be repeated: a phase that the same flags have trained is
+    left as it is. ValueError where the flags ask for another architecture than it has."""
     if not is_finished(args, out):
         return
-    why = ""
     if not args.resume:
-        kept = {}
-        with suppress(ValueError):                                   # damaged: nothing is known
-            kept = load(out / "choices.json").get("flags", {})
+        kept, why = flags_of(out), ""
         differ = [name for name in LEARN if kept.get(name) != getattr(args, name)]
         if kept and differ:
-            then, now = (flag(differ[0], value)
-                         for value in (kept.get(differ[0]), getattr(args, differ[0])))
+            name = differ[0]
+            then, now = flag(name, kept.get(name)), flag(name, getattr(args, name))
             why = f", trained {then}, not {now}"
         if not kept or differ or args.phase or args.data:
             raise FileExistsError(f"{out} holds a finished model{why}: give another --name, or "
                                   f"replace it with: train.py {args.typed} --overwrite")
-    check(args, out)
+    refuse_another_architecture(args, out)
 
 
 def flag(name, value):
@@ -195,15 +211,17 @@ def refuse_another_beginning(args, out):
     kept = load(begun).get("flags") if begun.exists() else None
     for name in ("origin", "lora") if kept else ():
         now, then = getattr(args, name), kept.get(name)
-        same = bool(now) == bool(then) if name == "origin" else now == then    # it may have moved
+        same = now == then
+        if name == "origin":                                         # it may have moved
+            same = bool(now) == bool(then)
         if not same:
             raise ValueError(f"{begun.parent} was begun {flag(name, then)}, not {flag(name, now)}: "
                              "resume it as it was begun")
 
 
 def from_model(args, out):
-    """{field: value} to change in the model of --from, with a line for each part that starts fresh.
-    Raises as `begin` does."""
+    """{field: value} to change in the model of --from. Prints which parts start fresh. Raises as
+    `begin` does."""
     folder = args.origin
     if args.name is None:
         raise ValueError(f"--from {folder} needs a --name: its runs lie in runs/<preset>-<NAME>")
@@ -212,13 +230,16 @@ def from_model(args, out):
             raise ValueError(f"--{name} {getattr(args, name)}: with --from all weights are those "
                              f"of {folder}: leave it out")
     config = origin_config(folder)
+    if out.exists() and out.samefile(folder):
+        raise ValueError(f"--from {folder}: the run would replace the model that it goes on from: "
+                         "give another --name")
     begun, chosen = partial_of(out) / "choices.json", given(args)
     if config.projector == "mlp" and chosen.get("projector", "mlp") != "mlp":
         chosen = {"side": config.feature_side // 2, **chosen}        # the paper's ratio of 1/4
     chosen = with_side(chosen, config)
     if args.resume and begun.exists():
-        kept = read(begun)
-        refuse_others(given(args), kept, f"the run in {begun.parent} was begun with")
+        kept = read_fields(begun)
+        refuse_other_choices(given(args), kept, f"the run in {begun.parent} was begun with")
         chosen = kept
     chosen = {name: value for name, value in chosen.items()
               if typed(value) != typed(getattr(config, name))}
@@ -233,8 +254,8 @@ def from_model(args, out):
 
 
 def origin_config(folder):
-    """The LLaVAVRConfig of the model in a folder. ValueError or OSError for any other folder, which
-    tells where the next one is, if there is."""
+    """The LLaVAVRConfig of the model in a folder. ValueError or OSError for any other folder, with
+    what to give instead."""
     folder = Path(folder)
     inside = [path.parent for path in sorted(folder.glob("*/config.json"))]
     if inside and not (folder / "config.json").exists():
@@ -245,7 +266,11 @@ def origin_config(folder):
     if read_config(folder).get("model_type") == "llava_next":
         raise ValueError(f"--from {folder}: a LlavaNext as Hugging Face has it; convert it first: "
                          f"python -m tools.convert {folder} {folder.name}-ours")
-    return LLaVAVRConfig.read(folder, {})[0]
+    try:
+        return LLaVAVRConfig.read(folder, {})[0]
+    except ValueError as error:
+        file = f"{folder}/config.json"
+        raise ValueError(str(error) if file in str(error) else f"{file}: {error}") from None
 
 
 def for_training(args, paths, out):
@@ -255,12 +280,12 @@ def for_training(args, paths, out):
     Raises ValueError for choices that do not fit together, or have no name of their own; and where
     they differ from those of the resumed run.
     """
-    config = sized(PRESETS[args.preset].config, paths)
+    config = with_sizes(PRESETS[args.preset].config, paths)
     chosen, unfinished = with_side(given(args), config), partial_of(out)
     begun = unfinished / "choices.json"
     if args.resume and begun.exists():
-        kept = read(begun)
-        refuse_others(chosen, kept, f"the run in {unfinished} was begun with")
+        kept = read_fields(begun)
+        refuse_other_choices(chosen, kept, f"the run in {unfinished} was begun with")
         chosen = kept
     elif args.resume and unfinished.exists() and args.name and not chosen:
         raise ValueError(f"{begun} is missing: type the flags of the architecture again")
@@ -278,8 +303,31 @@ def partial_of(out):
     return out.with_name(f"{out.name}.partial")
 
 
-def sized(config, paths):
-    """A config with the sizes of the ViT and the decoder in these folders, where they are there."""
+def hold(partial, args):
+    """Keep a run to this process, until it ends: two that write into one folder spoil both. Raises
+    ValueError where another process has it.
+
+    With --overwrite of both phases that of phase 2 is made, too: by it --resume knows that a phase
+    2 that is there is to be replaced.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    if args.overwrite and args.phase is None:
+        partial.with_name("phase2.partial").mkdir(exist_ok=True)
+    if fcntl is None:                                                # Windows
+        return
+    file = open(partial / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # ends with the process
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{partial}: another process is training there: wait for its end, or give "
+                         "another --name") from None
+    except OSError:                                                  # a disk that knows no locks
+        pass
+    HELD.enter_context(file)
+
+
+def with_sizes(config, paths):
+    """The same config, with the sizes of the ViT and the decoder in the folders that are there."""
     kinds = {"clip": ("vision", CLIPConfig), "llm": ("text", Qwen2Config)}
     sizes = {field: read_config(paths[name], kind.from_dict)
              for name, (field, kind) in kinds.items()
@@ -288,7 +336,7 @@ def sized(config, paths):
 
 
 def with_side(chosen, config):
-    """The same choices; the uncompressed projector brings its side, that of the features."""
+    """The same choices, with the side of the features where the projector does not compress."""
     if chosen.get("projector") == "mlp":
         return {"side": config.feature_side, **chosen}
     return chosen
@@ -309,8 +357,8 @@ def write(path, config, args=None):
     os.replace(new, path)
 
 
-def read(path):
-    """The choices that `write` wrote. ValueError where they were damaged."""
+def read_fields(path):
+    """{field: value} that `write` wrote. ValueError where the file is damaged."""
     kept = load(path)
     if not set(FIELDS) <= set(kept):
         raise ValueError(damaged(path))
@@ -325,9 +373,18 @@ def load(path):
         return {}
     except ValueError:
         raise ValueError(damaged(path)) from None
-    if not isinstance(kept, dict):
+    if not isinstance(kept, dict) or not isinstance(kept.get("flags", {}), dict):
         raise ValueError(damaged(path))
     return kept
+
+
+def flags_of(folder):
+    """{name of LEARN: value or None}, the flags that the model in a folder was trained with. {}
+    where its choices.json has none, is damaged or is not there."""
+    try:
+        return dict(load(folder / "choices.json")["flags"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def damaged(path):
@@ -335,12 +392,12 @@ def damaged(path):
     return f"{path} is damaged: remove {path.parent} to begin anew"
 
 
-def check(args, folder):
+def refuse_another_architecture(args, folder):
     """ValueError where a flag asks for another architecture than the model in a folder has."""
-    refuse_others(given(args), of(LLaVAVRConfig.read(folder, {})[0]), f"{folder} has")
+    refuse_other_choices(given(args), of(LLaVAVRConfig.read(folder, {})[0]), f"{folder} has")
 
 
-def refuse_others(chosen, kept, who):
+def refuse_other_choices(chosen, kept, who):
     """ValueError for the first choice that differs from what is kept."""
     for name, value in chosen.items():
         if typed(value) != typed(kept[name]):

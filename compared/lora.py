@@ -3,7 +3,8 @@
     python train.py --from runs/7b/phase2 --name mine --data my.json --lora 64
     python -m tools.cost --preset 7b --world 1 --lora 64        # its memory beside the full one's
 
-Hu et al. 2021 (arXiv:2106.09685): y = W x + alpha / rank * B A x, with W frozen, B zero at first.
+Hu et al. 2021 (arXiv:2106.09685): y = W x + alpha / rank * B A x, with W (out, in) frozen,
+A (rank, in), and B (out, rank), which is zero at first.
 As in LLaVA's finetune_lora.sh alpha is twice the rank (256 and 128), every linear of a decoder
 layer has its A and B, and they learn ten times as fast as the rest. Not as there: no dropout.
 Trained whole are the projector, as there, and Vision Remember. Saving adds B A to W: the folder is
@@ -14,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 SCALE = 2                               # alpha / rank
-FASTER = 10                             # 2e-4 beside 2e-5 in finetune_lora.sh
+LR_FACTOR = 10                          # 2e-4 beside 2e-5 in finetune_lora.sh
 A, B = ".lora_a.weight", ".lora_b.weight"
 
 
@@ -47,15 +48,15 @@ def add(model, rank):
                 setattr(layer.get_submodule(parent), own, LoRALinear(linear, rank))
 
 
-def faster(name):
-    """How many times the learning rate of its part a parameter of this name learns at."""
-    return FASTER if name.endswith((A, B)) else 1
+def lr_factor(name):
+    """By what the learning rate of its part is multiplied for the parameter of this name."""
+    return LR_FACTOR if name.endswith((A, B)) else 1
 
 
 @torch.no_grad()
 def merge(state):
-    """{name: tensor} of a LLaVAVR -> the same without A and B, which are added to their W. In
-    place, for a decoder of 7B would else lie in memory twice. Without LoRA nothing changes."""
+    """{name: tensor} of a LLaVAVR -> the same without A and B, whose product is added to W. In
+    place, or a decoder of 7B would lie in memory twice. Without LoRA nothing changes."""
     for name in [name for name in state if name.endswith(A)]:
         linear = name.removesuffix(A)
         weight = state[f"{linear}.weight"]

@@ -3,13 +3,12 @@
     papers_row(folder)      beside which numbers of the paper its scores may stand, or why none
     refuse_untaught(folder) an error for a model that has never been taught to answer
 
-The name of a folder tells nothing, and neither does --preset. The paper's numbers are those of its
-own system at two sizes, trained by two recipes; beside any other model they would mislead.
+Neither the name of a folder nor --preset proves what a model is. The paper's numbers are those of
+its own system at two sizes, trained by two recipes; beside any other model they would mislead.
 """
-import json
 from pathlib import Path
 
-from compared.choices import FIELDS, typed
+from compared.choices import FIELDS, flag, flags_of, typed
 from model import PRESETS, LLaVAVRConfig
 from storage import log
 
@@ -27,10 +26,10 @@ QWEN2_5 = "<|fim_prefix|>"          # a token that Qwen2.5's tokenizer has and Q
 
 def papers_row(folder, variant=""):
     """-> (row, words). row: a key of benchmarks.task.Task.paper, or None where the paper has no
-    such model; words: which table it is of, or why there is none.
+    such model. words: which table the row is of, or why there is none.
 
-    variant: how the model is asked in another way than it was trained; "" for as it was.
-    What was in the data no file tells; where --data was typed, the words say so.
+    variant: in which other way than it was trained the model is asked; "" if in none.
+    No file says what the data was. Where --data was typed, the words name it.
     """
     if variant:
         return None, f"no row of the paper: asked with {variant}"
@@ -41,13 +40,13 @@ def papers_row(folder, variant=""):
     if why:
         return None, f"no row of the paper: {why}"
     row = size + RECIPES[config.image_mode][0]
-    words, data = f"the paper's row: {TABLES[row]}", _typed_flags(Path(folder)).get("data")
+    words, data = f"the paper's row: {TABLES[row]}", flags_of(Path(folder)).get("data")
     return row, f"{words}; trained with --data {data}" if data else words
 
 
 def _sizes(config):
-    """All that makes a ViT and a decoder what they are; not how long they read, nor what Qwen2's
-    two vocabularies are padded to."""
+    """All sizes of ViT and decoder, but for the longest text, and for the vocabulary, which Qwen2
+    pads differently in its models."""
     text = vars(config.text) | {"vocab_size": 0, "max_position_embeddings": 0}
     return text, vars(config.vision)
 
@@ -67,11 +66,10 @@ def _another_recipe(folder, mode):
     """In what the training was not the paper's; "" if nothing tells that it was another."""
     if mode not in RECIPES:
         return f"this model reads pictures by {mode}, which neither of its recipes does"
-    flags = _typed_flags(folder)
+    flags = flags_of(folder)
     for name in ANOTHER:
         if flags.get(name) is not None:
-            flag = "from" if name == "origin" else name.replace("_", "-")
-            return f"it was trained with --{flag} {flags[name]}"
+            return f"it was trained {flag(name, flags[name])}"
     tokenizer = folder / "tokenizer.json"
     if tokenizer.exists() and QWEN2_5 in tokenizer.read_text(encoding="utf-8"):
         return "the decoder is Qwen2.5, the paper's is Qwen2"
@@ -90,18 +88,9 @@ def _another_recipe(folder, mode):
     return ""
 
 
-def _typed_flags(folder):
-    """{flag: value or None} that train.py was given, where choices.json keeps them; else {}."""
-    try:
-        flags = json.loads((folder / "choices.json").read_text(encoding="utf-8"))["flags"]
-        return dict(flags)
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
-
-
 def refuse_untaught(folder):
-    """ValueError in one line for a phase-1 model: its decoder is the one that was downloaded, and
-    lies elsewhere. It has learned to go on from a picture with a caption, and answers nothing."""
+    """ValueError in one line for a phase-1 model. Its folder has no decoder: that stayed frozen and
+    lies elsewhere. It was trained on captions alone."""
     _, parts = LLaVAVRConfig.read(folder, {})
     if "language_model" in parts:
         raise ValueError(f"{folder} is a phase-1 model: it was trained on captions and never to "

@@ -4,7 +4,7 @@
     python eval.py --task chartqa --preset 0.5b --precision fp32
     python sample.py --preset 0.5b --int8 --image photo.jpg "Where?"  # weights of a quarter
 
-    rows   of a product (tokens)     d  channels that go in     out  channels that come out
+    rows   of a product (tokens)     d  its input channels     out  its output channels
 
 Decoding one token reads every weight of the decoder once, and little else takes time. So halving
 their bytes nearly halves the time, and --int8 halves them again.
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CLEARLY = 2         # what bfloat16 must gain in a product: other steps gain nothing, some lose
-SMALL = 512         # channels of a decoder below which products are not what takes the time
+LEAST_GAIN = 2      # of a product in bfloat16; other steps gain nothing, and some lose
+LEAST_WIDTH = 512   # channels of a decoder; below it products are not what takes the time
 LANES = 32          # the int8 kernel reads so many channels at a time, also beyond the last one
 FEW = 4             # rows up to which the int8 kernel was faster than a product in bfloat16
 
@@ -64,12 +64,12 @@ def choose_precision(asked, config):
         return "bf16", "on a GPU"
     if torch.backends.mps.is_available():
         return "fp32", "on Apple's GPU, as not every one computes in bfloat16"
-    if config.text.hidden_size < SMALL:
+    if config.text.hidden_size < LEAST_WIDTH:
         return "fp32", "the model is small"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                         # as torchrun says
         return "fp32", "several processes on a CPU might measure different things"
     gain = min(bf16_gain(128, part.hidden_size, 1024) for part in (config.vision, config.text))
-    taken = "bf16" if gain >= CLEARLY else "fp32"
+    taken = "bf16" if gain >= LEAST_GAIN else "fp32"
     return taken, f"this CPU multiplies {gain:.1f} times as fast in bf16 as in fp32"
 
 

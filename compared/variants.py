@@ -127,7 +127,7 @@ def load_model(folder, rule=None, choices=None, precision=None, int8=False):
     """The trained model in a folder, asked by a rule or with other choices, on `device_of_answers`.
 
     precision: of compared.precision.PRECISIONS; None is bfloat16 on a GPU and float32 elsewhere.
-    int8: the decoder's weights are.
+    int8: whether the decoder's weights are held in int8.
     """
     if rule is None:
         model = LLaVAVR.from_pretrained(folder, **(choices or {}))

@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 
-from storage.formats import MARK, as_list, format_of, roles_and_texts, turns_of
+from storage.formats import COLUMNS, MARK, as_list, format_of, roles_and_texts, turns_of
 
 
 def column_of_turns(file, schema):
-    """The one of FORMATS that a Parquet file has. Raises ValueError, also for pictures that are
-    none."""
+    """The one of FORMATS that a Parquet file has. Raises ValueError, also where its column of
+    pictures cannot hold any."""
     columns = {field.name: str(field.type) for field in schema if str(field.type) != "null"}
     try:
         key = format_of(columns)
@@ -24,6 +24,37 @@ def column_of_turns(file, schema):
             raise ValueError(f"{file} has no pictures in its column {name}, which is "
                              f"{columns[name]}: store their bytes or paths")
     return key
+
+
+def metadata_of(file):
+    """The metadata of a Parquet file. Raises ValueError for what is none."""
+    try:
+        return parquet.read_metadata(file)
+    except Exception as error:
+        raise ValueError(f"{file} is no complete parquet file ({error}): download it again"
+                         ) from error
+
+
+def read_group(path, group):
+    """A row group of a Parquet file as a table of those of COLUMNS that it has. Raises ValueError
+    where its bytes are damaged."""
+    try:
+        with parquet.ParquetFile(path) as file:
+            return file.read_row_group(group, columns=list(COLUMNS))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged in row group {group} ({error}): download it again"
+                         ) from error
+
+
+def batches_of(path, name):
+    """Yields a column of a Parquet file, some thousand rows at a time. Raises as `read_group`."""
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=[name]):
+                yield batch.column(0)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged in its column {name} ({error}): download it again"
+                         ) from error
 
 
 def picture_leaves(group):
@@ -56,11 +87,12 @@ def picture_counts(path):
 def text_sizes(key, column):
     """A column of turns in format `key` -> (rows, 2) int64: characters of all turns, marks."""
     name = re.search("(value|content): (large_)?string", str(column.type))
-    if name:                                                                 # turns without parts
-        row = compute.list_parent_indices(column)                            # of each turn
-        text = compute.struct_field(column.flatten(), name[1]).fill_null("")
-        of_turn = compute.utf8_length(text), compute.count_substring(text, MARK)
-        return np.stack([np.bincount(row, each, len(column)) for each in of_turn], 1).astype(int)
+    if name:  # turns without parts
+        row = compute.list_parent_indices(column)                                    # (turns,)
+        text = compute.struct_field(column.flatten(), name[1]).fill_null("")         # (turns,)
+        counts = compute.utf8_length(text), compute.count_substring(text, MARK)      # (turns,) each
+        sums = [np.bincount(row, count, len(column)) for count in counts]            # (rows,) each
+        return np.stack(sums, 1).astype(int)
     sizes = []
     for given in column.to_pylist():
         try:

@@ -8,8 +8,8 @@
 Pictures stand in `image` or `images`, one or a list, or in their parts. Each is a path, bytes,
 base64, a data: URL, or a dict with one of these. A text in `system` becomes the first turn.
 
-Nothing is dropped or guessed: what has no place in the one form is a ValueError whose words go on
-after "record ID".
+Nothing is dropped or guessed: what has no place in the one form is a ValueError. Its words continue
+a message that begins with "record ID".
 """
 import base64
 import json
@@ -28,16 +28,16 @@ LONGEST_PATH = 1000
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "system": "system"}
 
-# Kinds of problem that a record can have. UNMARKED is MISMATCH, unless no record of the set has a
-# mark: then marks are put first.
+# Kinds of problem that a record can have. UNMARKED becomes MISMATCH if another record of the set
+# has marks; else marks are put first.
 MALFORMED, MISMATCH, EMPTY = "malformed records", "mark/picture mismatches", "empty answers"
 UNMARKED = "pictures without marks"
 
 
 def roles_and_texts(turns):
     """[(role, text)] of turns with LLaVA's keys, from and value, or with those of chats, role and
-    content. Roles are those of the template; one that it lacks, and None for what a turn lacks, are
-    left as they are."""
+    content. Roles are those of the template, an unknown one is left as it is, and what a turn lacks
+    is None."""
     turns = [turn if isinstance(turn, dict) else {} for turn in turns]
     pairs = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
              for turn in turns]
@@ -59,27 +59,27 @@ def format_of(record):
 def one_form(record):
     """A record of any format -> (turns, pictures). The turns are as `roles_and_texts` reads them; a
     picture is bytes, or a text as `decode_text` reads it. Raises ValueError."""
-    turns, brought = turns_of(record, format_of(record))
+    turns, in_parts = turns_of(record, format_of(record))
     unread = [key for key in NOT_READ if record.get(key)]
     if unread:
         raise ValueError(f"has {unread[0]}: only text and pictures are read")
-    beside = [given for key in ("image", "images") for given in as_list(record.get(key))]
-    pictures = [picture for picture in map(reference, beside) if picture is not None]
+    given = [picture for key in ("image", "images") for picture in as_list(record.get(key))]
+    pictures = [picture for picture in map(reference, given) if picture is not None]
     if record.get("image") and record.get("images"):
         raise ValueError("has image and images: keep one of them")
-    own = [picture for picture in brought if picture is not None]
-    if own and (pictures or len(own) < len(brought)):
+    own = [picture for picture in in_parts if picture is not None]
+    if own and (pictures or len(own) < len(in_parts)):
         raise ValueError("has pictures in some parts of its messages and others elsewhere: put all "
                          "into the parts, or all into images")
-    if brought and not own and len(brought) != len(pictures):
-        raise ValueError(f"has {len(brought)} picture parts but {len(pictures)} pictures: "
+    if in_parts and not own and len(in_parts) != len(pictures):
+        raise ValueError(f"has {len(in_parts)} picture parts but {len(pictures)} pictures: "
                          "they must agree")
     return turns, own or pictures
 
 
 def turns_of(record, key):
-    """The turns of a record of format `key` -> (turns, pictures of their parts, None for a part
-    that only says where one stands). Raises ValueError."""
+    """A record of format `key` -> (its turns with texts in place of parts, [the picture of each
+    picture part, or None where the part only says where one stands]). Raises ValueError."""
     given = record[key]
     if not given or not isinstance(given, list):
         raise ValueError(f"has no list of {key}")
@@ -87,20 +87,20 @@ def turns_of(record, key):
     if key == "texts":
         given = [{"role": role, "content": each.get(role)} for each in given
                  for role in ("user", "assistant")]
-    turns, brought = [], []
+    turns, in_parts = [], []
     for turn in given:
         parts = turn.get("value", turn.get("content"))
         if isinstance(parts, list):
-            turn = {"role": turn.get("from", turn.get("role")), "content": join(parts, brought)}
+            turn = {"role": turn.get("from", turn.get("role")), "content": join(parts, in_parts)}
         turns.append(turn)
     if record.get("system"):
         turns.insert(0, {"role": "system", "content": record["system"]})
-    return turns, brought
+    return turns, in_parts
 
 
-def join(parts, brought):
-    """The parts of a message -> its text, a mark for each picture, as LLaVA writes them: a line
-    break behind, a space between two. Adds the pictures to `brought`. Raises ValueError."""
+def join(parts, in_parts):
+    """The parts of a message -> its text. Each picture becomes a mark, as LLaVA writes them: a line
+    break behind it, a space between two. Appends the pictures to `in_parts`. Raises ValueError."""
     text = ""
     for part in parts:
         part = part if isinstance(part, dict) else {}
@@ -108,11 +108,11 @@ def join(parts, brought):
         if kind == "text" and isinstance(words, str):
             text += "\n" + words if text.endswith(MARK) and words[:1].strip() else words
         elif kind in ("image", "image_url"):
-            if part.get("index") not in (None, len(brought)):
+            if part.get("index") not in (None, len(in_parts)):
                 raise ValueError(f"has a part for picture {part['index']} where picture "
-                                 f"{len(brought)} is next: put the parts in order, from 0")
+                                 f"{len(in_parts)} is next: put the parts in order, from 0")
             text += " " + MARK if text.endswith(MARK) else MARK
-            brought.append(reference(part))
+            in_parts.append(reference({key: part.get(key) for key in PICTURE_KEYS}))
         else:
             raise ValueError(f"has a part of type {kind!r} without text: parts are "
                              '{"type": "text", "text": ...} or {"type": "image", ...}')
@@ -121,8 +121,11 @@ def join(parts, brought):
 
 def reference(picture):
     """A picture as a record gives it -> its bytes, or its path or base64 as text. None for
-    nothing."""
+    nothing. Raises ValueError for a dict that names none."""
     while isinstance(picture, dict):
+        if picture and not set(PICTURE_KEYS) & set(picture):
+            raise ValueError(f"has a picture with {', '.join(map(str, picture))}, and with none of "
+                             f"{', '.join(PICTURE_KEYS)}: name it by one of these")
         picture = next((picture[key] for key in PICTURE_KEYS if picture.get(key)), None)
     return None if picture == "" else picture
 
@@ -168,14 +171,25 @@ def check_turns(pairs):
         if not isinstance(text, str):
             raise ValueError(f"has no text in turn {place + 1}: each needs from and value, or role "
                              "and content")
+        check_letters(text, f"in turn {place + 1}")
         if role not in ROLES or role == "system" and place > 0:
             raise ValueError(f"has the role {role!r} in turn {place + 1}: use human or user, gpt "
                              "or assistant, and system for the first turn")
 
 
+def check_letters(text, where):
+    """Raises ValueError for a text with half of a surrogate pair: JSON can write it, but it is no
+    character, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has {text[error.start]!a}, half a character, {where}: remove it"
+                         ) from None
+
+
 def record_problem(turns, pictures):
-    """What is wrong with turns and pictures as `one_form` gives them -> (one of the kinds above,
-    words that go on after "record ID"), or None."""
+    """Turns and pictures of `one_form` -> (one of the kinds above, what is wrong, in words after
+    "record ID"), or None where nothing is."""
     pairs = roles_and_texts(turns)
     try:
         check_turns(pairs)
@@ -192,8 +206,8 @@ def record_problem(turns, pictures):
     marks = sum(text.count(MARK) for _, text in pairs)
     question = next((text for role, text in pairs if role == "user"), None)
     if marks != len(pictures) and (pictures or stands_for_picture(question or "")):
-        return UNMARKED if question is not None and not marks else MISMATCH, (
-            f"has {marks} {MARK} marks but {len(pictures)} pictures: they must agree")
+        kind = UNMARKED if question is not None and not marks else MISMATCH
+        return kind, f"has {marks} {MARK} marks but {len(pictures)} pictures: they must agree"
     return None
 
 
@@ -206,6 +220,30 @@ def stands_for_picture(question):
 
 # ---------------------------------------------------------------------------------- JSON files
 
+def read_text(path):
+    """A text file, with or without a byte order mark. Raises ValueError, with the file's name, for
+    one that is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as "
+                         "UTF-8") from None
+
+
+def printable(value):
+    """A value as text that any terminal and any file takes: half characters are escaped."""
+    return str(value).encode(errors="backslashreplace").decode()
+
+
+def reason_of(error):
+    """What json says of a text that it cannot read, in a few words."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "lists or objects lie too deep in each other"
+    return getattr(error, "msg", "a number has too many digits")
+
+
 def json_files(path):
     """The file itself, or all .json and .jsonl below a folder, in order of path."""
     if path.is_file():
@@ -214,38 +252,39 @@ def json_files(path):
 
 
 def scan_json(path):
-    """Yields (how a message calls it, first byte, end byte, record) of every record of a file; {}
-    for one that is no object. ValueError, with file, line, number from 0 and column, for what is no
+    """Yields (its name in messages, first byte, end byte, record) of every record of a file; {} for
+    one that is no object. ValueError, with file, line, number from 0 and column, for what is no
     JSON, and for a file that ends too early."""
-    text = path.read_bytes().decode("latin-1")  # a character a byte: its places are bytes
+    text = path.read_bytes().decode("latin-1")  # a character for each byte
     gap, decoder = re.compile("[ \t\r\n,]*"), json.JSONDecoder()
-    head = re.match("(?:\xef\xbb\xbf)?[ \t\r\n,]*(\\[?)", text)  # byte order mark, opened list
-    at, end, line, number = 0, head.end(), 1, 0
+    head = re.match("(?:\xef\xbb\xbf)?[ \t\r\n,]*(\\[?)", text)  # byte order mark, start of a list
+    is_list = head[1] == "["
+    at, end, line, number = 0, head.end(), 1, 0  # `at` and `end`: of the record, `line` of `at`
     while True:
         start = gap.match(text, end).end()
         line += text.count("\n", at, start)
         at = start
-        if at == len(text) or head[1] and text[at] == "]":
+        if at == len(text) or is_list and text[at] == "]":
             break
         try:
             record, end = decoder.raw_decode(text, at)
             if not text[at:end].isascii():  # decode its letters, not its bytes
                 record = json.loads(text[at:end].encode("latin-1"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             place = error.pos if isinstance(error, json.JSONDecodeError) else at
             begin = text.rfind("\n", 0, place) + 1
             column = len(text[begin:place].encode("latin-1").decode("utf-8", "replace")) + 1
             raise ValueError(f"{path}:{line}: not valid JSON in record {number}, at line "
                              f"{text.count(chr(10), 0, place) + 1}, column {column}: "
-                             f"{getattr(error, 'msg', 'it is not UTF-8')}") from error
+                             f"{reason_of(error)}") from None
         if not isinstance(record, dict):
             record = {}
-        name = "" if record.get("id") is None else f", id {record['id']},"
+        name = "" if record.get("id") is None else f", id {printable(record['id'])},"
         yield f"{path}:{line}: record {number}{name}", at, end, record
         number += 1
     if end == head.end():
         raise ValueError(f"{path}:{line}: the file ends without a record")
-    if head[1] and at == len(text):
+    if is_list and at == len(text):
         raise ValueError(f"{path}:{line}: the file ends inside the list")
     if text[at + 1:].strip():
         raise ValueError(f"{path}:{line}: the list ends here, and more text follows")

@@ -28,7 +28,7 @@ HOW_TO_GET = {
         f'{FETCH_DATA} lmms-lab/LLaVA-NeXT-Data --include "data/*" '
         "--local-dir data/LLaVA-NeXT-Data",
     DATA["si"]:
-        "git checkout data, and its sets with the commands that it begins with",
+        "git checkout data/onevision-si.mix, and its sets by the commands at its top",
 }
 
 
@@ -40,7 +40,7 @@ def default_data(phase, drawn):
 
 def check_places(runs):
     """Before anything is drawn, read or trained: raises FileNotFoundError naming all that the runs
-    will miss, and FileExistsError for a stopped run that a new one would bury."""
+    will miss, and FileExistsError for a stopped run that a new one would replace."""
     first, missing = runs[0], {}
     flags = first.flags
     for run in runs:
@@ -48,8 +48,8 @@ def check_places(runs):
             raise FileExistsError(f"{run.partial} holds a run that was stopped: go on with: "
                                   f"train.py {flags.typed} --resume, or remove it to begin anew")
         for name, path in run.paths.items():
-            will_come = flags.draws if name == "data" else run.start
-            if not will_come and not os.path.exists(path):
+            needed = not flags.draws if name == "data" else not run.start
+            if needed and not os.path.exists(path):
                 missing[f"  --{name}: {path} is not there."] = HOW_TO_GET.get(path)
     if first.start and not first.start.exists():
         missing[f"  {first.start} is not there."] = f"python train.py {flags.place} --phase 1"

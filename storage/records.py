@@ -31,12 +31,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as parquet
-
 from storage import columns
-from storage.formats import (COLUMNS, FORMATS, MALFORMED, MARK, MISMATCH, UNMARKED, decode_text,
-                             format_of, is_path, json_files, one_form, put_marks_first,
-                             record_problem, roles_and_texts, scan_json)
+from storage.formats import (FORMATS, MALFORMED, MARK, MISMATCH, UNMARKED, decode_text,
+                             format_of, is_path, json_files, one_form, printable,
+                             put_marks_first, read_text, record_problem, roles_and_texts,
+                             scan_json)
 from storage.weights import sampled_hash
 
 KEPT = 80                       # row groups in memory: the 64 that data.Order mixes, and some more
@@ -89,7 +88,7 @@ class Pictures(PerProcess):
         the .zip's own name."""
         if place.suffix != ".zip":
             path = place / name
-            return path.read_bytes() if path.is_file() else None
+            return path.read_bytes() if os.path.isfile(path) else None     # a name may be long
         if not place.is_file():
             return None
         try:
@@ -107,8 +106,8 @@ class Pictures(PerProcess):
 
 
 class Reader(PerProcess):
-    """What the readers of JSON and of Parquet share. They have `path`, `pictures`, and for a row of
-    the set `_load`, its record as it is stored, and `_file`, where that is."""
+    """What the readers of JSON and of Parquet share. Each has `path`, `pictures`, and for a row of
+    the set `_load`, its record as it is stored, and `_file`, the file that holds it."""
     marks_first = False  # whether pictures are put before the first question: no record has a mark
 
     def read(self, i):
@@ -116,7 +115,7 @@ class Reader(PerProcess):
         ValueError for what is no record."""
         i = range(len(self))[i]  # negative numbers count from the end; IndexError beyond it
         record = self._load(i)
-        name = str(i if record.get("id") is None else record["id"])
+        name = printable(i if record.get("id") is None else record["id"])
         try:
             turns, pictures = one_form(record)
             images = [self.pictures.get(picture) for picture in pictures]
@@ -172,26 +171,27 @@ class JSONRecords(Reader):
                     refused.append((kind, f"{where} {words}"))
                 if kind not in (None, UNMARKED):
                     continue
-                marked = marked or bool(pictures) and not kind
+                if pictures and not kind:
+                    marked = True
                 characters = sum(len(text) for _, text in roles_and_texts(turns))
                 table.append((number, start, end, characters, len(pictures), kind == UNMARKED))
                 if len(shown) < 100:
                     shown += [(kind, each) for each in pictures[:1] if isinstance(each, str)]
         table = np.array(table, np.int64).reshape(-1, 6)
-        lacks = table[:, 5] == 1
-        self.marks_first = bool(lacks.any()) and not marked
+        spans, sizes, unmarked = table[:, :3], table[:, 3:5], table[:, 5] == 1
+        self.marks_first = bool(unmarked.any()) and not marked
         if self.marks_first:
             refused = [each for each in refused if each[0] != UNMARKED]
-            table[lacks, 3] += table[lacks, 4] * len(MARK + " ")
+            sizes[unmarked, 0] += sizes[unmarked, 1] * len(MARK + " ")
         else:
             refused = [(MISMATCH if kind == UNMARKED else kind, words) for kind, words in refused]
-            table = table[~lacks]
-        if refused and (problems is None or not len(table)):
+            spans, sizes = spans[~unmarked], sizes[~unmarked]
+        self.spans, self.sizes = spans.copy(), sizes.copy()
+        if refused and (problems is None or not len(self)):
             more = f" (and {len(refused) - 1} more such records)" if len(refused) > 1 else ""
             raise ValueError(refused[0][1] + more)
         if problems is not None:
             problems += refused
-        self.spans, self.sizes = table[:, :3].copy(), table[:, 3:5].copy()
         paths = [each for kind, each in shown if is_path(each) and (self.marks_first or not kind)]
         if paths and not images and all(self.pictures.get(each) is None for each in paths):
             raise FileNotFoundError(f"picture {paths[0]} of {path} is in none of {self.pictures}: "
@@ -236,11 +236,7 @@ class ParquetShards(Reader):
         self.keys, self.starts, self.groups, self.rows = [], [], [], 0
         with_pictures = False
         for number, file in enumerate(self.files):
-            try:
-                meta = parquet.read_metadata(file)
-            except Exception as error:
-                raise ValueError(f"{file} is no complete parquet file ({error}): "
-                                 "download it again") from error
+            meta = columns.metadata_of(file)
             self.keys.append(columns.column_of_turns(file, meta.schema.to_arrow_schema()))
             self.formats[self.keys[-1]] += meta.num_rows
             for group in range(meta.num_row_groups):
@@ -248,6 +244,8 @@ class ParquetShards(Reader):
                 self.groups.append((number, group))  # number of the file, of the group in it
                 self.rows += meta.row_group(group).num_rows
                 with_pictures = with_pictures or columns.has_pictures(meta.row_group(group))
+        if not self.rows:
+            raise ValueError(f"{path} holds no record: fetch or write it again")
         # A set that has marks shows one in its first thousands of rows.
         if with_pictures and not any(marks for _, marks in next(self._texts(), ())):
             self.marks_first = not any(marks for batch in self._texts() for _, marks in batch)
@@ -271,15 +269,13 @@ class ParquetShards(Reader):
     def _group(self, which):
         """A row group as a table. All sets of a process share one cache: a mixture has many."""
         number, group = self.groups[which]
-        with parquet.ParquetFile(self.files[number]) as file:
-            return file.read_row_group(group, columns=list(COLUMNS))  # those that it has
+        return columns.read_group(self.files[number], group)
 
     def _texts(self):
         """Yields of every batch of rows (rows, 2) int64: characters of all turns, marks."""
         for path, key in zip(self.files, self.keys):
-            with parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(columns=[key]):
-                    yield columns.text_sizes(key, batch.column(0))
+            for batch in columns.batches_of(path, key):
+                yield columns.text_sizes(key, batch)
 
     def counts(self):
         """(records, 2) int64: characters of all turns, pictures. Only the text is read: a usable
@@ -323,7 +319,7 @@ class Mixture:
     def __init__(self, path, problems=None):
         self.path = Path(path)
         self.parts, self.lines, taken, starts, total = [], [], [], [], 0
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(self.path).splitlines(), 1):
             try:
                 words = shlex.split(line, comments=True)
                 if not words:

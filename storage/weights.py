@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -36,6 +37,14 @@ def read_config(folder, parse=dict):
         return parse(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def check_sizes(config):
+    """ValueError for a dataclass of which a field that is a whole number holds none above 0."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and (type(value) is not int or value < 1):
+            raise ValueError(f"{field.name} {value!r}: give a whole number above 0")
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ def png(width, height, seed=0, kind="PNG"):
 def write_set(folder, records, name="set.json", lines=False):
     text = "\n".join(json.dumps(record, ensure_ascii=False) for record in records) if lines else \
         json.dumps(records, ensure_ascii=False, indent=1)
+    text = "".join(f"\\u{ord(letter):04x}" if "\ud800" <= letter <= "\udfff" else letter for letter in text)
     (folder / name).write_text(text, encoding="utf-8")
     return folder / name
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import train
-from compared.choices import FIELDS, add_choices, begin, check, folder_of, for_training, given, typed, write
+from compared.choices import (FIELDS, add_choices, begin, folder_of, for_training, given, model_folder,
+                              refuse_another_architecture, typed, write)
 from model import PRESETS, LLaVAVRConfig
 
 NOWHERE = Path("nowhere/phase1")
@@ -88,6 +89,14 @@ def test_runs_lie_under_preset_and_name(name, folder):
     assert folder_of(argparse.Namespace(preset="tiny", name=name)) == folder
 
 
+def test_the_command_that_trains_a_missing_model_has_its_name(tmp_path, monkeypatch):
+    """Without --name it would train another one, and the model would still be missing."""
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(preset="tiny", name="mine", model=None)
+    with pytest.raises(FileNotFoundError, match="no model folder runs/tiny-mine/phase2.* --preset tiny --name mine "):
+        model_folder(args)
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "..\\x", "a b", "..", "."])
 def test_a_name_stays_inside_its_folder(name):
     """It becomes a part of a path."""
@@ -114,9 +123,9 @@ def test_a_resumed_run_goes_on_with_what_it_began_with(tmp_path):
 def test_a_later_phase_is_told_of_another_choice(tmp_path):
     """Its architecture is that of the phase before; a flag that differs would be silently ignored otherwise."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_vr", **asdict(PRESETS["0.5b"].config)}))
-    check(parse("--projector", "aap", "--remember", "1,4"), tmp_path)
+    refuse_another_architecture(parse("--projector", "aap", "--remember", "1,4"), tmp_path)
     with pytest.raises(ValueError, match="--remember none: .* has --remember 1,4; leave it out, or train under another"):
-        check(parse("--remember", "none"), tmp_path)
+        refuse_another_architecture(parse("--remember", "none"), tmp_path)
 
 
 def test_train_refuses_a_bad_choice_before_it_looks_for_weights(monkeypatch, tmp_path):
@@ -181,13 +190,13 @@ def test_folders_from_before_a_field_was_there_have_its_default(tmp_path):
     del stored["interaction"], stored["join"]
     stored["layers"] = stored.pop("levels")
     (out / "config.json").write_text(json.dumps(stored))
-    check(parse("--interaction", "sela", "--levels", "13,18,23"), out)
+    refuse_another_architecture(parse("--interaction", "sela", "--levels", "13,18,23"), out)
     for words in (["--interaction", "global"], ["--levels", "12,18,23"], ["--join", "replace"]):
         with pytest.raises(ValueError, match=f"{words[0]} {words[1]}: "):
-            check(parse(*words), out)
+            refuse_another_architecture(parse(*words), out)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"projector": "ml', "3", '{"projector": "aap"}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"projector": "ml', "3", '{"projector": "aap"}', '{"flags": 3}', '{"flags": []}'])
 def test_damaged_choices_are_named(tmp_path, text):
     """By a crash or an editor; the run cannot guess what it was."""
     (tmp_path / "phase1.partial").mkdir()

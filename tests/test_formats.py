@@ -218,7 +218,11 @@ BAD = [
     ({"conversations": ask("<image>"), "image": "https://x.org/a.png"}, "has the web address https://x.org/a.png as picture"),
     ({"messages": chat([{"type": "image_url", "image_url": {"url": "http://x.org/a.png"}}])}, "has the web address http://x.org"),
     ({"conversations": ask("<image>\nA?")}, "has 1 <image> marks but 0 pictures"),
-    ({"conversations": ask("<image>\nA?"), "image": ["a.png", "b.png"]}, "has 1 <image> marks but 2 pictures")]
+    ({"conversations": ask("<image>\nA?"), "image": ["a.png", "b.png"]}, "has 1 <image> marks but 2 pictures"),
+    ({"conversations": ask("A?"), "image": {"file": "a.png"}}, "has a picture with file, and with none of bytes, base64, path"),
+    ({"conversations": ask("A?"), "images": {"0": "a.png"}}, "has a picture with 0, and with none of bytes"),
+    ({"conversations": ask("A \ud800?")}, "has '.ud800', half a character, in turn 1: remove it"),
+    ({"messages": chat("A?", "\udfff")}, "has '.udfff', half a character, in turn 2: remove it")]
 
 
 @pytest.mark.parametrize("record, why", BAD, ids=[str(n) for n in range(len(BAD))])
@@ -256,7 +260,9 @@ RECORD = json.dumps({"id": "ß", "conversations": ask("A?")}, ensure_ascii=False
     (f"[{RECORD}]".encode("latin-1"), ":1: not valid JSON in record 0, at line 1, column 2: it is not UTF-8"),
     (f"[{RECORD}]\n[{RECORD}]".encode(), ":1: the list ends here, and more text follows"),
     (f"{RECORD}\n]".encode(), ":2: not valid JSON in record 1"), (b"", "the file ends without a record"),
-    (f"[{RECORD}".encode(), "the file ends inside the list"), (b"{'id': 1}", "record 0, at line 1, column 2: Expecting property")])
+    (f"[{RECORD}".encode(), "the file ends inside the list"), (b"{'id': 1}", "record 0, at line 1, column 2: Expecting property"),
+    (b'{"conversations": ' + b"[" * 100_000, "record 0, at line 1, column 1: lists or objects lie too deep in each other"),
+    (b'{"id": ' + b"9" * 5000 + b"}", "record 0, at line 1, column 1: a number has too many digits")], ids=range(11))
 def test_broken_json_is_named_by_record_and_column(tmp_path, text, why):
     """A file of one line has only that to go by. Columns count letters, not bytes."""
     (tmp_path / "set.json").write_bytes(text)
@@ -270,3 +276,44 @@ def test_a_mark_beside_no_picture_is_a_question_without_its_picture_only_for_the
     turns = [{"role": "system", "content": "X"}, *chat("<image>\nA?")]
     assert record_problem(turns, [])[0] == formats.MISMATCH
     assert record_problem(chat("A?"), ["a"])[0] == UNMARKED and record_problem(chat("What is <image>?"), []) is None
+
+
+def test_a_picture_named_by_a_long_text_is_missing_like_any_other(tmp_path):
+    """The system refuses to look for a name of more than 255 letters: that must not hide which record it is of."""
+    path = write_set(tmp_path, [{"image": "x" * 400, "conversations": ask("<image>")}])
+    with pytest.raises(FileNotFoundError, match="picture x+ of .* is in none of"):
+        open_records(path)
+
+
+def test_an_id_with_half_a_character_can_be_printed(tmp_path):
+    """tools.check_data prints the ids of what it refuses: one of them must not end the report."""
+    path = write_set(tmp_path, [{"id": "\ud800", "conversations": ask("A?", "")}])
+    with pytest.raises(ValueError, match=r"record 0, id .ud800, has an empty answer") as caught:
+        open_records(path)
+    assert str(caught.value).encode()
+
+
+def test_damaged_or_empty_parquet_names_its_file(tmp_path):
+    """Arrow's own words do not; of a set without rows nothing can be drawn."""
+    path = write_rows(tmp_path / "a.parquet", [{"conversations": ask(f"A{n}? " * 99)} for n in range(2000)], group=1000)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + b"\xff" * 200 + whole[400:])
+    with pytest.raises(ValueError, match=r"a.parquet is damaged in row group 0 .*: download it again"):
+        open_records(path)[0]
+    with pytest.raises(ValueError, match="a.parquet is damaged in its column conversations"):
+        open_records(path).counts()
+    import pyarrow.parquet as parquet
+    path.write_bytes(whole)
+    parquet.write_table(parquet.read_table(path).slice(0, 0), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="b.parquet holds no record"):
+        open_records(tmp_path / "b.parquet")
+
+
+def test_a_mixture_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path):
+    """Windows' editors write the one by default, and some the other."""
+    write_set(tmp_path, [{"conversations": ask("A?")}], "g.jsonl", lines=True)
+    (tmp_path / "m.mix").write_bytes(b"\xef\xbb\xbfg.jsonl all\n")
+    assert len(open_records(tmp_path / "m.mix")) == 1
+    (tmp_path / "m.mix").write_bytes("g.jsonl all # ä".encode("latin-1"))
+    with pytest.raises(ValueError, match="m.mix is not UTF-8 .*: save it as UTF-8"):
+        open_records(tmp_path / "m.mix")

@@ -286,6 +286,7 @@ def run_main(monkeypatch, model, folder, image, question=QUESTION):
     """The command with a model that is at hand -> the page it wrote."""
     monkeypatch.setattr(look, "load_model", lambda folder: model)
     out = folder / "out.html"
+    (folder / "config.json").touch()
     look.main([question, "--model", str(folder), "--image", str(image), "--out", str(out), "--max-new-tokens", "2"])
     assert [path.name for path in folder.iterdir() if "out" in path.name] == ["out.html"]
     return out.read_text(encoding="utf-8")
@@ -346,6 +347,8 @@ def test_errors_are_one_line(arguments, complaint, tmp_path, monkeypatch):
     PICTURE.save("a.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     (tmp_path / "model").mkdir()
+    if complaint != "config.json":
+        (tmp_path / "model/config.json").touch()
     with pytest.raises((ValueError, OSError)) as caught:
         look.main(["--model", "model", *arguments])
     assert complaint in str(caught.value) and "\n" not in str(caught.value)

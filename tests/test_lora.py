@@ -65,7 +65,7 @@ def test_merged_it_is_the_same_model_without_it():
     loss = model(batch).item()
     assert loss != pytest.approx(plain(batch).item(), abs=1e-3)
     plain.load_state_dict(lora.merge(dict(model.state_dict())))
-    assert plain(batch).item() == pytest.approx(loss, abs=1e-6)
+    assert plain(batch).item() == pytest.approx(loss, abs=1e-5)         # sums in another order
 
 
 def test_a_rank_above_what_a_linear_has_is_one_line():

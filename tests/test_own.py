@@ -155,8 +155,20 @@ GOOD = {"question": "Which?", "answer": "1"}
     (GOOD, "letter", "has 0 options: the metric letter needs 2 to 26"),
     (GOOD | {"options": ["a", "b"]}, "letter", "the answer '1', which is neither one of the letters AB nor the text of one"),
     ({"conversations": [{"from": "human", "value": "?"}]}, "exact", "has a question without an answer"),
-    ({"conversations": [{"from": "gpt", "value": "?"}]}, "exact", "has a turn of 'gpt' where questions and answers"),
-    ({"label": 1}, "exact", "bad.jsonl")])
+    ({"conversations": [{"from": "gpt", "value": "?"}]}, "exact", "has a turn of 'assistant' where questions and answers"),
+    ({"question": "?", "answer": float("nan")}, "exact", "question 0 has nan where a text or a number must be"),
+    ('{"question": "?", "answer": 1e999}', "exact", "question 0 has inf where a text or a number must be"),
+    (GOOD | {"answers": ["2"]}, "exact", "has answers and answer: keep one of them"),
+    (GOOD | {"image": "0.png", "images": ["1.png"]}, "exact", "has image and images: keep one of them"),
+    (GOOD | {"options": ["1", "2"], "choices": ["1"]}, "exact", "has options and choices: keep one of them"),
+    (GOOD | {"image": "https://x.org/a.png"}, "exact", "has the web address https://x.org/a.png as picture"),
+    (GOOD | {"image": "x" * 300}, "exact", "question 0: picture x+ is in none of"),
+    ({"question": "\ud800", "answer": "1"}, "exact", "question 0 has '.ud800', half a character"),
+    ({"question": "?", "answer": "\ud800"}, "exact", "question 0 has '.ud800', half a character"),
+    (GOOD | {"id": "\ud800", "answer": ""}, "exact", r"question .ud800 has an empty answer"),
+    ("[" * 100_000, "exact", "bad.jsonl:1: not valid JSON .lists or objects lie too deep"),
+    ('{"question": "?", "answer": ' + "9" * 5000 + "}", "exact", "bad.jsonl:1: not valid JSON .a number has too many digits"),
+    ({"label": 1}, "exact", "bad.jsonl")], ids=range(29))
 def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(setup, tmp_path, text, metric, message):
     """In one line with file, line and question; a bad last row must not cost the answers to all the others."""
     file = write(tmp_path / "m", [text] if isinstance(text, dict) else [], "bad.jsonl")
@@ -185,3 +197,17 @@ def test_text_of_another_encoding_is_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"question": "Größe?", "answer": 1}'.encode("latin-1"))
     with pytest.raises(ValueError, match="latin.jsonl is not UTF-8 .*save it as UTF-8"):
         own.add_task(tmp_path / "latin.jsonl", "exact")
+
+
+def test_what_means_the_same_is_taken(tmp_path):
+    """Null is as good as absent; a line ends at a line break and nowhere else; a picture may be bare base64, as in training."""
+    coded = base64.b64encode(png(9, (8, 8))).decode()
+    file = write(tmp_path / "m", [{"id": None, "question": "a\u2028b", "answer": "1", "answers": None, "images": None, "image": coded}])
+    (tmp_path / "m/reds.jsonl").write_text((tmp_path / "m/reds.jsonl").read_text().replace("\\u2028", "\u2028"), encoding="utf-8")
+    questions = TASKS[own.add_task(file, "exact")].questions
+    assert (questions.rows[0]["id"], questions.rows[0]["question"], questions.row(0)["picture 0"]) == ("0", "a\u2028b", coded)
+
+
+def test_a_file_called_blind_is_not_taken_for_answers_to_grey_pictures():
+    """own-x_blind.jsonl holds the blind answers to x."""
+    assert own.task_name("x_blind.jsonl") == "own-x-blind" and own.task_name("blind.jsonl") == "own-blind"

@@ -80,9 +80,9 @@ def test_a_model_is_loaded_in_the_precision_that_is_asked_for(tmp_path):
 def test_answers_of_another_precision_are_another_models():
     """Or a run that goes on would mix them. What a machine has always used keeps the mark of earlier answers."""
     run = evaluation.Run(precision="fp32")
-    assert evaluation.numbers(run) == ""
-    assert evaluation.numbers(replace(run, precision="bf16")) == " bf16"
-    assert evaluation.numbers(replace(run, int8=True)) == " int8"
+    assert evaluation.precision_mark(run) == ""
+    assert evaluation.precision_mark(replace(run, precision="bf16")) == " bf16"
+    assert evaluation.precision_mark(replace(run, int8=True)) == " int8"
 
 
 @pytest.mark.parametrize("width", (24, 64))

@@ -32,6 +32,7 @@ def talker(tmp_path, monkeypatch):
     Talker.asked, Talker.chosen = [], []
     monkeypatch.setattr(sample, "load_model", lambda folder, *_: Talker())
     monkeypatch.setattr(sample, "load_image", str)
+    (tmp_path / "config.json").touch()
     return ["--model", str(tmp_path)]
 
 

@@ -67,8 +67,8 @@ def test_columns_may_have_other_names_and_one_question_may_do(table, tmp_path):
     (["image,question,answer", "0.png,a,b", "0.png,a"], "meters.csv:3: another number of cells"),
     (["image,question,answer", "0.png,a,b,c"], "meters.csv:2: another number of cells"),
     (["image,question,answer", "0.png,a,b", "0.png, ,b", "0.png,a,"], r"meters.csv:3: nothing in question \(and 1 more such"),
-    (["image,question,answer", "no.png,a,b"], "meters.csv:2: picture .*photos/no.png is not there"),
-    (["image,question,answer", "bad.png,a,b"], "meters.csv:2: picture .*photos/bad.png: "),
+    (["image,question,answer", "no.png,a,b"], "meters.csv:2: picture .*photos/no.png does not exist"),
+    (["image,question,answer", "bad.png,a,b"], "meters.csv:2: picture .*photos/bad.png cannot be decoded"),
     (["image,question,answer", "0.png,a,b", "0.png,c,d"], "1 pictures are too few to hold 1 back"),
     (["image,question,answer", '0.png,a,"b'], "no valid CSV")])
 def test_a_table_that_cannot_be_used_is_one_line(table, tmp_path, lines, message):

@@ -34,7 +34,7 @@ ARROWS = {
     "compared.origin": {"compared.choices", "model", "storage.log"},         # what a folder tells of its model
     "compared.variants": {"compared", "data", "model", "storage.weights"},   # how it is asked
     "benchmarks": {"benchmarks", "data"},
-    "benchmarks.own": {"benchmarks", "storage.records"},                     # own questions, as training records too
+    "benchmarks.own": {"benchmarks", "storage.formats", "storage.records"},  # own questions, as training records too
     "tiny": {"benchmarks.task", "clip", "compared.precision", "data", "model", "qwen2", "storage", "tiny"},
     "tools": {*TOP, *ROOMS},
 }

@@ -662,6 +662,7 @@ def test_the_preset_is_that_of_the_model(tmp_path):
 @pytest.mark.parametrize("origin, more, complaint", [
     ("tiny/phase2", ["--name", "mine", "--clip", "x"], "--clip x: with --from all weights are those of"),
     ("tiny/phase2", [], "--from .*/tiny/phase2 needs a --name"),
+    ("broken", ["--name", "m"], "broken/config.json: num_hidden_layers None: give a whole number above 0"),
     ("tiny/phase2", ["--name", "m", "--resume", "--overwrite"], "--resume goes on with a run and --overwrite begins anew"),
     ("tiny/phase2", ["--name", "m", "--phase", "1", "--lora", "4"], "--lora 4: the decoder learns nothing in phase 1"),
     ("tiny/phase2", ["--name", "m", "--window", "3"], "windows of 3x3 tokens do not tile 4x4"),
@@ -675,6 +676,10 @@ def test_what_cannot_be_gone_on_from_is_one_line(origin, more, complaint, world,
     for name, kind in ("hf", "llava_next"), ("qwen", "qwen2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    shutil.copytree(straight / "tiny/phase2", tmp_path / "broken")
+    config = json.loads((tmp_path / "broken/config.json").read_text())
+    config["text"]["num_hidden_layers"] = None
+    (tmp_path / "broken/config.json").write_text(json.dumps(config))
     command = ["--preset", "tiny", "--data", f"{world}/data/captions.json", "--out", str(tmp_path / "runs"), "--from"]
     with pytest.raises((ValueError, OSError), match=complaint) as caught:
         train.main([*command, str(tmp_path / origin), *more])
@@ -695,6 +700,51 @@ def test_a_finished_phase_is_replaced_only_by_overwrite(world, straight, tmp_pat
     train.main([*command, "--overwrite"])
     assert (tmp_path / "tiny/phase2/model.safetensors").read_bytes() != before
     assert len(result(tmp_path, 2)[1]) == 1
+
+
+def test_a_run_does_not_replace_the_model_that_it_goes_on_from(world, straight, tmp_path):
+    """Not with --overwrite either: it could not be resumed, and the model would be lost."""
+    shutil.copytree(straight / "tiny", tmp_path / "tiny-mine")
+    (tmp_path / "link").symlink_to(tmp_path / "tiny-mine/phase2")
+    for origin in ("tiny-mine/phase2", "link"):
+        with pytest.raises(ValueError, match="the run would replace the model that it goes on from: give another --name"):
+            train.main(["--preset", "tiny", "--data", f"{world}/data/captions.json", "--out", str(tmp_path),
+                        "--from", str(tmp_path / origin), "--name", "mine", "--overwrite"])
+    assert sorted(path.name for path in (tmp_path / "tiny-mine").iterdir()) == ["phase1", "phase2"]
+
+
+def test_a_second_process_that_trains_the_same_run_is_refused(straight, world, tmp_path):
+    """Started twice by mistake, both wrote into one folder; the first to end took it away from the other."""
+    shutil.copytree(straight / "tiny", tmp_path / "tiny")
+    command = flags(world, tmp_path, "--phase", "1", "--overwrite", "--limit", "4")
+    holder = subprocess.Popen([sys.executable, "-c", "import sys, types, pathlib; from compared import choices\n"
+                               f"choices.hold(pathlib.Path({str(tmp_path)!r}, 'tiny/phase1.partial'), "
+                               "types.SimpleNamespace(overwrite=False, phase='1')); print('held', flush=True); sys.stdin.read()"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="phase1.partial: another process is training there: wait for its end"):
+            train.main(command)
+        assert [path.name for path in (tmp_path / "tiny/phase1.partial").iterdir()] == ["lock"]
+    finally:
+        holder.kill()                                                   # as by kill -9: the lock goes with the process
+        holder.wait()
+    train.main(command)
+    assert not (tmp_path / "tiny/phase1.partial").exists()
+
+
+def test_overwriting_both_phases_can_be_stopped_and_resumed(world, straight, tmp_path, monkeypatch, capsys):
+    """Phase 2 of before was taken for the new one when the run was stopped in phase 1."""
+    shutil.copytree(straight / "tiny", tmp_path / "tiny")
+    old = (tmp_path / "tiny/phase2/model.safetensors").stat().st_ino
+    command = flags(world, tmp_path)
+    stop_after(monkeypatch, 1)
+    train.main([*command, "--overwrite"])
+    assert (tmp_path / "tiny/phase1.partial").exists() and (tmp_path / "tiny/phase2/model.safetensors").stat().st_ino == old
+    monkeypatch.undo()
+    train.main([*command, "--resume"])
+    assert (tmp_path / "tiny/phase2/model.safetensors").stat().st_ino != old
+    assert not list((tmp_path / "tiny").glob("*.partial"))
 
 
 def test_the_command_for_both_phases_can_be_repeated(world, tmp_path, monkeypatch, capsys):
@@ -825,11 +875,12 @@ def test_phase_2_asks_for_phase_1(world, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", (["--preset", "2b"], ["--phase", "3"], ["--batch", "0"], ["--lr", "-1"], ["--lr", "nan"],
-                                   ["--lr", "inf"], ["--seed", "-1"], ["--validate", "-1"], ["--precision", "fp8"]))
+                                   ["--lr", "inf"], ["--seed", "-1"], ["--validate", "-1"], ["--precision", "fp8"],
+                                   ["--seed", str(2**70)], ["--from", ""], ["--data", ""], ["--out", ""]))
 def test_a_mistyped_value_stops_before_anything_is_read(wrong, capsys):
     with pytest.raises(SystemExit) as caught:
         train.arguments(wrong)
-    assert caught.value.code != 0 and wrong[0] in capsys.readouterr().err
+    assert caught.value.code != 0 and wrong[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 SCRIPTS = {"train": ("laptop", "one GPU", "eight GPUs"), "eval": ("laptop", "one GPU", "eight GPUs"),

@@ -207,6 +207,7 @@ def test_bad_flags_are_told_before_a_model_is_loaded(flags, message):
 def test_a_taken_port_is_told(server, tmp_path, monkeypatch):
     """With what to give instead."""
     monkeypatch.setattr(web, "load_model", lambda folder, **_: None)
+    (tmp_path / "config.json").touch()
     with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1, port {server.server_port} .*--port"):
         web.main(["--model", str(tmp_path), "--port", str(server.server_port)])
 

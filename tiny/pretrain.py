@@ -48,7 +48,7 @@ from torch.utils.data import DataLoader
 
 import data
 from clip import CLIPVision
-from compared.precision import CLEARLY, bf16_gain
+from compared.precision import LEAST_GAIN, bf16_gain
 from model import LLaVAVR
 from qwen2 import Qwen2
 from tiny import lessons
@@ -483,7 +483,7 @@ def stages_in_bf16(precision):
     """
     if precision != "auto":
         return tuple(STEPS) if precision == "bf16" else ()
-    return ("vision", "align") if bf16_gain(1040, 128, 512) >= CLEARLY else ()
+    return ("vision", "align") if bf16_gain(1040, 128, 512) >= LEAST_GAIN else ()
 
 
 def means(notes):

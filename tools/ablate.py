@@ -52,7 +52,7 @@ import torch
 import train
 from benchmarks import TASKS
 from benchmarks.answers import write
-from compared.precision import CLEARLY, bf16_gain
+from compared.precision import LEAST_GAIN, bf16_gain
 from compared.variants import load_model, read_variant
 from eval import arguments as ask_arguments
 from eval import folder_name
@@ -70,7 +70,7 @@ from tools.tables import (
 
 DRAWN = Path("data/tiny")
 DRAW = ["-m", "tiny.world", "--out", str(DRAWN)]            # what draws it, after "python"
-PRECISION = "bf16" if bf16_gain(1040, 128, 512) >= CLEARLY else "fp32"      # which trains faster
+PRECISION = "bf16" if bf16_gain(1040, 128, 512) >= LEAST_GAIN else "fp32"      # which trains faster
 EXAM_TASKS = "all"          # of eval.py: the stand-ins of the thirteen benchmarks
 REFERENCE = plan.normal(plan.SELA)      # the model whose time is that of all, with --equal-time
 QUICK = {"limit": 48, "questions": 4, "seeds": 1}

@@ -16,12 +16,12 @@ comparison; `data` does without. The ways are timed in turn, round by round, so 
 slows down slows all of them. Printed are the median, the fastest and the slowest time of each, and
 the ratio of the medians.
 
-decode counts as the floor the bytes that a token needs (weights of decoder and lm_head once, keys
-and values of all rows) over the speed at which this machine reads memory.
+The memory floor of decode: the bytes that a token needs, which are the weights of decoder and
+lm_head and the keys and values of all rows, over the speed at which this machine reads memory.
 
-ttft reads one picture that fills its tiles and one question, and takes the first token. Vision
-Remember's time is what its own calls take; the rest of the decoder is prefill. It ends in a line of
-JSON.
+ttft times the first token after one picture that fills its tiles, and one question. Vision
+Remember's time is that of its own calls; the rest of the decoder's is prefill. Both end in a line
+of JSON.
 
     B  rows of a batch     T  tokens of a row     t  tiles of a batch     P  pixels along a tile
     p  vision tokens along a side of a tile
@@ -351,10 +351,8 @@ def reading(args):
 # ---- decoding beside its floor -------------------------------------------------------------------
 
 def read_speed(device, rounds=10):
-    """Bytes a second at which this device reads memory: the fastest sum over 512 MB.
-
-    A vector times a matrix is tried, too, as decoding does that.
-    """
+    """Bytes a second at which this device reads memory: the fastest of several passes over 512 MB,
+    by a sum and by the product of a vector and a matrix, as in decoding."""
     x = torch.ones(32768, 4096, device=device)
     row = torch.ones(1, 4096, device=device)
     seconds = timed({"sum": x.sum, "product": partial(F.linear, row, x)}, rounds, device)
@@ -362,12 +360,10 @@ def read_speed(device, rounds=10):
 
 
 def bytes_for_a_token(decoder, cache):
-    """Bytes that decoding a token of every row reads at least: weights, and the used cache.
-
-    Of an embedding only a row is looked up, unless it is the lm_head as well.
-    """
+    """Bytes that decoding one token of every row must read: the weights, and the used cache. The
+    embedding counts only where it is also the lm_head: a token needs one row of it."""
     held = {name: tensor for name, tensor in decoder.state_dict().items()
-            if "embed_tokens" not in name}               # a tied one comes again as the lm_head
+            if "embed_tokens" not in name}               # a tied one is listed as lm_head, too
     weights = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
     seen = cache.kv[..., :cache.used, :]
     return weights + seen.numel() * seen.element_size()
@@ -376,7 +372,7 @@ def bytes_for_a_token(decoder, cache):
 def decode_step(decoder, batch, prompt, room):
     """-> (a function that decodes a token of each of `batch` rows, its KVCache).
 
-    The cache holds `prompt` random keys and values a row: what they are changes no time.
+    The cache holds `prompt` random keys and values a row. Their values do not change the time.
     """
     weight = decoder.model.embed_tokens.weight
     cache = KVCache(decoder.config, batch, prompt + room, weight.dtype, weight.device)
@@ -386,7 +382,7 @@ def decode_step(decoder, batch, prompt, room):
     return partial(decoder, tokens, cache=cache), cache
 
 
-def numbers_to_decode(args):
+def precisions_to_decode(args):
     """-> [(name, dtype, int8)] that the command line asks for: all three by default."""
     if args.int8 or args.asked != "auto":
         name = args.precision + (" int8" if args.int8 else "")
@@ -402,19 +398,20 @@ def decode(args):
     print(f"reads {cost.short(speed, 'B/s')}, {args.prompt} tokens in the cache")
     text = preset_config(args, cost.PLAIN).text          # the decoder alone
     torch.manual_seed(args.seed)
-    original, found = Qwen2(text).eval().to(args.device), []
-    for name, dtype, int8 in numbers_to_decode(args):
+    original = Qwen2(text).eval().to(args.device)
+    found = []
+    for name, dtype, int8 in precisions_to_decode(args):
         decoder = copy.deepcopy(original).to(dtype)      # its lm_head stays tied
         if int8:
             to_int8(decoder)
         for batch in (1, 8):
-            steps = args.rounds * args.tokens + args.tokens
-            step, cache = decode_step(decoder, batch, args.prompt, steps)
+            room = (args.rounds + 1) * args.tokens       # the first round warms up
+            step, cache = decode_step(decoder, batch, args.prompt, room)
 
-            def some():
+            def tokens():
                 for _ in range(args.tokens):
                     step()
-            seconds = timed({"": some}, args.rounds, args.device)[""]
+            seconds = timed({"": tokens}, args.rounds, args.device)[""]
             milliseconds = [1000 * second / args.tokens for second in seconds]
             floor = 1000 * bytes_for_a_token(decoder, cache) / speed
             median = statistics.median(milliseconds)
@@ -437,13 +434,13 @@ SYSTEMS = {
     "pdrop": (cost.MLP, "pdrop", "PDrop"),
     "tokenpacker": ({"projector": "tokenpacker", **cost.FOUR, **cost.PLAIN}, None, "TokenPacker"),
 }
-WHOLE = 83.6        # ms to the first token without compression, Table 5(b) of the paper
+PAPER_MS = 83.6     # to the first token without compression, Table 5(b) of the paper
 QUESTION = "What is written on the sign? Answer the question using a single word or phrase."
 TTFT_PARTS = ("pictures", "vit", "projector", "remember", "decoder")     # decoder: prefill
 
 
 def paper_ratio(name):
-    """The paper's time to first token over that without compression, or None where it has none."""
+    """The paper's time to first token over its time without compression; None where it has none."""
     label = SYSTEMS[name][2]
     if label == "no compression":
         return 1.0
@@ -461,7 +458,7 @@ def read_systems(words):
 
 
 def full_picture(tiles, tile, seed):
-    """A picture of noise that fills `tiles` tiles, its small whole among them.
+    """A picture of noise that fills `tiles` tiles, the base tile among them.
 
     ValueError for a number that no canvas of phase 2 has.
     """
@@ -520,25 +517,23 @@ def clocked(function, seconds, part, device):
 
 @torch.inference_mode()
 def first_token(model, picture, device):
-    """Seconds from a PIL picture and a question to the first token -> {part of TTFT_PARTS: it}."""
+    """{part of TTFT_PARTS: seconds}, from a PIL picture and a question to the first token."""
     seconds = dict.fromkeys(TTFT_PARTS, 0.0)
     places = {"vit": [(model.vision_tower, "forward")],
               "projector": [(model.mm_projector, "forward")],
               "remember": [(model, "remember"), (model.vision_remember, "prepare")]}
-    calls = [(module, name, part) for part, some in places.items() for module, name in some]
+    calls = [(module, name, part) for part, own in places.items() for module, name in own]
     for module, name, part in calls:
         setattr(module, name, clocked(getattr(module, name), seconds, part, device))
     try:
-        whole = dict.fromkeys(("pictures", "rest"), 0.0)
-        sample = clocked(model.encode_prompt, whole, "pictures", device)(picture, QUESTION)
-        prefill = clocked(model.prefill, whole, "rest", device)
-        logits, _ = prefill([sample], 0, 1)
+        encode_prompt = clocked(model.encode_prompt, seconds, "pictures", device)
+        prefill = clocked(model.prefill, seconds, "decoder", device)
+        logits, _ = prefill([encode_prompt(picture, QUESTION)], 0, 1)
         logits.argmax(-1).tolist()
     finally:
         for module, name, _ in calls:
             delattr(module, name)                        # the class's own is seen again
-    seconds["pictures"] = whole["pictures"]
-    seconds["decoder"] = whole["rest"] - sum(seconds[part] for part in places)
+    seconds["decoder"] -= sum(seconds[part] for part in places)          # they run in prefill
     return seconds
 
 
@@ -563,9 +558,10 @@ def ttft(args):
 
 
 def ttft_row(name, model, picture, runs, tiles):
-    """What is known of a system: times of all rounds [{part: seconds}] -> a dict for the table."""
+    """Times of all rounds [{part: seconds}] -> a dict of all that the table says of a system."""
     tokens = len(model.encode_prompt(picture, QUESTION)["input_ids"])                    # T
-    rule, text = SYSTEMS[name][1], tokens - tiles * model.config.side**2
+    text = tokens - tiles * model.config.side**2
+    rule = SYSTEMS[name][1]
     totals = [sum(parts.values()) for parts in runs]
     medians = {part: statistics.median(parts[part] for parts in runs) for part in TTFT_PARTS}
     return {"system": name, "tokens": tokens, "seconds": statistics.median(totals),
@@ -574,8 +570,9 @@ def ttft_row(name, model, picture, runs, tiles):
 
 
 def ttft_table(rows, peak):
-    """Lines of a table: milliseconds with the share of the peak that formula and clock give; ratios
-    to the first system measured, by formula, and the paper's to its uncompressed one."""
+    """Lines of a table: milliseconds, each with its FLOPs by formula over that time as a share of
+    the peak; ratios to the first system, measured and by formula; the paper's to its uncompressed
+    one."""
     heads = ["system", "tokens", "ms", "of", *TTFT_PARTS, "GFLOP", "ratio", "formula", "paper ms",
              "paper"]
     lines = [cost.row_of(heads), cost.row_of(["---", *["---:"] * (len(heads) - 1)])]
@@ -588,7 +585,7 @@ def ttft_table(rows, peak):
         ratio, formula = row["seconds"] / rows[0]["seconds"], total / flop[0]
         paper = row["paper"]
         cells += [cost.three_digits(total / 1e9), f"{ratio:.2f}", f"{formula:.2f}"]
-        cells += [f"{WHOLE * paper:.1f}", f"{paper:.2f}"] if paper else ["-", "-"]
+        cells += [f"{PAPER_MS * paper:.1f}", f"{paper:.2f}"] if paper else ["-", "-"]
         lines.append(cost.row_of(cells))
     return lines
 

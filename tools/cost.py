@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from compared import lora
-from compared.choices import FIELDS, add_choices, given, load, typed, with_side
+from compared.choices import FIELDS, add_choices, flags_of, given, typed, with_side
 from model import INTERACTIONS, PRESETS, PROJECTORS, LLaVAVR
 from storage.log import read
 from tools.shapes import added_parameters, kept_by_a_tile
@@ -375,7 +375,7 @@ def report(path, preset=None, phase=None, world=1, peak=A100, choices=None):
     tiles = max(1, round((mean - min(text, mean / 2)) / config.side ** 2))
     if RECIPES[phase].mode == "square":
         tiles = 1
-    rank = kept_rank(folder)
+    rank = flags_of(folder).get("lora")
     sample = training_flops(config, mean, tiles, trained / samples, trains, rank)
     speed = samples * sample / seconds
     return [f"{preset}, phase {phase}, {world} x {short(peak, 'FLOP/s')}: {len(lines):,} steps",
@@ -398,14 +398,6 @@ def kept_choices(folder):
             found = json.loads(path.read_text(encoding="utf-8"))
             return {field: found[field] for field in FIELDS if field in found}
     return {}
-
-
-def kept_rank(folder):
-    """The rank of the LoRA that a run learned by, or None."""
-    try:
-        return load(folder / "choices.json").get("flags", {}).get("lora")
-    except ValueError:                                            # damaged
-        return None
 
 
 def arguments(argv=None):

@@ -31,7 +31,7 @@ from PIL import Image
 
 import data
 from benchmarks.answers import write
-from compared.choices import add_name, folder_of
+from compared.choices import add_name, model_folder
 from compared.variants import load_model
 from eval import GREY
 from model import PRESETS
@@ -329,7 +329,6 @@ def main(argv=None):
     add("--out", type=Path, default=Path("look.html"), help="the page to write")
     add("--max-new-tokens", type=int, default=64, help="of each answer")
     args = parser.parse_args(argv)
-    folder = args.model or Path("runs") / folder_of(args) / "phase2"
     if not args.question.strip():
         raise ValueError('no question: give one, as in "What is on the table?"')
     if len(args.image) != 1:
@@ -338,9 +337,7 @@ def main(argv=None):
         raise ValueError(f"--out {args.out}: give a file name that ends in .html")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder {folder}; train one with: "
-                                f"python train.py --preset {args.preset}")
+    folder = model_folder(args)
     picture = data.load_image(args.image[0])
     name = f"{args.image[0].name}, {folder}".encode("utf-8", "replace").decode()
     write(args.out, page(load_model(folder), picture, args.question, name, args.max_new_tokens))

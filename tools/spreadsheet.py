@@ -1,4 +1,4 @@
-"""A spreadsheet about a folder of pictures -> a set to train on and a set to score with.
+"""A spreadsheet about a folder of pictures -> a set to train on, and a set to score with.
 
     python -m tools.spreadsheet meters.csv --images photos --out data/meters
     python -m tools.spreadsheet meters.csv --images photos --out data/meters --image file \\
@@ -10,9 +10,9 @@ columns of any names. Commas, semicolons or tabs between them are told apart. Wr
     data/meters-train.json      training records, for train.py --data
     data/meters-test.jsonl      questions that were held back, for eval.py --task
 
-What is asked about one picture goes to one of the two as a whole, or a model could know a test
-picture from training. Which pictures are held back is drawn by --seed. The pictures stay where they
-are. All is checked first: every picture is opened, and a row that cannot be used is named.
+All questions about one picture go to the same set, or a model could know a test picture from
+training. --seed draws the pictures that are held back. The pictures stay where they are. All is
+checked first: every picture is opened, and a row that cannot be used is named.
 """
 import argparse
 import csv
@@ -53,8 +53,8 @@ def read_table(path):
 
 
 def find_columns(args, there):
-    """{"image", "question", "answer": the column's name}; no question with --ask. ValueError where
-    one is not there."""
+    """-> {one of COLUMNS: name of its column}, without "question" where --ask is given. ValueError
+    for a column that is not there."""
     found = {}
     for name in COLUMNS:
         if name == "question" and args.ask:
@@ -77,7 +77,7 @@ def read_questions(args):
     columns = find_columns(args, list(rows[0][1]))
     for line, row in rows:
         cells = {name: row[column].strip() for name, column in columns.items()}
-        cells = {"question": args.ask, **cells}
+        cells = {"question": args.ask, **cells}             # the column's, if there is one
         path = args.images / cells["image"]
         empty = [columns.get(name, name) for name, text in cells.items() if not text]
         if empty:
@@ -98,12 +98,10 @@ def read_questions(args):
 
 def picture_problem(path):
     """Why a picture cannot be used, or ""."""
-    if not path.is_file():
-        return f"picture {path} is not there"
     try:
         load_image(path)
-    except ValueError as error:
-        return f"picture {path}: {str(error).splitlines()[0]}"
+    except (ValueError, OSError) as error:
+        return str(error).splitlines()[0]
     return ""
 
 

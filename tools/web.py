@@ -4,7 +4,8 @@
     python -m tools.web --model runs/7b/phase2 --port 8080 --temperature 0.7
 
 Only this computer can open the page. --host 0.0.0.0 opens it to the whole network, and it has no
-password. Nothing that is sent to it is kept. Several pictures or a talk: sample.py.
+password. Nothing that is sent to it is kept. For several pictures or a conversation there is
+sample.py.
 
 GET / is the page, tools/web.html. POST /ask takes JSON, {"question": text, "picture": a data URL or
 null}, and answers with a line of JSON for each event, as they come:
@@ -29,8 +30,9 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 import data
+from compared.choices import model_folder
 from compared.variants import load_model
-from sample import add_asking, asked, chooser, model_folder
+from sample import add_asking, chooser, with_system
 from tools.look import data_uri, figures_of, heat
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -53,16 +55,16 @@ class Refused(Exception):
 
 def boxes(plan):
     """Where each map of an ImagePlan lies over its picture: [left, top, width, height], in % of the
-    picture's width and height. The base tile's first, then with AnyRes that of the crops."""
-    canvas, shown, (x, y) = plan.canvas, plan.resized, plan.paste
+    picture's width and height. First that of the base tile, then with AnyRes that of the crops."""
+    canvas, picture, (x, y) = plan.canvas, plan.resized, plan.paste      # (W, H) each
     if plan.mode == "pad":                              # its paste counts pixels of the picture
-        canvas, shown = (max(plan.size),) * 2, plan.size
-    box = [-100 * x / shown[0], -100 * y / shown[1],
-           100 * canvas[0] / shown[0], 100 * canvas[1] / shown[1]]
+        canvas, picture = (max(plan.size),) * 2, plan.size
+    box = [-100 * x / picture[0], -100 * y / picture[1],
+           100 * canvas[0] / picture[0], 100 * canvas[1] / picture[1]]
     return [box] if plan.tiles == 1 else [[0, 0, 100, 100], box]        # the base tile is squashed
 
 
-def shown(picture, plan, saliency):
+def first_event(picture, plan, saliency):
     """A picture, its plan and the saliency of its tiles (t, N) -> the first event of an answer."""
     g = int(saliency.shape[1]**0.5)
     tiles = saliency.float().cpu().unflatten(1, (g, g)).numpy()          # (t, g, g)
@@ -81,12 +83,12 @@ def answer(model, args, picture, question, send):
         config = model.config
         plan = data.plan_image(picture.size, config.image_mode, config.side,
                                config.vision.image_size)
-        send(shown(picture, plan, saliency))
+        send(first_event(picture, plan, saliency))
 
     def send_piece(row, piece):
         send({"piece": piece})
 
-    turns = asked(args, [{"role": "user", "content": question}])
+    turns = with_system(args, [{"role": "user", "content": question}])
     hook = model.vision_tower.register_forward_hook(send_maps)           # runs once, before the LLM
     try:
         text, = model.generate([picture], [turns], args.max_new_tokens, send_piece, chooser(args))
@@ -98,7 +100,7 @@ def answer(model, args, picture, question, send):
 # -------------------------------------------------------------------------- what is asked
 
 def read_question(body):
-    """The body of a request -> (a picture or None, the question). Raises as `open_picture`."""
+    """The body of a request -> (a picture or None, the question). Raises as `decode_picture`."""
     try:
         request = json.loads(body)
         question, picture = request["question"], request.get("picture")
@@ -108,10 +110,10 @@ def read_question(body):
         raise Refused(400, 'send JSON: {"question": text, "picture": a data URL or null}') from None
     if not question:
         raise Refused(400, "the question is empty: type one")
-    return picture and open_picture(picture), question
+    return picture and decode_picture(picture), question
 
 
-def open_picture(file):
+def decode_picture(file):
     """The bytes of a picture's file -> the picture. Raises Refused, or ValueError for damage."""
     pixels = 0
     with suppress(Exception):                           # load_image says what is wrong
@@ -131,7 +133,7 @@ def is_ours(header, host):
     """
     try:
         name = urlsplit(f"//{header}").hostname
-        if host == "0.0.0.0" and name not in LOCAL:                      # all addresses, no names
+        if host == "0.0.0.0" and name not in LOCAL:                      # any address, but no name
             return bool(ipaddress.ip_address(name))
     except ValueError:
         return False
@@ -141,7 +143,7 @@ def is_ours(header, host):
 # -------------------------------------------------------------------------- the server
 
 class Server(ThreadingHTTPServer):
-    """Serves the page, and one answer at a time. args: of the command line. OSError if the port is
+    """Serves the page, and one answer at a time. args: the command line. OSError if the port is
     taken."""
 
     def __init__(self, model, args):
@@ -195,8 +197,9 @@ class Handler(BaseHTTPRequestHandler):
         """The body of a POST to /ask, bytes. Raises Refused."""
         length = self.headers.get("Content-Length", "")
         if self.path != "/ask" or self.headers.get_content_type() != "application/json":
-            raise Refused(400, "only JSON is taken, at /ask")            # a form of another site is
-        if not length.isdecimal():                                       # sent without asking us
+            # A form on another site can be sent to us, but not as JSON: the browser asks us first.
+            raise Refused(400, "only JSON is taken, at /ask")
+        if not length.isdecimal():
             raise Refused(411, "the request does not say how long it is")
         if int(length) > LONGEST_BODY:
             self.skip(min(int(length), 16 * LONGEST_BODY))
@@ -204,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(length))
 
     def skip(self, length):
-        """Read what is not wanted: a browser hears no answer before it has sent all."""
+        """Read a body that is too long: a browser reads no answer before it has sent all."""
         while length > 0 and (piece := self.rfile.read(min(length, 2**16))):
             length -= len(piece)
 
