@@ -50,14 +50,14 @@ from tqdm import tqdm
 from benchmarks import TASKS, chosen, groups, own
 from benchmarks.answers import (
     KINDS, Answers, entry_beside, gather, read_together, scored, write, write_samples)
-from benchmarks.compare import compare_runs
+from benchmarks.compare import compare_runs, refuse_metric
 from benchmarks.report import (
     beside, entry_of, gallery, page, print_entry, read_results, summary, table, write_results)
 from benchmarks.rows import (
     count_rows, find_all, is_drawn, open_row, picture_files, rows_of)
 from compared.choices import add_choices, add_name, model_folder
 from compared.origin import TABLES, papers_row, refuse_untaught
-from compared.precision import add_precision, announce, usual_precision
+from compared.precision import DTYPES, add_precision, announce, usual_precision
 from compared.variants import described, load_model, read_variant
 from model import PRESETS, LLaVAVRConfig
 from storage.weights import fingerprint
@@ -155,9 +155,7 @@ def tasks_of(run):
     typed = run.task or ("chartqa",)
     files = [word for word in typed if Path(word).suffix.lower() in own.SUFFIXES]
     words = " ".join(word for word in typed if word not in files)
-    if run.metric and not files:
-        raise ValueError(f"--metric {run.metric}: the paper's benchmarks have their own; it is for "
-                         "--task FILE.jsonl")
+    refuse_metric(run.metric, map(own.task_name, files))
     tasks = chosen(words) if words else []
     named = set(tasks) <= set(words.replace(",", " ").split())
     for file in files:
@@ -196,10 +194,35 @@ def model_mark(folder, variant=""):
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def precision_mark(run):
-    """What the model's mark says of another precision than usual, and of int8. "" if neither."""
-    other = "" if run.precision == usual_precision() else f" {run.precision}"
-    return other + (" int8" if run.int8 else "")
+def mark_of(run, precision):
+    """The mark of the run's model in a precision. Where it is another than usual, or with int8, it
+    is another model."""
+    other = "" if precision == usual_precision() else f" {precision}"
+    return model_mark(run.model, run.variant + other + (" int8" if run.int8 else ""))
+
+
+def settled_precision(run):
+    """"fp32" or "bf16". auto is that of the answers which this model has given into --out. Only
+    else is it measured: where other programs run, the same CPU may look another way tomorrow."""
+    if run.precision == "auto" and not run.fresh:
+        files = [run.out / "results.json", *(run.out / "answers").glob("*.jsonl")]
+        there = b"".join(file.read_bytes() for file in files if file.is_file())
+        for precision in DTYPES:
+            if mark_of(run, precision).encode() in there:
+                print(f"precision: {precision}, as the answers in {run.out}", file=sys.stderr)
+                return precision
+    return announce(run.precision, LLaVAVRConfig.read(run.model, {})[0])
+
+
+def refuse_another_file(run, earlier):
+    """ValueError where --out has scores of own questions from another file of the same name."""
+    for task in run.tasks:
+        then = earlier.get(task, {}).get("data", "")
+        if TASKS[task].questions and os.path.exists(then) and not run.fresh:
+            now = TASKS[task].questions.path
+            if not now.samefile(then):
+                raise ValueError(f"{run.out} has scores of {then}, and {now} would be called "
+                                 f"{task} too: rename it, give another --out, or --fresh")
 
 
 # ------------------------------------------------------------------------------------------- ask
@@ -330,6 +353,7 @@ def rescore(paths, metric=None):
     drawn, and by which metric own questions are scored, unless one is given.
     """
     entries, rows = {}, set()
+    refuse_metric(metric, [path.name for path in paths])
     for path in paths:
         task = path.name.split(".")[0].removesuffix("_blind")
         if own.is_own(task):
@@ -376,6 +400,8 @@ def prepare(run):
 def main(argv=None):
     """-> the task's entry in results.json, {task: entry} of several, None on ranks other than 0."""
     run = arguments(argv)
+    if run.rescore and run.compare:
+        raise ValueError("--rescore and --compare exclude each other: give one")
     if run.rescore:
         return rescore(run.rescore, run.metric)
     if run.compare:
@@ -386,10 +412,10 @@ def main(argv=None):
     run.variant = rule or described(choices)
     run.row, run.words = papers_row(run.model, run.variant)
     run.out = run.out or run.model / folder_name(run.variant)
-    run.precision = announce(run.precision, LLaVAVRConfig.read(run.model, {})[0])
-    run.mark = model_mark(run.model, run.variant + precision_mark(run))
+    run.precision = settled_precision(run)
+    run.mark = mark_of(run, run.precision)
     results = run.out / "results.json"
-    earlier = read_results(results, run.mark, run.fresh)
+    refuse_another_file(run, read_results(results, run.mark, run.fresh))
     found = prepare(run) if run.rank == 0 else None
     if run.world > 1:                       # ranks meet once a task, hours apart perhaps
         dist.init_process_group("gloo", timeout=timedelta(days=1))
@@ -404,6 +430,7 @@ def main(argv=None):
         if run.rank == 0:                   # at once: what comes after may fail
             entries[task] = entry
             limit = run.limit or run.sample
+            earlier = read_results(results, run.mark, run.fresh)    # another process may write, too
             write_results(results, earlier | entries, run.model, run.batch, limit, run.seed)
             if run.report:
                 cards[task] = gallery(task, samples, run.data)

@@ -617,7 +617,7 @@ def arguments(argv=None):
         args.limit = DRAWN_LIMIT
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if value == "":                                             # of a variable that is not set
+        if value == "" and name != "typed":                         # of a variable that is not set
             parser.error(choices.flag(name, "'': give a value, or leave it out"))
         if name in ("validate", "keep_every", "workers", "seed"):
             if not 0 <= value < 2**63:

@@ -45,6 +45,21 @@ def read_samples(task, path, metric=None):
     return {sample["index"]: sample for sample in scored(task, lines)}
 
 
+def refuse_metric(metric, names):
+    """ValueError for a metric where no task is of own questions: it would change nothing."""
+    if metric and not any(map(own.is_own, names)):
+        raise ValueError(f"--metric {metric}: the paper's benchmarks have their own; it is for "
+                         "--task FILE.jsonl")
+
+
+def refuse_two_metrics(task, files, metric):
+    """ValueError where own questions were scored by two metrics and none is given."""
+    used = [entry_beside(file, task).get("metric") for file in files]
+    if own.is_own(task) and not metric and None not in used and used[0] != used[1]:
+        raise ValueError(f"{task} is scored by {used[0]} in {files[0]} and by {used[1]} in "
+                         f"{files[1]}: say with --metric by which to compare")
+
+
 def refuse_other_questions(task, first, second, runs):
     """ValueError in one line where two runs were not asked the same questions."""
     if first.keys() != second.keys():
@@ -116,8 +131,10 @@ def compare_runs(runs, tasks=None, metric=None, out=None):
     if not common:
         raise ValueError(f"no task was asked in both: {runs[0]} has {', '.join(found[0])}, "
                          f"{runs[1]} has {', '.join(found[1])}")
+    refuse_metric(metric, tasks or common)
     results, samples = {}, []
     for task in tasks or common:
+        refuse_two_metrics(task, [files[task] for files in found], metric)
         first, second = (read_samples(task, files[task], metric) for files in found)
         refuse_other_questions(task, first, second, runs)
         results[task], some = compare(task, first, second)

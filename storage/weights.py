@@ -35,7 +35,7 @@ def read_config(folder, parse=dict):
     content = _read_object(path)
     try:
         return parse(content)
-    except ValueError as error:
+    except (ValueError, AttributeError, TypeError) as error:            # of the wrong kind
         raise ValueError(f"{path}: {error}") from None
 
 

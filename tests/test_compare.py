@@ -139,3 +139,18 @@ def test_own_questions_can_be_compared_by_another_metric(two, tmp_path, capsys):
     assert list(evaluate.main([*run, "--task", str(file), "--metric", "contains"])) == ["own-q"]
     assert list(evaluate.main([*run, "--task", "all"])) == ["own-q"]
     assert compare.find_samples(tmp_path / "model").keys() == {"own-q"}
+    with pytest.raises(ValueError, match="--metric exact: the paper's benchmarks have their own"):
+        compare.refuse_metric("exact", ["chartqa"])
+
+
+def test_two_metrics_are_not_compared(two, tmp_path):
+    """Each run was scored by its own, and the difference was one of the metrics."""
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps({"question": "Red?", "answer": "26", "image": "x.png"}))
+    (tmp_path / "x.png").write_bytes(next(standins.samples("gqa", 0)).picture["bytes"])
+    for model, stub, metric in (("model", Stub, "exact"), ("other", Stub, "relaxed")):
+        two(model, stub, "--task", str(file), "--metric", metric)
+    run = ["--compare", str(tmp_path / "model"), str(tmp_path / "other")]
+    with pytest.raises(ValueError, match="own-q is scored by exact in .*model.* and by relaxed in .*other.*: say with --metric"):
+        evaluate.main(run)
+    assert list(evaluate.main([*run, "--metric", "exact"])) == ["own-q"]

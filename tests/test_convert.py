@@ -158,6 +158,10 @@ BROKEN = [(dict(text_config={"model_type": "llama"}), "model_type 'llama'.*'qwen
           (dict(vision_feature_layer=9), "layer 9 is out of range"),
           (dict(image_grid_pinpoints=[[28, 28]]), r"image_grid_pinpoints \[\[28, 28\]\]: no mode"),
           (dict(vision_config={"model_type": "siglip_vision_model"}), "siglip_vision_model"),
+          (dict(vision_config="x"), "config.json: "), (dict(text_config=["x"]), "config.json: "),
+          (dict(image_grid_pinpoints=[5]), "config.json: "), (dict(vision_feature_layer=None), "config.json: "),
+          (dict(text_config={"rope_parameters": "x"}), "config.json: "),
+          (dict(vision_config={"model_type": "clip_vision_model", "hidden_size": 0}), "hidden_size 0: give a whole number above 0"),
           (dict(model_type="llava"), "model_type 'llava': expected")]
 
 

@@ -211,3 +211,53 @@ def test_what_means_the_same_is_taken(tmp_path):
 def test_a_file_called_blind_is_not_taken_for_answers_to_grey_pictures():
     """own-x_blind.jsonl holds the blind answers to x."""
     assert own.task_name("x_blind.jsonl") == "own-x-blind" and own.task_name("blind.jsonl") == "own-blind"
+
+
+def test_auto_keeps_the_precision_of_the_answers_that_are_there(setup, tmp_path, monkeypatch):
+    """It is measured, and on a busy machine another time it comes out otherwise: the same command then refused its own answers,
+    as those of another model."""
+    file = write(tmp_path / "mine", ROWS)
+    run = [*setup[:2], "--task", file, "--metric", "exact"]
+    monkeypatch.setattr(evaluate, "announce", lambda asked, config: "bf16")
+    assert evaluate.main(run)["precision"] == "bf16"
+    monkeypatch.setattr(evaluate, "announce", lambda asked, config: "fp32")
+    entry = evaluate.main(run)
+    assert (entry["precision"], entry["kept"]) == ("bf16", 6)
+    assert evaluate.main([*run, "--fresh"])["precision"] == "fp32"
+
+
+def test_another_file_of_the_same_name_does_not_replace_scores(setup, tmp_path):
+    """Every data set has a test.jsonl. One that moved, and is gone from where it was, is the same."""
+    first, second = write(tmp_path / "a", ROWS), write(tmp_path / "b", ROWS[:2])
+    run = [*setup[:2], "--metric", "exact", "--task"]
+    evaluate.main([*run, first])
+    before = (tmp_path / "model/eval/results.json").read_bytes()
+    TASKS.pop("own-reds")
+    with pytest.raises(ValueError, match="has scores of .*a/reds.jsonl, and .*b/reds.jsonl would be called own-reds too: rename it"):
+        evaluate.main([*run, second])
+    assert (tmp_path / "model/eval/results.json").read_bytes() == before
+    (tmp_path / "a").rename(tmp_path / "c")
+    TASKS.pop("own-reds")
+    assert evaluate.main([*run, str(tmp_path / "c/reds.jsonl")])["kept"] == 6
+
+
+def test_two_evaluations_at_once_keep_each_others_scores(setup, tmp_path, monkeypatch):
+    """One task on each GPU: the one that ended last wrote results.json without the other's task."""
+    file, real, begun = write(tmp_path / "mine", ROWS), evaluate.evaluate, []
+
+    def while_asking(*arguments):
+        if not begun:
+            begun.append(1)
+            evaluate.main(setup)
+        return real(*arguments)
+    monkeypatch.setattr(evaluate, "evaluate", while_asking)
+    evaluate.main([*setup[:2], "--task", file, "--metric", "exact"])
+    assert {"own-reds", "chartqa"} <= json.loads((tmp_path / "model/eval/results.json").read_text()).keys()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--rescore", "x/chartqa.jsonl", "--metric", "exact"], "--metric exact: the paper's benchmarks have their own"),
+    (["--rescore", "x/chartqa.jsonl", "--compare", "a", "b"], "--rescore and --compare exclude each other")])
+def test_a_flag_that_would_change_nothing_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(arguments)

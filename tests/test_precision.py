@@ -77,12 +77,13 @@ def test_a_model_is_loaded_in_the_precision_that_is_asked_for(tmp_path):
     assert isinstance(model.generate([picture(60, 60)], ["What?"], 3)[0], str)
 
 
-def test_answers_of_another_precision_are_another_models():
+def test_answers_of_another_precision_are_another_models(monkeypatch):
     """Or a run that goes on would mix them. What a machine has always used keeps the mark of earlier answers."""
-    run = evaluation.Run(precision="fp32")
-    assert evaluation.precision_mark(run) == ""
-    assert evaluation.precision_mark(replace(run, precision="bf16")) == " bf16"
-    assert evaluation.precision_mark(replace(run, int8=True)) == " int8"
+    monkeypatch.setattr(evaluation, "model_mark", lambda folder, variant: variant)
+    run = evaluation.Run(precision="auto")
+    assert evaluation.mark_of(run, "fp32") == ""
+    assert evaluation.mark_of(run, "bf16") == " bf16"
+    assert evaluation.mark_of(replace(run, int8=True), "fp32") == " int8"
 
 
 @pytest.mark.parametrize("width", (24, 64))

@@ -70,6 +70,8 @@ def test_columns_may_have_other_names_and_one_question_may_do(table, tmp_path):
     (["image,question,answer", "no.png,a,b"], "meters.csv:2: picture .*photos/no.png does not exist"),
     (["image,question,answer", "bad.png,a,b"], "meters.csv:2: picture .*photos/bad.png cannot be decoded"),
     (["image,question,answer", "0.png,a,b", "0.png,c,d"], "1 pictures are too few to hold 1 back"),
+    (["image,question,answer,answer", "0.png,a,b,c"], "meters.csv has two columns called 'answer': rename one of them"),
+    (["image,question,answer", "0.png,<image> a,b"], "meters.csv:2: the question has <image> in it"),
     (["image,question,answer", '0.png,a,"b'], "no valid CSV")])
 def test_a_table_that_cannot_be_used_is_one_line(table, tmp_path, lines, message):
     """With file, line and what to do; and nothing is written."""
@@ -92,6 +94,15 @@ def test_other_files_and_what_is_there_are_refused(table, tmp_path):
     with pytest.raises(FileExistsError, match="meters-train.json is there: remove it, or give another --out"):
         spreadsheet.main(table(good))
     assert training.read_bytes() == before
+
+
+def test_sets_below_a_linked_folder_find_their_pictures(table, tmp_path):
+    """.. goes up from where the link leads, not from where it lies."""
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(tmp_path / "far/away")
+    training, test = spreadsheet.main(table(["image,question,answer", "0.png,a,1", "1.png,b,2"]))
+    assert len(open_records(training)[0]["images"]) == 1
+    assert TASKS.pop(own.add_task(test, "exact")).questions.row(0)["picture 0"]
 
 
 def test_there_are_five_commands_and_each_reads_what_an_earlier_one_wrote():

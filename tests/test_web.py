@@ -125,10 +125,13 @@ BAD = [({"question": "  ", "picture": None}, 400, "the question is empty: type o
        ({"question": "<image> and <image>?", "picture": encoded(picture(9, 9))}, 400, "2 <image> marks"),
        ({"question": "<image>", "picture": None}, 400, "comes without a picture"),
        ({"question": "word " * 40000, "picture": None}, 400, "but the decoder was made for 32768"),
+       ({"question": QUESTION, "picture": 5}, 400, "send JSON"), ({"question": QUESTION, "picture": ["x"]}, 400, "send JSON"),
+       ({"question": None}, 400, "send JSON"), (b"\xff\xfe", 400, "send JSON"), (b"", 400, "send JSON"),
+       ({"question": QUESTION, "picture": "a.png"}, 400, "picture of 0 bytes cannot be decoded"),
        (b"x" * (web.LONGEST_BODY + 1), 413, "the picture is larger than 20 MB: make it smaller")]
 
 
-@pytest.mark.parametrize("body, status, message", BAD, ids=[message for *_, message in BAD])
+@pytest.mark.parametrize("body, status, message", BAD, ids=range(len(BAD)))
 def test_what_cannot_be_asked_is_told_in_one_line(server, body, status, message):
     """And the server goes on: the next question is answered."""
     found, events = request(server, body)
@@ -197,6 +200,7 @@ def test_an_answer_that_nobody_reads_ends(server, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     (["--model", "nowhere"], "no model folder nowhere; train one with"), (["--port", "70000"], "--port 70000: give a number"),
+    (["--host", ""], "--host is empty: give 127.0.0.1"), (["--temperature", "nan"], "temperature nan: give a number above 0"),
     (["--top-p", "0.5"], "--top-p 0.5 draws nothing without a temperature")])
 def test_bad_flags_are_told_before_a_model_is_loaded(flags, message):
     """One line."""

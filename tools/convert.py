@@ -147,7 +147,7 @@ def from_next(folder):
     """
     try:
         config = config_from_next(read_config(folder))
-    except ValueError as error:
+    except (ValueError, AttributeError, TypeError) as error:             # of the wrong kind
         raise ValueError(f"{folder}/config.json: {error}") from None
     with torch.device("meta"):                           # shapes only, soon overwritten
         model = LLaVAVR(config).to(stored_dtype(folder))

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.answers import write
-from data import load_image
+from data import MARK, load_image
 
 COLUMNS = ("image", "question", "answer")
 
@@ -39,12 +39,16 @@ def read_table(path):
             separator = max(",;\t", key=head.count)
             reader = csv.DictReader(file, delimiter=separator, strict=True)
             rows = [(reader.line_num, row) for row in reader]
+            names = reader.fieldnames or []
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8: save it as CSV UTF-8") from None
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: no valid CSV ({error})") from None
     if not rows:
         raise ValueError(f"{path} has no rows below its first line, which names the columns")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path} has two columns called {twice[0]!r}: rename one of them")
     for line, row in rows:
         if None in row or None in row.values():
             raise ValueError(f"{path}:{line}: another number of cells than the first line has: a "
@@ -88,7 +92,12 @@ def read_questions(args):
         if opened[path]:
             wrong.append(f"{args.table}:{line}: {opened[path]}")
             continue
-        cells["image"] = Path(os.path.relpath(path, args.out.parent)).as_posix()
+        if MARK in cells["question"]:
+            wrong.append(f"{args.table}:{line}: the question has {MARK} in it, which the sets put "
+                         "there themselves")
+            continue
+        place = args.out.parent.resolve()                   # links do not mislead ..
+        cells["image"] = Path(os.path.relpath(path.resolve(), place)).as_posix()
         questions.append({"id": f"line {line}", **cells})
     if wrong:
         more = f" (and {len(wrong) - 1} more such rows)" if len(wrong) > 1 else ""

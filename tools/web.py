@@ -168,6 +168,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(page.encode())
         except Refused as error:
             self.refuse(error)
+        except (ConnectionError, TimeoutError):                          # nobody reads any more
+            self.close_connection = True
 
     def do_POST(self):
         """An answer, event by event. It ends when the browser goes away."""
@@ -243,6 +245,8 @@ def main(argv=None):
     add("--host", default="127.0.0.1", help="address to listen at; by default this computer only")
     add("--port", type=int, default=8000)
     args = parser.parse_args(argv)
+    if not args.host:                                                    # means all addresses
+        raise ValueError("--host is empty: give 127.0.0.1, or 0.0.0.0 for the whole network")
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port {args.port}: give a number from 0 to 65535")
     chooser(args)                                                        # now, not at a question
