@@ -364,8 +364,9 @@ def rescore(paths, metric=None):
         earlier = entry_beside(Path(names[0]), task)
         rows.add(earlier.get("paper_row"))
         entry = entry_of(task, samples, blind, {
-            "model": ", ".join(names), "rows": len(samples), "of": TASKS[task].rows,
-            "drawn": earlier.get("drawn", False), "metric": TASKS[task].metric})
+            "model": ", ".join(names), "rows": len(samples),
+            "of": earlier.get("of", TASKS[task].rows), "drawn": earlier.get("drawn", False),
+            "metric": TASKS[task].metric})
         entry["seconds"] = round(time.time() - start, 1)
         entries[task] = entry
         if entry["errors"]:

@@ -246,7 +246,7 @@ class Questions:
         """Take each round of each training record."""
         reader, several = open_records(self.path, images), 0
         for number in range(len(reader)):
-            record = reader[number]
+            record, names = reader[number], reader.read(number)["names"]
             where = f"{self.path}: record {record['id']}"
             rounds = _rounds(roles_and_texts(record["conversations"]), where)
             several += len(rounds) > 1
@@ -254,7 +254,7 @@ class Questions:
                 row = {"id": f"{record['id']}#{place}" if len(rounds) > 1 else record["id"],
                        "question": question, "options": None, "answers": [answer],
                        "sizes": [len(picture) for picture in record["images"]],
-                       "image": [f"number {i + 1}" for i in range(len(record["images"]))]}
+                       "image": names}
                 self._add(row, (number, reader), where)
         if several:
             self.note = (f"{self.path}: {several} records have several rounds; each round is asked "

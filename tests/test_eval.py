@@ -142,6 +142,9 @@ def test_the_whole_table_runs_on_the_stand_ins(setup, drawn, tmp_path, monkeypat
     for files in (folder.glob("*.jsonl"), (folder / "answers").glob("*.jsonl")):
         scored = evaluate.main(["--rescore", *map(str, files)])
         assert {t: e["scores"] for t, e in scored.items()} == {t: e["scores"] for t, e in entries.items()}
+    capsys.readouterr()
+    evaluate.main(["--rescore", str(folder / "gqa.jsonl")])
+    assert "n 8, unparsed" in capsys.readouterr().out           # all 8 drawn rows, not 8 of the official 12,578
 
     results = json.loads((folder / "results.json").read_text())
     assert results["results"]["mmmu_val"]["mmmu_acc,none"] == entries["mmmu"]["scores"]["overall"]["score"] / 100

@@ -125,14 +125,15 @@ def test_pictures_are_found_in_three_places_and_may_be_absent_or_several(setup, 
 
 
 def test_training_records_are_taken_round_by_round(setup, tmp_path, capsys):
-    """A set that was held back is scored as it is; that a round is asked alone is said once."""
+    """A set that was held back is scored as it is; that a round is asked alone is said once. The answers name the picture, or
+    nobody finds it again."""
     turns = [{"from": "human", "value": "<image>\nHow red?"}, {"from": "gpt", "value": "10"},
              {"from": "human", "value": "And now?"}, {"from": "gpt", "value": "11"}]
     file = write(tmp_path / "m", [{"id": "r", "image": "0.png", "conversations": turns}], "held.jsonl")
     entry = evaluate.main([*setup[:2], "--task", file, "--metric", "exact"])
     assert entry["rows"] == 2 and entry["scores"]["overall"]["score"] == 50
-    assert [(line["id"], line["question"]) for line in lines(tmp_path / "model/eval/own-held.jsonl")] == [
-        ("r#1", "<image>\nHow red?"), ("r#2", "And now?")]
+    assert [(line["id"], line["question"], line["image"]) for line in lines(tmp_path / "model/eval/own-held.jsonl")] == [
+        ("r#1", "<image>\nHow red?", ["0.png"]), ("r#2", "And now?", ["0.png"])]
     assert "1 records have several rounds; each round is asked alone" in capsys.readouterr().err
 
 
