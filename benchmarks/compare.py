@@ -10,7 +10,7 @@ import json
 import re
 
 from benchmarks import TASKS, aggregate, own
-from benchmarks.answers import read_file, scored, write
+from benchmarks.answers import entry_beside, read_file, scored, write
 
 SHOWN = 5                           # changed samples that are printed of each task
 SAME = ("prompt", "answer", "answers", "image", "sizes")    # what two samples must agree in
