@@ -14,7 +14,7 @@ from clip import CLIPVision
 from safetensors.torch import load_file
 
 from helpers import TOKENIZER, batch_of, picture, sample, tiny_model, wake
-from model import PRESETS, LLaVAVR, LLaVAVRConfig, summed_loss
+from model import PRESETS, LLaVAVR, summed_loss
 from qwen2 import Qwen2, Qwen2Config
 from tiny.parts import save_clip, save_qwen2
 

@@ -5,7 +5,6 @@ The data set of nine records serves both phases: seven good pictures, one text w
 one picture that is no picture (both phases skip it). In batches of 4 that makes steps of 4, 4 and 1 records.
 """
 import ast
-import itertools
 import json
 import os
 import random
@@ -18,7 +17,6 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
