@@ -207,7 +207,9 @@ class LLaVAVR(nn.Module):
         x = x.masked_scatter(is_image.unsqueeze(-1), tokens.to(x.dtype))         # (B, T, d)
         places = is_image.flatten().nonzero().squeeze(1)                 # (I,)
         is_vision = cells[:, 0] >= 0                                     # (I,) newlines bypass
-        memory = Memory(features, saliency, cells[is_vision], places[is_vision], self.mm_projector)
+        windows = sum(plan.windows(self.config.window) for plan in batch.plans)
+        memory = Memory(features, saliency, cells[is_vision], places[is_vision], self.mm_projector,
+                        windows)
         memory = self.vision_remember.prepare(memory, batch, x)
         return x, partial(self.remember, memory=memory)
 
