@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageFile
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from storage.formats import MARK, check_turns, roles_and_texts
@@ -406,6 +407,11 @@ class Batch:
     plans: list                   # ImagePlan of every picture, in order over the batch
     record_ids: list              # names of the records
     packed: list | None = None    # lengths of the samples that share the one row
+    # what the model would have to ask a GPU for, and wait; places count the rows end to end
+    trained: torch.Tensor | None = None    # (R,) places of tokens whose next one is trained
+    images: torch.Tensor | None = None     # (I,) places of IMAGE
+    cells: torch.Tensor | None = None      # (I, 3) what stands there, see ImagePlan.cells
+    is_vision: torch.Tensor | None = None  # (n,) which of the I are vision tokens, not newlines
 
     def _changed(self, change):
         tensors = {name: change(value) for name, value in vars(self).items()
@@ -439,13 +445,29 @@ def collate(samples, pad_id):
     return _batch(samples, padded("input_ids", pad_id), padded("labels", IGNORE))
 
 
+def cells_of(plans):
+    """The cells (I, 3) of several pictures, with tiles counted over all of them."""
+    firsts = itertools.accumulate((plan.tiles for plan in plans), initial=0)    # their base tiles
+    none = np.empty((0, 3), np.int64)                                    # what a text has
+    cells = [plan.cells(first) for plan, first in zip(plans, firsts)]
+    return torch.from_numpy(np.concatenate([none, *cells]))
+
+
+def where(mask):
+    """The places of a mask (B, T), counted over its rows end to end."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
 def _batch(samples, input_ids, labels):
     tiles = [sample["tiles"] for sample in samples if len(sample["tiles"])]
+    plans = [plan for sample in samples for plan in sample["plans"]]
+    cells = cells_of(plans)                                              # (I, 3)
+    trained = where(pad(labels[:, 1:] != IGNORE, (0, 1)))                # (R,)
     return Batch(input_ids, labels,
                  lengths=torch.tensor([len(sample["input_ids"]) for sample in samples]),
                  tiles=torch.from_numpy(np.concatenate(tiles)) if tiles else None,
-                 plans=[plan for sample in samples for plan in sample["plans"]],
-                 record_ids=[sample["id"] for sample in samples])
+                 plans=plans, record_ids=[sample["id"] for sample in samples], trained=trained,
+                 images=where(input_ids == IMAGE), cells=cells, is_vision=where(cells[:, 0] >= 0))
 
 
 # ------------------------------------------------------------- which sample when, on which rank

@@ -12,10 +12,8 @@ A folder of `save_pretrained` holds config.json, model.safetensors (or shards) a
 """
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -187,12 +185,12 @@ class LLaVAVR(nn.Module):
         up to the same gradient however it is split. None: those of this batch.
         """
         x, remember = self.embed(batch)                                  # (B, T, d)
-        targets = batch.labels[:, 1:]                                    # told by the token before
-        keep = F.pad(targets != data.IGNORE, (0, 1))                     # (B, T)
-        hidden = self.language_model(inputs_embeds=x, hook=remember, keep=keep,
-                                     packed=batch.packed, logits=False)  # (R, d)
-        loss = summed_loss(hidden, self.language_model.lm_head, targets[keep[:, :-1]])
-        return loss / (denominator or keep.sum().clamp(min=1))
+        hidden = self.language_model(inputs_embeds=x, hook=remember, packed=batch.packed,
+                                     logits=False)                       # (B, T, d)
+        hidden = hidden.flatten(0, 1)[batch.trained]                     # (R, d)
+        targets = batch.labels.flatten()[batch.trained + 1]              # (R,)
+        loss = summed_loss(hidden, self.language_model.lm_head, targets)
+        return loss / (denominator or max(len(targets), 1))
 
     def embed(self, batch):
         """Encode, compress, place -> (embeddings (B, T, d), the hook that remembers or None)."""
@@ -203,13 +201,12 @@ class LLaVAVR(nn.Module):
         pixels = data.normalise(batch.tiles)                             # (t, 3, P, P)
         features, saliency = self.vision_tower(pixels)                   # L x (t, N, C), (t, N)
         tokens = self.mm_projector(features)                             # (t, p*p, d)
-        tokens, cells = self.place(tokens, batch.plans)                  # (I, d), (I, 3)
-        x = x.masked_scatter(is_image.unsqueeze(-1), tokens.to(x.dtype))         # (B, T, d)
-        places = is_image.flatten().nonzero().squeeze(1)                 # (I,)
-        is_vision = cells[:, 0] >= 0                                     # (I,) newlines bypass
+        tokens = self.place(tokens, batch.cells, batch.plans)            # (I, d)
+        flat = x.flatten(0, 1).index_copy(0, batch.images, tokens.to(x.dtype))
+        x = flat.view_as(x)                                              # (B, T, d)
+        cells, places = batch.cells[batch.is_vision], batch.images[batch.is_vision]
         windows = sum(plan.windows(self.config.window) for plan in batch.plans)
-        memory = Memory(features, saliency, cells[is_vision], places[is_vision], self.mm_projector,
-                        windows)
+        memory = Memory(features, saliency, cells, places, self.mm_projector, windows)
         memory = self.vision_remember.prepare(memory, batch, x)
         return x, partial(self.remember, memory=memory)
 
@@ -225,15 +222,12 @@ class LLaVAVR(nn.Module):
         new = module(flat[memory.places], memory)                        # (n, d)
         return flat.index_copy(0, memory.places, new.to(x.dtype)).view_as(x)     # (B, T, d)
 
-    def place(self, tokens, plans):
-        """Tokens of tiles (t, p*p, d) -> (all image places in order (I, d), their cells (I, 3)).
+    def place(self, tokens, cells, plans):
+        """Tokens of tiles (t, p*p, d), cells (I, 3) -> what stands at image places, in order (I, d).
 
         A cell is (tile of the batch, row, column); a newline has -1. The plans decide the order,
         the un-padding and the newlines, and windows are found through the same cells.
         """
-        firsts = accumulate((plan.tiles for plan in plans), initial=0)   # base tile of each picture
-        cells = np.concatenate([plan.cells(first) for plan, first in zip(plans, firsts)])
-        cells = torch.from_numpy(cells).to(tokens.device)                # (I, 3), in one copy
         index = flat_index(cells, self.config.side).clamp(min=0)         # (I,)
         newline = self.image_newline.to(tokens.dtype)                    # (d,)
         x = torch.where(cells[:, :1] < 0, newline, tokens.flatten(0, 1)[index])  # (I, d)
@@ -243,7 +237,7 @@ class LLaVAVR(nn.Module):
             if plan.map != plan.crop[2:]:                                # anyres_max_9 over budget
                 base = pieces[i][:plan.side**2]                          # (p*p, d)
                 pieces[i] = torch.cat([base, self.shrink(pictures[i][1:], plan)])
-        return torch.cat(pieces), cells
+        return torch.cat(pieces)
 
     def shrink(self, crops, plan):
         """Crops (tiles, p*p, d) of a picture over its budget -> a smaller map, with newlines."""

@@ -156,8 +156,7 @@ class Packing(NamedTuple):
             raise ValueError(f"lengths {list(lengths)} add up to {sum(lengths)}, but the row has "
                              f"{size} tokens")
         starts = torch.tensor([0, *lengths]).cumsum(0)                   # (samples + 1,)
-        own_start = starts[:-1].repeat_interleave(torch.tensor(lengths))  # (T,)
-        positions = (torch.arange(size) - own_start).to(device, non_blocking=True)
+        positions = torch.cat(list(map(torch.arange, lengths))).to(device, non_blocking=True)
         return cls(lengths, max(lengths), starts.int().to(device, non_blocking=True), positions)
 
 

@@ -156,8 +156,9 @@ def make_run(flags, phase, rank, world, device):
 
 def summed(run, **values):
     """Named numbers of this rank -> their sums over all ranks, under the same names."""
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=run.device)
+    total = torch.tensor(list(values.values()), dtype=torch.float64)
     if run.world > 1:
+        total = total.to(run.device, non_blocking=True)
         dist.all_reduce(total)
     return SimpleNamespace(**dict(zip(values, total.tolist())))
 
@@ -370,7 +371,7 @@ def stop_on_signal():
 
 def targets_of(batch):
     """How many tokens a packed batch trains. The first of a sample is predicted by nothing."""
-    return (batch.labels[:, 1:] != data.IGNORE).sum().item()
+    return len(batch.trained)
 
 
 def autocast(run):
@@ -400,9 +401,9 @@ def train_step(run, module, optimizer, batches, targets, step):
             loss = module(batch.to(run.device, non_blocking=True), denominator)
             loss.backward()
         losses.append(loss.detach() / run.world)
-    losses = torch.stack(losses).tolist()                           # a GPU waits here, once
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), run.recipe.clip)
-    norm = checkpoint.gather(norm).item()
+    norm = norm.full_tensor() if run.flags.shard else norm
+    *losses, norm = torch.stack([*losses, norm]).tolist()           # a GPU waits here, once
     loss = summed(run, loss=sum(losses)).loss
     if not math.isfinite(loss + norm):                              # on all ranks, or on none
         raise ValueError(complaint(loss, norm, losses, batches, step))

@@ -187,7 +187,8 @@ def test_tokens_stand_where_the_plans_say():
     """Base, crops row by row, newlines: equal to stitching maps, and to looking up cell by cell, over two pictures."""
     model, plans = tiny_model(), [data.plan_image(size, "a4", 4, 32) for size in (WIDE, TALL)]
     tokens = torch.randn(sum(plan.tiles for plan in plans), 16, 32)
-    sequence, cells = model.place(tokens, plans)
+    cells = data.cells_of(plans)
+    sequence = model.place(tokens, cells, plans)
     split = plans[0].tiles
     assert torch.equal(sequence, torch.cat([stitched(tokens[:split], plans[0], model.image_newline),
                                             stitched(tokens[split:], plans[1], model.image_newline)]))
@@ -205,7 +206,7 @@ def test_the_text_keeps_its_place_around_the_pictures():
     x, _ = model.embed(batch)
     where = batch.input_ids == data.IMAGE
     features, _ = model.vision_tower(data.normalise(batch.tiles))
-    sequence, _ = model.place(model.mm_projector(features), batch.plans)
+    sequence = model.place(model.mm_projector(features), batch.cells, batch.plans)
     assert torch.equal(x[where], sequence)
     assert torch.equal(x[~where], model.language_model.model.embed_tokens(batch.input_ids[~where]))
 
@@ -217,7 +218,8 @@ def test_a_picture_over_its_budget_is_shrunk_as_planned(size):
     model, plan = wake(tiny_model(image_mode="max9")), data.plan_image(size, "max9", 4, 32)
     assert plan.map != plan.crop[2:], "no shrink, no proof"
     tokens = torch.randn(plan.tiles, 16, 32)
-    sequence, cells = model.place(tokens, [plan])
+    cells = data.cells_of([plan])
+    sequence = model.place(tokens, cells, [plan])
     assert len(sequence) == len(cells) == plan.tokens
     assert torch.allclose(sequence, stitched(tokens, plan, model.image_newline), atol=1e-6)
     assert torch.isfinite(model(batch_of(model, sample(model, [picture(*size)]))))
