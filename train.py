@@ -448,7 +448,9 @@ def validate(run, module, samples, held_out):
 # --------------------------------------------------------------------------------------- the loop
 
 def start_log(run, model, order, first):
-    """Print what is about to be trained, on what, and how -> the Log to write to."""
+    """Hold the folder, and print what is about to be trained, on what, and how -> the Log."""
+    choices.hold(run.partial, run.flags)
+    choices.write(run.partial / "choices.json", model.config, run.flags)
     recipe, trained = run.recipe, sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"phase {run.phase} of preset {run.flags.preset} on {run.world} x {run.device.type}, "
           f"{run.flags.precision}\n  {recipe}\n  {order.steps:,} steps over {order.samples:,} "
@@ -471,19 +473,15 @@ def train(run, stop):
     optimizer = build_optimizer(model, run.recipe)
     samples, order = open_data(run, model)
     identity = identity_of(run, samples, order, model)
+    saver = checkpoint.Saver(run.partial / "checkpoints", flags.keep_every)
     first = 0
     if flags.resume:
-        first = checkpoint.resume(run.partial / "checkpoints", model, optimizer, identity,
-                                  flags.accept_changes)
+        first = checkpoint.resume(saver.folder, model, optimizer, identity, flags.accept_changes)
     checkpoint.agree(checkpoint=first, recipe_or_data=checkpoint.digest(identity),
                      index_of_the_data=checkpoint.digest(order.lengths))
-    if run.rank == 0:
-        choices.hold(run.partial, flags)
-        choices.write(run.partial / "choices.json", model.config, flags)
     log = start_log(run, model, order, first) if run.rank == 0 else None
     clock, asked = time.perf_counter(), False
 
-    saver = checkpoint.Saver(run.partial / "checkpoints", flags.keep_every)
     with saver, contextlib.closing(batches_of(run, samples, order, first, stop)) as steps:
         bar = tqdm(steps, total=order.steps, initial=first, mininterval=1, disable=log is None)
         for step, batches, counts in bar:
