@@ -313,14 +313,16 @@ class Samples:
 
 def batches_of(run, samples, order, first, stop):
     """Yields (step, this rank's micro-batches, counts) from step `first` on. counts: what all ranks
-    have together: targets, tokens, samples, records skipped, and ranks that are asked to stop."""
+    have together: targets, tokens, samples, records skipped, ranks that are asked to stop, and
+    whether a checkpoint is due, by --save-every and --keep-every or by the clock of rank 0."""
     def share(step):
         recipe = run.recipe
         return order.micro_batches(step, recipe.micro, run.rank, run.world, recipe.most_tiles)
 
+    flags, saved = run.flags, time.monotonic()
     steps = range(first, order.steps)
     loader = iter(DataLoader(samples, sampler=(part for step in steps for part in share(step)),
-                             batch_size=None, num_workers=run.flags.workers,
+                             batch_size=None, num_workers=flags.workers,
                              worker_init_fn=ignore_signals_in_worker,
                              pin_memory=run.device.type == "cuda"))
     try:
@@ -332,14 +334,19 @@ def batches_of(run, samples, order, first, stop):
             problems = sum(skipped, [])
             for problem in problems:
                 tqdm.write(problem, file=sys.stderr)
+            due = any(every and (step + 1) % every == 0
+                      for every in (flags.save_every, flags.keep_every))
+            late = run.rank == 0 and time.monotonic() - saved > 60 * flags.save_minutes
             counts = summed(run, targets=sum(targets_of(batch) for batch in batches),
                             tokens=sum(batch.input_ids.numel() for batch in batches),
                             samples=sum(len(batch.packed) for batch in batches),
-                            skipped=len(problems), asked=stop.is_set())
+                            skipped=len(problems), asked=stop.is_set(), due=due or late)
             counts.waited = waited                                  # seconds, of this rank
+            if counts.due:
+                saved = time.monotonic()
             yield step, batches, counts
     finally:
-        if run.flags.workers:
+        if flags.workers:
             loader._shutdown_workers()                              # they would ignore SIGTERM
 
 
@@ -442,7 +449,9 @@ def validate(run, module, samples, held_out):
 # --------------------------------------------------------------------------------------- the loop
 
 def start_log(run, model, order, first):
-    """Print what is about to be trained, on what, and how -> the Log to write to."""
+    """Hold the folder, and print what is about to be trained, on what, and how -> the Log."""
+    choices.hold(run.partial, run.flags)
+    choices.write(run.partial / "choices.json", model.config, run.flags)
     recipe, trained = run.recipe, sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"phase {run.phase} of preset {run.flags.preset} on {run.world} x {run.device.type}, "
           f"{run.flags.precision}\n  {recipe}\n  {order.steps:,} steps over {order.samples:,} "
@@ -465,19 +474,16 @@ def train(run, stop):
     optimizer = build_optimizer(model, run.recipe)
     samples, order = open_data(run, model)
     identity = identity_of(run, samples, order, model)
+    saver = checkpoint.Saver(run.partial / "checkpoints", flags.keep_every)
     first = 0
     if flags.resume:
-        first = checkpoint.resume(run.partial / "checkpoints", model, optimizer, identity,
-                                  flags.accept_changes)
+        first = checkpoint.resume(saver.folder, model, optimizer, identity, flags.accept_changes)
     checkpoint.agree(checkpoint=first, recipe_or_data=checkpoint.digest(identity),
                      index_of_the_data=checkpoint.digest(order.lengths))
-    if run.rank == 0:
-        choices.hold(run.partial, flags)
-        choices.write(run.partial / "choices.json", model.config, flags)
     log = start_log(run, model, order, first) if run.rank == 0 else None
     clock, asked = time.perf_counter(), False
 
-    with contextlib.closing(batches_of(run, samples, order, first, stop)) as steps:
+    with saver, contextlib.closing(batches_of(run, samples, order, first, stop)) as steps:
         bar = tqdm(steps, total=order.steps, initial=first, mininterval=1, disable=log is None)
         for step, batches, counts in bar:
             for group in optimizer.param_groups:
@@ -498,15 +504,18 @@ def train(run, stop):
                 bar.set_postfix_str(f"loss {loss:.3f} lr {line['lr']:.1e} "
                                     f"{line['tokens_per_second']:,} tok/s", refresh=False)
 
-            if last or asked or "validation" in losses or (step + 1) % flags.save_every == 0:
-                save(run, step + 1, model, optimizer, identity, losses, must=asked and not last)
+            if last or asked or counts.due or "validation" in losses:
+                wait_for_disk(saver)
+                saver.save(step + 1, model, optimizer, identity, losses)
             if asked and not last:
+                saver.wait()                                            # this one must be written
                 bar.close()
                 if log:
                     log.close()
                 print(f"phase {run.phase}: stopped after step {step + 1} of {order.steps}, saved; "
                       f"go on with: train.py {flags.typed} --resume", flush=True)
                 return False
+        wait_for_disk(saver)
 
     finish(run, model, originals, order, log)
     return not asked
@@ -529,16 +538,12 @@ def identity_of(run, samples, order, model):
     return identity
 
 
-def save(run, step, model, optimizer, identity, losses, must):
-    """Save a checkpoint and remove older ones. A full disk is no reason to lose what stands in
-    memory: unless it `must` be saved, one line says that it was not."""
-    folder = run.partial / "checkpoints"
+def wait_for_disk(saver):
+    """Until the last checkpoint is written. A full disk is no reason to lose what stands in memory:
+    one line says that it was not."""
     try:
-        checkpoint.save(folder, step, model, optimizer, identity, losses)
-        checkpoint.prune(folder, run.flags.keep_every)
+        saver.wait()
     except OSError as error:
-        if must:
-            raise
         tqdm.write(f"train.py: {error}; training goes on", file=sys.stderr)
 
 
@@ -607,8 +612,10 @@ def arguments(argv=None):
     add("--recompute", action="store_true", help="keep less for backward, a third more work")
     add("--compile", action="store_true", help="torch.compile for blocks of ViT and decoder")
     add("--shard", action="store_true", help="FSDP2: weights, gradients, moments divided")
-    add("--save-every", type=int, default=500, metavar="STEPS", help="last and best stay")
-    add("--keep-every", type=int, default=0, metavar="STEPS", help="and those of every so many")
+    add("--save-minutes", type=float, default=20, metavar="N",
+        help="save every N minutes, beside the training; default: 20; last and best stay")
+    add("--save-every", type=int, metavar="STEPS", help="and every so many steps")
+    add("--keep-every", type=int, default=0, metavar="STEPS", help="save and keep every so many")
     add("--wandb", metavar="PROJECT", help="log there too, if wandb is installed")
     choices.add_choices(parser)
     args = parser.parse_args(argv)

@@ -10,7 +10,7 @@ step.<name> of the optimizer; the random number generators rng.torch.<rank> and 
 every tensor and of config.json itself, so that a changed byte shows. Learning rates are the
 caller's: they follow from the step.
 
-With several processes all call `save` and `resume`, with the bare module, not the
+With several processes all call `Saver` and `resume`, with the bare module, not the
 DistributedDataParallel around it. The first one writes. The files are the same whether the module
 is sharded (FSDP2's fully_shard) or not.
 """
@@ -22,6 +22,7 @@ import os
 import platform
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -34,32 +35,64 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from storage.weights import read_config, read_tensors, save_weights
 
 
-def save(folder, step, model, optimizer, run, losses=None):
-    """Write folder/step-<8 digits> after `step` finished steps, whole or not at all; the same step
-    is replaced. -> its path
+class Saver:
+    """Saves the checkpoints of a run while it goes on: training waits for a copy in the memory of
+    the host, which a thread of the first process then checks and writes, one at a time. The copy
+    keeps its place there from save to save.
 
-    run: what must be the same on resuming: recipe, data, seed. losses: {"loss", "validation"}.
-    Raises OSError in one line, on every rank, if it cannot be written.
+    folder: where the checkpoints go. keep_every: of `prune`, which follows each; None keeps all.
+    Leaving its `with` waits for the thread, and for no other process: one may have failed.
     """
-    path = Path(folder) / f"step-{step:08}"
-    tensors = _gather(model, optimizer)
-    states = {kind: module.get_rng_state() for kind, module in _generators().items()}
-    for rank, theirs in enumerate(from_all(states)):
-        tensors |= {f"rng.{kind}.{rank}": state for kind, state in theirs.items()}
-    problem = None
-    if _rank() == 0:
+
+    def __init__(self, folder, keep_every=None):
+        self.folder, self.keep_every = Path(folder), keep_every
+        self.host, self.writing = {}, None
+        self.thread = ThreadPoolExecutor(1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.thread.shutdown()
+
+    @torch.no_grad()
+    def save(self, step, model, optimizer, run, losses=None):
+        """`wait`, then begin folder/step-<8 digits>, after `step` finished steps. It will be there
+        whole or not at all; the same step is replaced.
+
+        run: what must be the same on resuming: recipe, data, seed. losses: {"loss", "validation"}.
+        """
+        self.wait()
+        _gather(model, optimizer, self.host)
+        states = {kind: module.get_rng_state() for kind, module in _generators().items()}
+        for rank, theirs in enumerate(from_all(states)):
+            self.host |= {f"rng.{kind}.{rank}": state for kind, state in theirs.items()}
         facts = {"step": step, "losses": losses or {}, "run": run,
                  "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+        if _rank() == 0:
+            self.writing = self.thread.submit(self._write, facts)
+
+    def _write(self, facts):
+        path = self.folder / f"step-{facts['step']:08}"
         marks = {"config.json": _mark_json(facts)}
-        marks |= {key: _mark(tensor) for key, tensor in tensors.items()}
+        marks |= {key: _mark(tensor) for key, tensor in self.host.items()}
+        failed = "was not saved, those before it are kept"
         try:
-            save_weights(path, tensors, {**facts, "marks": marks})
+            save_weights(path, self.host, {**facts, "marks": marks})
+            failed = "was saved, but older ones could not be removed"
+            if self.keep_every is not None:
+                prune(self.folder, self.keep_every)
         except OSError as error:
-            problem = f"{path} was not saved, those before it are kept: {error}"
-    problem = from_all(problem)[0]
-    if problem:
-        raise OSError(problem)
-    return path
+            return f"{path} {failed}: {error}"
+
+    def wait(self):
+        """All processes wait until what was begun is on the disk. Raises OSError in one line, on
+        each of them, if it could not be written."""
+        problem = self.writing and self.writing.result()
+        self.writing = None                                         # it is told once
+        problem = from_all(problem)[0]
+        if problem:
+            raise OSError(problem)
 
 
 @torch.no_grad()
@@ -250,19 +283,23 @@ def _trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _gather(model, optimizer):
-    """-> {key: tensor} on the first process; all take part, one tensor after the other.
+def _gather(model, optimizer, host):
+    """Copy what is trained into host {key: tensor} on the first process, pinned where it comes from
+    a GPU. All take part, one tensor after the other, and the others keep nothing.
 
     torch.distributed.checkpoint.state_dict would do so too, but before the first step it takes one
     to fill the optimizer, which then counts it, and it stores tied parameters twice.
     """
-    tensors = {}
     for name, parameter in _trained(model).items():
         for kind, value in {"model": parameter, **optimizer.state.get(parameter, {})}.items():
-            whole = gather(value, _rank() == 0)
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            key = f"{kind}.{name}"
             if _rank() == 0:
-                tensors[f"{kind}.{name}"] = whole
-    return tensors
+                if key not in host:
+                    host[key] = torch.empty_like(whole, device="cpu", pin_memory=whole.is_cuda)
+                host[key].copy_(whole, non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()                                    # the copies have arrived
 
 
 def _placed(tensor, parameter):

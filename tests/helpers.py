@@ -14,6 +14,7 @@ import data  # noqa: E402
 from clip import CLIPConfig  # noqa: E402
 from model import LLaVAVR, LLaVAVRConfig  # noqa: E402
 from qwen2 import Qwen2Config  # noqa: E402
+from storage import checkpoint  # noqa: E402
 
 TOKENIZER = ROOT / "tests/fixtures/tokenizer"      # fixed: the one of tiny/qwen2 changes when the parts are made again
 
@@ -93,3 +94,11 @@ def sample(model, pictures=(), question="What is the value of Apple?", answer="1
 
 def batch_of(model, *samples):
     return data.collate(samples, model.tokenizer.token_to_id("<|endoftext|>"))
+
+
+def save_checkpoint(folder, step, *state):
+    """A checkpoint among others -> its path, once it is on the disk. state: what Saver.save takes behind the step."""
+    with checkpoint.Saver(folder) as saver:
+        saver.save(step, *state)
+        saver.wait()
+    return Path(folder, f"step-{step:08}")

@@ -21,9 +21,8 @@ import eval as evaluate
 import train
 from benchmarks import TASKS
 from compared import choices
-from helpers import ROOT, randomise, tiny_model
+from helpers import ROOT, randomise, save_checkpoint, tiny_model
 from model import LLaVAVR
-from storage import checkpoint
 from tiny import world
 from tools import ablate, plan, tables
 from tools.cost import choose
@@ -233,7 +232,7 @@ def test_a_checkpoint_becomes_the_model_that_it_is_of(tmp_path):
     then.vision_tower.load_state_dict(ends.vision_tower.state_dict())
     ends.save_pretrained(tmp_path / "phase2")
     train.freeze(then, train.RECIPES["2"].trains)
-    kept = checkpoint.save(tmp_path / "checkpoints", 7, then, train.build_optimizer(then, train.RECIPES["2"]), {})
+    kept = save_checkpoint(tmp_path / "checkpoints", 7, then, train.build_optimizer(then, train.RECIPES["2"]), {})
     ablate.write_point(tmp_path / "phase2", kept, tmp_path / "point")
     found = LLaVAVR.from_pretrained(tmp_path / "point")
     for name, value in then.state_dict().items():

@@ -3,15 +3,17 @@ line why it cannot."""
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from storage import checkpoint
-from helpers import ROOT
+from helpers import ROOT, save_checkpoint
 
 RUN = {"batch": 256, "lr": 1e-3, "betas": (0.9, 0.999), "data": "12 records"}
 
@@ -75,9 +77,9 @@ def two(tmp_path):
     """A folder with the checkpoints of steps 3 and 5, and the pair (model, optimizer) as it was at step 5."""
     pair = begin()
     train(*pair, 3)
-    checkpoint.save(tmp_path / "c", 3, *pair, RUN)
+    save_checkpoint(tmp_path / "c", 3, *pair, RUN)
     train(*pair, 2)
-    checkpoint.save(tmp_path / "c", 5, *pair, RUN)
+    save_checkpoint(tmp_path / "c", 5, *pair, RUN)
     return tmp_path / "c", pair
 
 
@@ -87,7 +89,7 @@ def test_a_restored_run_goes_on_bit_for_bit_as_if_it_had_not_stopped(tmp_path):
     """Weights, both moments and the step of AdamW, and torch's random numbers."""
     model, optimizer = begin()
     train(model, optimizer, 3)
-    checkpoint.save(tmp_path, 3, model, optimizer, RUN, {"loss": 1.5, "validation": 1.25})
+    save_checkpoint(tmp_path, 3, model, optimizer, RUN, {"loss": 1.5, "validation": 1.25})
     straight = train(model, optimizer, 4)
     other = begin(seed=9)
     other[0].frozen.load_state_dict(model.frozen.state_dict())                 # from where the run had it, not from here
@@ -101,7 +103,7 @@ def test_saving_changes_nothing_even_before_the_first_step(tmp_path):
     """torch's own get_state_dict takes a step here to fill the optimizer, which then counts it."""
     pair, other = begin(), begin()
     before = torch.get_rng_state()
-    checkpoint.save(tmp_path, 0, *pair, RUN)
+    save_checkpoint(tmp_path, 0, *pair, RUN)
     assert same(everything(*pair), everything(*other)) and not pair[1].state
     assert torch.equal(torch.get_rng_state(), before)
     checkpoint.resume(tmp_path, *other, RUN)
@@ -129,7 +131,7 @@ def test_a_parameter_that_never_had_a_gradient_has_no_state_and_gets_none(tmp_pa
     pair[0](torch.tensor([1])).sum().backward()
     pair[0].coarse.bias.grad = None
     pair[1].step()
-    checkpoint.save(tmp_path, 1, *pair, RUN)
+    save_checkpoint(tmp_path, 1, *pair, RUN)
     assert checkpoint.resume(tmp_path, *other, RUN) == 1
     assert other[0].coarse.bias not in other[1].state and other[0].coarse.weight in other[1].state
 
@@ -223,7 +225,7 @@ def test_the_same_step_is_replaced_and_others_stay(two):
     folder, pair = two
     before = (folder / "step-00000003/model.safetensors").read_bytes()
     train(*pair, 1)
-    checkpoint.save(folder, 5, *pair, RUN)
+    save_checkpoint(folder, 5, *pair, RUN)
     assert names(folder) == ["step-00000003", "step-00000005"]
     assert (folder / "step-00000003/model.safetensors").read_bytes() == before
     assert load_file(folder / "step-00000005/model.safetensors")["step.coarse.bias"] == 6
@@ -239,7 +241,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_is_said_in_one_line(two, ki
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
         with pytest.raises(OSError) as error:
-            checkpoint.save(folder, 7, *pair, run)
+            save_checkpoint(folder, 7, *pair, run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(error.value).startswith(f"{folder}/step-00000007 was not saved, those before it are kept: ")
@@ -253,14 +255,14 @@ def test_prune_keeps_the_last_the_best_and_the_asked_for(tmp_path, capsys):
     pair = begin()
     validation = {1: float("nan"), 2: 1.0, 3: 3.0, 4: 2.0, 5: None, 6: 1.5}
     for step, loss in validation.items():
-        checkpoint.save(tmp_path, step, *pair, RUN, {"loss": 0.1, "validation": loss} if loss else {"loss": 0.1})
+        save_checkpoint(tmp_path, step, *pair, RUN, {"loss": 0.1, "validation": loss} if loss else {"loss": 0.1})
         checkpoint.prune(tmp_path, keep_every=4)
         assert (tmp_path / "last").resolve().name == f"step-{step:08}"
     assert names(tmp_path) == ["best", "last", "step-00000002", "step-00000004", "step-00000006"]
     assert os.readlink(tmp_path / "best") == "step-00000002", "relative: the folder may be moved"
     checkpoint.prune(tmp_path)
     assert names(tmp_path) == ["best", "last", "step-00000002", "step-00000006"]
-    checkpoint.save(tmp_path, 7, *pair, RUN, {"validation": 0.5})
+    save_checkpoint(tmp_path, 7, *pair, RUN, {"validation": 0.5})
     checkpoint.prune(tmp_path)
     assert names(tmp_path) == ["best", "last", "step-00000007"] and os.readlink(tmp_path / "best") == "step-00000007"
     assert found(tmp_path, capsys) == ("step-00000007", [])
@@ -294,6 +296,45 @@ def test_a_file_system_without_links_goes_without(two, monkeypatch):
     assert names(two[0]) == ["step-00000005"]
 
 
+# ---- while the run goes on
+
+def test_training_goes_on_while_a_checkpoint_is_written_of_what_was(tmp_path, monkeypatch):
+    """The disk is slow: two steps later the file still gets the weights of before, and the next save waits for it."""
+    pair, slow, write = begin(), threading.Event(), checkpoint.save_weights
+    train(*pair, 3)
+    before = [tensor.clone() for tensor in everything(*pair)]
+    monkeypatch.setattr(checkpoint, "save_weights", lambda *inputs: (slow.wait(60), write(*inputs)))
+    with checkpoint.Saver(tmp_path) as saver:
+        saver.save(3, *pair, RUN)
+        train(*pair, 2)
+        assert not list(tmp_path.iterdir())
+        threading.Timer(0.2, slow.set).start()
+        saver.save(5, *pair, RUN)
+        assert "step-00000003" in names(tmp_path)
+    assert names(tmp_path) == ["step-00000003", "step-00000005"], "leaving waits too"
+    shutil.rmtree(tmp_path / "step-00000005")
+    other = begin(1)
+    assert checkpoint.resume(tmp_path, *other, RUN) == 3
+    assert torch.equal(other[0].embed.weight, before[0]) and not torch.equal(pair[0].embed.weight, before[0])
+
+
+def test_an_error_of_the_thread_is_raised_once_at_the_next_save_or_wait(tmp_path, monkeypatch):
+    """And an exception of the run waits for what is being written, or nobody could go on from it."""
+    def full(*_):
+        raise OSError("No space left on device")
+    pair = begin()
+    with checkpoint.Saver(tmp_path) as saver, monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_weights", full)
+        saver.save(1, *pair, RUN)
+        with pytest.raises(OSError, match="step-00000001 was not saved, those before it are kept: No space"):
+            saver.save(2, *pair, RUN)
+        saver.wait()
+    with pytest.raises(KeyboardInterrupt), checkpoint.Saver(tmp_path) as saver:
+        saver.save(3, *pair, RUN)
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["step-00000003"]
+
+
 # ---- many processes
 
 KILLED = """
@@ -310,10 +351,10 @@ for parameter in model.parameters():
 optimizer.step()
 
 def save_for_ever(step, moment):
+    saver = checkpoint.Saver(folder, 0)
     while step := step + 1:
         torch.nn.init.constant_(model.bias, step)
-        checkpoint.save(folder, step, model, optimizer, {})
-        checkpoint.prune(folder)
+        saver.save(step, model, optimizer, {})                                 # prunes, too
         if moment:
             signal.setitimer(signal.ITIMER_PROF, moment)
             moment = None
@@ -350,6 +391,7 @@ sys.path[:0] = sys.argv[1:3]
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from storage import checkpoint
+from helpers import save_checkpoint
 from test_checkpoint import Toy, train
 rank, folder = int(sys.argv[4]), Path(sys.argv[3])
 torch.set_num_threads(1)
@@ -363,21 +405,24 @@ def begin():
 
 pair = begin()
 assert checkpoint.resume(folder / "one", *pair, {}) == 3
-checkpoint.save(folder / "two", 3, *pair, {})
+save_checkpoint(folder / "two", 3, *pair, {})
 train(*pair, 2)
 with torch.no_grad():
     pair[0](torch.tensor([1]))             # leaves the root unsharded, as a validation does
-checkpoint.save(folder / "two", 5, *pair, {})
+save_checkpoint(folder / "two", 5, *pair, {})
+with checkpoint.Saver(folder / "host") as saver:
+    saver.save(5, *pair, {})
+    assert any("weight" in key for key in saver.host) == (rank == 0), "only rank 0 keeps what is gathered"
 straight = train(*pair, 2)
-checkpoint.save(folder / "straight", 7, *pair, {})
+save_checkpoint(folder / "straight", 7, *pair, {})
 pair = begin()
 assert checkpoint.resume(folder / "two", *pair, {}) == 5
 assert train(*pair, 2) == straight
-checkpoint.save(folder / "again", 7, *pair, {})
+save_checkpoint(folder / "again", 7, *pair, {})
 if rank == 0:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 try:
-    checkpoint.save(folder / "two", 9, *pair, {})
+    save_checkpoint(folder / "two", 9, *pair, {})
     raise AssertionError("the disk of rank 0 was full")
 except OSError as error:
     assert "step-00000009 was not saved" in str(error)
@@ -391,7 +436,7 @@ def test_sharded_over_two_processes_and_whole_in_one_are_the_same_checkpoint(tmp
     the rank that writes reaches the other, which would wait for ever else."""
     pair = begin(dtype=torch.float32)
     train(*pair, 3)
-    checkpoint.save(tmp_path / "one", 3, *pair, {})
+    save_checkpoint(tmp_path / "one", 3, *pair, {})
     command = [sys.executable, "-c", SHARDED, str(ROOT), str(ROOT / "tests"), str(tmp_path)]
     ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
     assert [(rank.communicate()[1], rank.returncode)[1] for rank in ranks] == [0, 0], ranks

@@ -346,6 +346,16 @@ def test_a_killed_run_goes_on_from_the_newest_whole_checkpoint(world, straight, 
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and log == other_log
 
 
+def test_a_run_is_saved_by_the_clock_and_where_one_is_to_be_kept(world, tmp_path, monkeypatch):
+    """Every 20 minutes, so a run of seconds saves at its end alone; --keep-every 2 saves step 2 although nobody else would."""
+    for minutes, more, saved in (("1e-9", [], [2]), ("20", ["--keep-every", "2"], [2]), ("20", [], [])):
+        out = tmp_path / "-".join([minutes, *more])
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            killed_after(patch, 2)
+            train.main(flags(world, out, "--phase", "1", "--save-minutes", minutes, *more))
+        assert [int(path.name[5:]) for path in out.glob("tiny/phase1.partial/checkpoints/step-*")] == saved
+
+
 def test_a_run_resumes_on_another_number_of_ranks(world, straight, tmp_path, monkeypatch):
     """The order of the data is a function of seed and step: a node may be lost, or micro-batches made smaller."""
     command = flags(world, tmp_path, "--phase", "1")
