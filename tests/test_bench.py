@@ -1,4 +1,4 @@
-"""tools/bench.py measures what it says it measures; its figures are kept in results/bench.md."""
+"""tools/bench.py and bench_*.py measure what they say they measure; the figures are kept in results/bench.md."""
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,12 +10,12 @@ import torch
 import data
 from model import PRESETS
 from qwen2 import Qwen2
-from tools import bench
+from tools import bench, bench_decode, bench_train, bench_ttft, timing
 
 
 def test_the_mix_has_the_lengths_that_are_planned():
     """Vision tokens, tiles and labels fit together, or the model would refuse; about one sample in twenty has no picture."""
-    samples = bench.mix(PRESETS["tiny"].config, 200)
+    samples = timing.mix(PRESETS["tiny"].config, 200)
     for sample in samples:
         assert len(sample["tiles"]) == sum(plan.tiles for plan in sample["plans"])
         assert sample["input_ids"].count(data.IMAGE) == sum(plan.tokens for plan in sample["plans"])
@@ -28,7 +28,7 @@ def test_every_way_is_timed_in_turn_and_once_before():
     """A machine that slows down half way must slow both ways."""
     calls = []
     ways = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    seconds = bench.timed(ways, 3, torch.device("cpu"))
+    seconds = timing.timed(ways, 3, torch.device("cpu"))
     assert "".join(calls) == "abababab"
     assert all(len(found) == 3 and min(found) >= 0 for found in seconds.values())
 
@@ -36,7 +36,7 @@ def test_every_way_is_timed_in_turn_and_once_before():
 def test_what_is_kept_for_the_backward_pass_is_counted_once():
     """Two products of one tensor keep it once."""
     x = torch.ones(100, requires_grad=True)
-    assert bench.kept_for_backward(lambda: (x * x) * 2) == 400
+    assert bench_train.kept_for_backward(lambda: (x * x) * 2) == 400
 
 
 def asked(**changes):
@@ -51,19 +51,19 @@ def test_bytes_for_a_token_are_the_weights_once_and_the_used_cache():
     for tied in (True, False):
         config = replace(PRESETS["tiny"].config.text, tie_word_embeddings=tied)
         decoder = Qwen2(config)
-        step, cache = bench.decode_step(decoder, 3, 20, 10)
+        step, cache = bench_decode.decode_step(decoder, 3, 20, 10)
         with torch.inference_mode():
             step()
         weights = sum(parameter.numel() for parameter in decoder.parameters())
         weights -= 0 if tied else config.vocab_size * config.hidden_size
         seen = config.num_hidden_layers * 2 * 3 * config.num_key_value_heads * 21 * config.head_dim
-        assert bench.bytes_for_a_token(decoder, cache) == 4 * (weights + seen)
+        assert bench_decode.bytes_for_a_token(decoder, cache) == 4 * (weights + seen)
 
 
 def test_decoding_is_timed_in_all_three_numbers_beside_the_floor(capsys, monkeypatch):
     """And the last line is JSON."""
-    monkeypatch.setattr(bench, "read_speed", lambda device: 1e9)
-    bench.decode(asked())
+    monkeypatch.setattr(bench_decode, "read_speed", lambda device: 1e9)
+    bench_decode.decode(asked())
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = [(row["numbers"], row["batch"]) for row in last["decode"]]
     assert rows == [(name, batch) for name in ("fp32", "bf16", "bf16 int8") for batch in (1, 8)]
@@ -73,21 +73,21 @@ def test_decoding_is_timed_in_all_three_numbers_beside_the_floor(capsys, monkeyp
 
 def test_parts_of_the_time_to_first_token_add_up_to_the_whole(monkeypatch):
     """By a clock that moves one second a look: what stands outside all parts would be lost."""
-    model = bench.build_systems(asked(), ["aap+vr"])["aap+vr"]
-    picture = bench.full_picture(5, model.config.vision.image_size, 0)
+    model = bench_ttft.build_systems(asked(), ["aap+vr"])["aap+vr"]
+    picture = timing.full_picture(5, model.config.vision.image_size, 0)
     looks = iter(range(1000))
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(looks))
-    parts = bench.first_token(model, picture, torch.device("cpu"))
+    monkeypatch.setattr(bench_ttft.time, "perf_counter", lambda: next(looks))
+    parts = bench_ttft.first_token(model, picture, torch.device("cpu"))
     monkeypatch.undo()
     # a second a call: of the ViT, the projector, `prepare`, and the hook before each of six layers
-    assert {name: parts[name] for name in bench.TTFT_PARTS[:4]} == {"pictures": 1, "vit": 1, "projector": 1, "remember": 7}
+    assert {name: parts[name] for name in bench_ttft.TTFT_PARTS[:4]} == {"pictures": 1, "vit": 1, "projector": 1, "remember": 7}
     assert "forward" not in vars(model.vision_tower) and "remember" not in vars(model)
 
 
 def test_the_table_has_each_system_beside_formula_and_paper(capsys, monkeypatch):
     """The ratio of FastV in the paper is 63.56 over 83.6 ms; one line of JSON ends it."""
-    monkeypatch.setattr(bench.cost, "gemm_peak", lambda *_: 1e12)
-    bench.ttft(asked(rounds=1))
+    monkeypatch.setattr(bench_ttft.cost, "gemm_peak", lambda *_: 1e12)
+    bench_ttft.ttft(asked(rounds=1))
     lines = capsys.readouterr().out.splitlines()
     rows = {row["system"]: row for row in json.loads(lines[-1])["ttft"]}
     assert list(rows) == ["mlp", "aap+vr", "fastv"]
@@ -101,4 +101,4 @@ def test_the_table_has_each_system_beside_formula_and_paper(capsys, monkeypatch)
                                           ({"layers": 4}, "stands before layers 1, 4")))
 def test_what_cannot_be_measured_is_one_line(change, says):
     with pytest.raises(ValueError, match=says):
-        bench.ttft(asked(**{"systems": "aap+vr", **change}))
+        bench_ttft.ttft(asked(**{"systems": "aap+vr", **change}))
