@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import data
+from helpers import tiny_model
 from model import PRESETS
 from qwen2 import Qwen2
-from tools import bench, bench_decode, bench_train, bench_ttft, timing
+from tiny import standins
+from tools import bench_decode, bench_train, bench_transformers, bench_ttft, timing
 
 
 def test_the_mix_has_the_lengths_that_are_planned():
@@ -43,7 +45,8 @@ def asked(**changes):
     """The command line of tools.bench, as far as these tests need it."""
     return SimpleNamespace(**{"preset": "tiny", "layers": None, "seed": 0, "precision": "fp32", "rounds": 2, "tokens": 2,
                               "device": torch.device("cpu"), "tokenizer": "tiny/qwen2", "tiles": 5, "int8": False,
-                              "asked": "auto", "prompt": 20, "systems": "mlp,aap+vr,fastv", **changes})
+                              "asked": "auto", "prompt": 20, "systems": "mlp,aap+vr,fastv", "what": "answer",
+                              "compile": False, "count": 3, "model": None, "task": None, **changes})
 
 
 def test_bytes_for_a_token_are_the_weights_once_and_the_used_cache():
@@ -102,3 +105,74 @@ def test_the_table_has_each_system_beside_formula_and_paper(capsys, monkeypatch)
 def test_what_cannot_be_measured_is_one_line(change, says):
     with pytest.raises(ValueError, match=says):
         bench_ttft.ttft(asked(**{"systems": "aap+vr", **change}))
+
+
+def test_a_trained_model_is_timed_on_the_prompts_of_a_benchmark(tmp_path, capsys, monkeypatch):
+    """Three of eight rows of RealWorldQA's stand-in: as many prompts and tokens as they have, and no paper's number."""
+    monkeypatch.setattr(bench_ttft.cost, "gemm_peak", lambda *_: 1e12)
+    tiny_model().save_pretrained(tmp_path / "model")
+    standins.write("realworldqa", tmp_path / "data", 8)
+    bench_ttft.ttft(asked(rounds=1, model=tmp_path / "model", task="realworldqa", data=tmp_path / "data"))
+    row, = json.loads(capsys.readouterr().out.splitlines()[-1])["ttft"]
+    questions = bench_ttft.questions_of("realworldqa", tmp_path / "data", 3)
+    assert [question.index for question in questions] == [0, 2, 4] and row["questions"] == 3
+    lengths = [len(tiny_model().encode_prompt(one.pictures, one.prompt)["input_ids"]) for one in questions]
+    assert row["tokens"] == sorted(lengths)[1] and row["paper"] is None
+    assert row["seconds"] > row["parts"]["vit"] > 0 and row["flop"]["remember"] > 0
+    with pytest.raises(ValueError, match="belong together"):
+        bench_ttft.ttft(asked(model=tmp_path / "model"))
+
+
+def test_flops_of_a_prompt_are_those_of_the_system_where_nothing_is_unpadded():
+    """But for newlines, which system_flops leaves out: here they are text."""
+    model = bench_ttft.build_systems(asked(), ["aap+vr"])["aap+vr"]
+    sample = model.encode_prompt(timing.full_picture(5, model.config.vision.image_size, 0), "Where?")
+    text = len(sample["input_ids"]) - 5 * model.config.side ** 2
+    assert bench_ttft.prompt_flops(model.config, sample) == bench_ttft.system_flops(model.config, 5, text)
+
+
+def test_a_compiled_step_decodes_what_an_eager_one_does(monkeypatch):
+    """With few graphs, though each step looks at one place more: else most of the time would go into compiling."""
+    from torch._dynamo.testing import CompileCounter
+    eager, counter = Qwen2(PRESETS["tiny"].config.text).eval(), CompileCounter()
+    compiled, torch_compile = bench_decode.copy.deepcopy(eager), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **named: torch_compile(*args, **{**named, "backend": counter}))
+    compiled.compile(dynamic=True)
+    logits = []
+    for decoder in (eager, compiled):
+        step, cache = bench_decode.decode_step(decoder, 2, 20, 10)
+        cache.kv.fill_(0.1)
+        with torch.inference_mode():
+            logits.append(torch.stack([step() for _ in range(6)]))
+    torch.testing.assert_close(*logits)
+    assert 1 <= counter.frame_count <= 12
+
+
+def test_a_step_of_training_has_an_mfu_in_each_way(capsys, monkeypatch):
+    """Formula over clock over peak; without a kernel for whole rows there is one way, and it stays as it was."""
+    monkeypatch.setattr(bench_train.cost, "gemm_peak", lambda *_: 1e12)
+    fits = bench_train.qwen2.fits_flash
+    bench_train.step(asked(rounds=1, count=2))
+    row, = json.loads(capsys.readouterr().out.splitlines()[-1])["step"]
+    assert row["mfu"] == pytest.approx(row["flop"] / row["seconds"] / 1e12) and row["tokens"] > 0
+    assert bench_train.qwen2.fits_flash is fits and row["attention"] == "sample by sample"
+    with bench_train.attention_of("sample by sample"):
+        assert not bench_train.qwen2.fits_flash(torch.ones(1))
+
+
+def test_without_transformers_its_benches_end_in_one_line(monkeypatch):
+    monkeypatch.setattr(bench_transformers.importlib.util, "find_spec", lambda name: None)
+    for way in (bench_transformers.answer, bench_transformers.transformers):
+        with pytest.raises(ValueError, match="not installed: pip install transformers"):
+            way(asked())
+
+
+def test_a_whole_answer_is_the_same_by_transformers():
+    """The uncompressed network in both, token by token, so that the times are of the same work."""
+    pytest.importorskip("transformers")
+    plain = bench_transformers.uncompressed(asked()).eval()
+    plain.read_tokenizer("tiny/qwen2")
+    theirs = bench_transformers.in_transformers(plain, "cpu").eval()
+    picture = timing.full_picture(5, plain.config.vision.image_size, 0)
+    here = bench_transformers.answer_here(plain, picture, 6)
+    assert len(here) == 6 and bench_transformers.answer_there(theirs, plain, picture, 6) == here

@@ -8,18 +8,20 @@
     python -m tools.bench decode --preset 0.5b    # ms a token beside the memory floor
     python -m tools.bench ttft --preset 1.5b --systems mlp,aap,aap+vr --tiles 5 --layers 4
                                              # time to first token of what the paper compares
-    python -m tools.bench step --preset 0.5b --count 4 --compile      # train.py's step, with its MFU
-    python -m tools.bench gpu                # all of this on one GPU, in ten minutes: results/gpu.md
+    python -m tools.bench ttft --model runs/0.5b/phase2 --task realworldqa    # real prompts
+    python -m tools.bench answer --preset 0.5b --tokens 32     # whole, and by transformers
+    python -m tools.bench step --preset 0.5b --count 4 --compile    # train.py's, with its MFU
+    python -m tools.bench gpu                # all of this on one GPU, to results/gpu.md
     python -m tools.bench answers --preset 0.5b --layers 6    # a large model's shape on a laptop
     python -m tools.bench packing --preset 0.5b --count 8     # one GPU, bf16
 
-Random weights, pictures and text: nothing is downloaded. `transformers` has to be installed for its
-comparison; `data` does without. The ways are timed in turn, round by round, so that a machine that
-slows down slows all of them. Printed are the median, the fastest and the slowest time of each, and
-the ratio of the medians.
+Random weights, pictures and text, but with --model: nothing is downloaded. `transformers` has to be
+installed for its two comparisons; `data` does without. The ways are timed in turn, round by round,
+so that a machine that slows down slows all of them. Printed are the median, the fastest and the
+slowest time of each, and the ratio of the medians.
 
-What floor, parts and MFU are, tools/bench_decode.py, bench_ttft.py and bench_train.py tell. These
-three end in a line of JSON.
+What floor, parts and MFU are, tools/bench_decode.py, bench_ttft.py and bench_train.py tell. These,
+and answer, end in a line of JSON.
 """
 import argparse
 import math
@@ -30,12 +32,12 @@ import torch
 
 import data
 from compared.precision import DTYPES, add_precision, announce, to_int8
-from model import PRESETS
+from model import PRESETS, LLaVAVRConfig
 from tiny import world
 from tools.bench_decode import decode
 from tools.bench_gpu import gpu
 from tools.bench_train import packing, step
-from tools.bench_transformers import image_processor, transformers
+from tools.bench_transformers import answer, image_processor, transformers
 from tools.bench_ttft import SYSTEMS, ttft
 from tools.timing import PICTURE_SIZES, build, compare, random_picture
 
@@ -100,7 +102,8 @@ def reading(args):
 
 
 WAYS = {"decode": decode, "ttft": ttft, "packing": packing, "step": step,
-        "transformers": transformers, "answers": answers, "decoding": decoding, "data": reading}
+        "transformers": transformers, "answer": answer, "answers": answers, "decoding": decoding,
+        "data": reading}
 
 
 def main(argv=None):
@@ -119,7 +122,10 @@ def main(argv=None):
     parser.add_argument("--tiles", type=int, default=5, help="ttft: of the picture, 3 to 5")
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="ttft: which (all)")
     parser.add_argument("--compile", action="store_true",
-                        help="step: with torch.compile, too")
+                        help="step, decode: with torch.compile, too")
+    parser.add_argument("--model", help="ttft: folder of a trained model, with --task")
+    parser.add_argument("--task", help="ttft: the benchmark whose --count questions are asked")
+    parser.add_argument("--data", default="data/eval", help="ttft: folder of the benchmarks")
     add_precision(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", default="tiny/qwen2", help="folder with a tokenizer.json")
@@ -129,11 +135,14 @@ def main(argv=None):
     if args.what == "gpu":
         return gpu(args.out, args.quick)
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"tools/bench.py {args.what}, preset {args.preset}, torch {torch.__version__}, "
+    config, name = PRESETS[args.preset].config, f"preset {args.preset}"
+    if args.model:
+        config, name = LLaVAVRConfig.read(args.model, {})[0], args.model
+    print(f"tools/bench.py {args.what}, {name}, torch {torch.__version__}, "
           f"{args.device.type}, {torch.get_num_threads()} thread(s), seed {args.seed}, "
           f"{args.rounds} rounds")
     args.asked = args.precision
-    args.precision = announce(args.precision, PRESETS[args.preset].config)
+    args.precision = announce(args.precision, config)
     WAYS[args.what](args)
 
 

@@ -2,6 +2,10 @@
 
 The memory floor: the bytes that a token needs, which are the weights of decoder and lm_head and the
 keys and values of all rows, over the speed at which this machine reads memory.
+
+--compile adds the same steps behind torch.compile. It saves what lies between the products, and
+needs a compiler and a minute: it pays for many answers on a GPU, where launching some 700 kernels
+takes longer than a small decoder's weights take to read, and not for a few.
 """
 import copy
 import json
@@ -67,10 +71,16 @@ def decode(args):
     torch.manual_seed(args.seed)
     original = Qwen2(text).eval().to(args.device)
     found = []
-    for name, dtype, int8 in precisions_to_decode(args):
+    ways = [(*way, compiled) for way in precisions_to_decode(args)
+            for compiled in ((False, True) if args.compile else (False,))]
+    for name, dtype, int8, compiled in ways:
         decoder = copy.deepcopy(original).to(dtype)      # its lm_head stays tied
         if int8:
             to_int8(decoder)
+        if compiled:
+            torch._dynamo.reset()                        # graphs of the way before
+            decoder.compile(dynamic=True)                # the used places grow with every token
+            name += ", compiled"
         for batch in (1, 8):
             room = (args.rounds + 1) * args.tokens       # the first round warms up
             step, cache = decode_step(decoder, batch, args.prompt, room)
@@ -82,7 +92,7 @@ def decode(args):
             milliseconds = [1000 * second / args.tokens for second in seconds]
             floor = 1000 * bytes_for_a_token(decoder, cache) / speed
             median = statistics.median(milliseconds)
-            print(f"  {name:10} batch {batch}{median:9.1f} ms a token "
+            print(f"  {name:19} batch {batch}{median:9.1f} ms a token "
                   f"({min(milliseconds):.1f} to {max(milliseconds):.1f}), floor {floor:6.1f} ms, "
                   f"ratio {median / floor:5.2f}")
             found.append({"numbers": name, "batch": batch, "ms": median, "floor_ms": floor})

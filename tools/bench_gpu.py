@@ -35,6 +35,8 @@ PARTS = (
     Part("Time to the first token at 0.5B", "tools.bench ttft --preset 0.5b"),
     Part("Time to the first token at 1.5B", "tools.bench ttft --preset 1.5b"),
     Part("Decoding at 0.5B", "tools.bench decode --preset 0.5b --tokens 32 --compile"),
+    Part("A whole answer beside transformers",
+         "tools.bench answer --preset 0.5b --tokens 32 --rounds 3", "transformers"),
     Part("Answers together, and one by one", "tools.bench answers --preset 0.5b --rounds 3"),
     Part("The same without pictures", "tools.bench decoding --preset 0.5b --rounds 3"),
     Part("Training beside transformers", "tools.bench transformers --preset 0.5b --count 4",

@@ -1,7 +1,12 @@
-"""The same network by transformers, where it is installed: `python -m tools.bench transformers`.
+"""Beside transformers, where it is installed: `python -m tools.bench transformers` trains the same
+network by both, `python -m tools.bench answer` answers by both.
 
     B  rows of a batch     T  tokens of a row
 """
+import copy
+import importlib.util
+import json
+import statistics
 import tempfile
 from functools import partial
 
@@ -9,18 +14,20 @@ import numpy as np
 import torch
 
 import data
+from compared.precision import to_int8
 from model import PRESETS
 from tools.bench_train import train_step
+from tools.bench_ttft import QUESTION
 from tools.convert import pinpoints, to_next
 from tools.timing import (
-    PICTURE_SIZES, build, compare, random_picture, random_text, scaled)
+    PICTURE_SIZES, build, compare, conditions, full_picture, random_picture, random_text, scaled,
+    timed)
 
 
 def transformers(args):
     """The uncompressed LLaVA-NeXT that both can be, on the same pictures and tokens."""
-    config = PRESETS[args.preset].config
-    ours = build(args, projector="mlp", side=config.feature_side, remember=(),
-                 levels=(max(config.levels),), image_mode="a4hf")
+    refuse_without_transformers(args.what)
+    ours = uncompressed(args)
     pictures, samples = pictures_with_text(ours.config, args.count, args.seed)
     packed = data.pack(samples).to(args.device)
     padded = data.collate(samples, 0).to(args.device)
@@ -36,6 +43,20 @@ def transformers(args):
     ways = {"here": partial(train_step, args, ours, partial(ours, packed)),
             "transformers": partial(train_step, args, theirs, their_loss)}
     compare(args, ways, sum(packed.packed), "tokens")
+
+
+def refuse_without_transformers(what):
+    """ValueError in one line where transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError(f"{what} compares with transformers, which is not installed: "
+                         "pip install transformers")
+
+
+def uncompressed(args):
+    """Our LLaVA-NeXT with random weights: all features are tokens, and nothing is remembered."""
+    config = PRESETS[args.preset].config
+    return build(args, projector="mlp", side=config.feature_side, remember=(),
+                 levels=(max(config.levels),), image_mode="a4hf")
 
 
 def pictures_with_text(config, count, seed):
@@ -87,3 +108,58 @@ def inputs_of_transformers(model, padded, pictures, config):
     return {"input_ids": padded.input_ids.masked_fill(is_vision, model.config.image_token_id),
             "attention_mask": (places < padded.lengths[:, None]).long(),           # (B, T)
             "labels": padded.labels, **seen}
+
+
+# ---- a whole answer ------------------------------------------------------------------------------
+
+def answer(args):
+    """From a picture of --tiles tiles and a question to --tokens tokens of an answer: ours in
+    float32, bfloat16 and int8, and the uncompressed LLaVA-NeXT in float32, here and there."""
+    refuse_without_transformers(args.what)
+    plain = uncompressed(args).eval()
+    plain.read_tokenizer(args.tokenizer)
+    theirs = in_transformers(plain, args.device).eval()
+    ours = build(args).eval()
+    ours.read_tokenizer(args.tokenizer)
+    half = copy.deepcopy(ours).to(torch.bfloat16)
+    small = to_int8(copy.deepcopy(half))
+    picture = full_picture(args.tiles, plain.config.vision.image_size, args.seed)
+    models = {"ours, bf16 and int8": small, "ours, bf16": half, "ours, fp32": ours,
+              "uncompressed here, fp32": plain}
+    ways = {name: partial(answer_here, model, picture, args.tokens)
+            for name, model in models.items()}
+    ways["transformers, fp32"] = partial(answer_there, theirs, plain, picture, args.tokens)
+    seconds = timed(ways, args.rounds, args.device)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"a picture of {args.tiles} tiles, {args.tokens} tokens of an answer")
+    for name, times in seconds.items():
+        print(f"  {name:28}{medians[name] * 1000:10.0f} ms ({min(times) * 1000:.0f} to "
+              f"{max(times) * 1000:.0f}), transformers takes "
+              f"{medians['transformers, fp32'] / medians[name]:.2f} times as long")
+    print(json.dumps({"answer": medians, "tiles": args.tiles, "tokens": args.tokens,
+                      **conditions(args)}))
+
+
+def answer_here(model, picture, tokens):
+    """Answer with so many tokens -> their ids. What would end the answer is never chosen."""
+    ends = [model.tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    chosen = []
+
+    def choose(logits):
+        logits[:, ends] = -torch.inf                                               # (B, V)
+        chosen.append(logits.argmax(-1))
+        return chosen[-1]
+    model.generate([picture], [QUESTION], tokens, choose=choose)
+    return torch.cat(chosen).tolist()
+
+
+@torch.inference_mode()
+def answer_there(theirs, plain, picture, tokens):
+    """The same by transformers, with the prompt of the uncompressed model here -> ids."""
+    prompt = data.collate([plain.encode_prompt(picture, QUESTION)], 0).to(theirs.device)
+    inputs = inputs_of_transformers(theirs, prompt, [picture], plain.config)
+    ends = [plain.tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    del inputs["labels"]
+    found = theirs.generate(**inputs, do_sample=False, max_new_tokens=tokens, eos_token_id=None,
+                            suppress_tokens=ends, pad_token_id=ends[1])            # (1, T + tokens)
+    return found[0, prompt.input_ids.shape[1]:].tolist()

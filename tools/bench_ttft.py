@@ -3,21 +3,29 @@
 Timed is the first token after one picture that fills its tiles, and one question. Vision Remember's
 time is that of its own calls; the rest of the decoder's is prefill.
 
+With --model and --task the questions are those of a benchmark, with their own pictures and lengths,
+and the model is a trained one.
+
     T  tokens of a prompt
 """
 import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
+from benchmarks import known
+from benchmarks.rows import count_rows, find_files, open_row, rows_of
 from clip import CLIPVision
 from compared.precision import DTYPES
 from compared.pruning import PrunedLLaVAVR, parse_rule
+from compared.variants import load_model
 from model import LLaVAVR
 from qwen2 import Qwen2
 from tools import cost, plan
-from tools.systems import system_flops
+from tools.systems import (
+    Work, flops, projector_flops, remember_flops, system_flops, vit_flops)
 from tools.timing import conditions, full_picture, preset_config, wait
 
 # What --systems may name: (choices of the architecture, pruning rule, label in the paper's Table 1)
@@ -86,8 +94,8 @@ def clocked(function, seconds, part, device):
 
 
 @torch.inference_mode()
-def first_token(model, picture, device):
-    """{part of TTFT_PARTS: seconds}, from a PIL picture and a question to the first token."""
+def first_token(model, pictures, device, question=QUESTION):
+    """{part of TTFT_PARTS: seconds}, from PIL pictures and a question to the first token."""
     seconds = dict.fromkeys(TTFT_PARTS, 0.0)
     places = {"vit": [(model.vision_tower, "forward")],
               "projector": [(model.mm_projector, "forward")],
@@ -98,7 +106,7 @@ def first_token(model, picture, device):
     try:
         encode_prompt = clocked(model.encode_prompt, seconds, "pictures", device)
         prefill = clocked(model.prefill, seconds, "decoder", device)
-        logits, _ = prefill([encode_prompt(picture, QUESTION)], 0, 1)
+        logits, _ = prefill([encode_prompt(pictures, question)], 0, 1)
         logits.argmax(-1).tolist()
     finally:
         for module, name, _ in calls:
@@ -108,7 +116,10 @@ def first_token(model, picture, device):
 
 
 def ttft(args):
-    """The time to first token of systems, in parts, beside formula and paper."""
+    """The time to first token of systems, in parts, beside formula and paper; with --model and
+    --task that of a trained model."""
+    if args.model or args.task:
+        return ttft_of_task(args)
     names = read_systems(args.systems)
     models = build_systems(args, names)
     peak = cost.gemm_peak(args.device, DTYPES[args.precision])
@@ -165,3 +176,62 @@ def ms_and_share(seconds, flop, peak):
     if not flop or not seconds:
         return f"{1000 * seconds:.0f}"
     return f"{1000 * seconds:.0f} ({flop / seconds / peak:.0%})"
+
+
+# ---- a trained model and a benchmark -------------------------------------------------------------
+
+def questions_of(task, data, count):
+    """`count` Questions with pictures, spread evenly over the rows of a benchmark. ValueError for
+    an unknown task, one without pictures and a damaged row; FileNotFoundError for a missing one."""
+    files = find_files(known(task), Path(data))
+    rows = count_rows(task, files)
+    wanted = range(0, rows, max(1, rows // count))[:count]
+    questions = [open_row(task, *row) for row in rows_of(task, files, wanted, Path(data))]
+    questions = [question for question in questions if question.pictures]
+    if not questions:
+        raise ValueError(f"--task {task}: none of {len(wanted)} rows in {data} shows a picture; "
+                         "take another task")
+    return questions
+
+
+def prompt_flops(config, sample):
+    """FLOPs by formula until the first token after a sample of encode_prompt, {part: FLOPs}."""
+    tiles = len(sample["tiles"])
+    seen = sum(int((plan.cells(0)[:, 0] >= 0).sum()) for plan in sample["plans"])
+    work = Work(config, tiles, [seen], first=config.text.num_hidden_layers)
+    return {"vit": tiles * vit_flops(config, False), "projector": projector_flops(work),
+            "remember": remember_flops(work),
+            "decoder": flops(config, [len(sample["input_ids"])], 0, 1, ())}
+
+
+def ttft_of_task(args):
+    """The time to first token of the model in a folder on questions of a benchmark: the median of
+    all, and of how many tiles and tokens."""
+    if not (args.model and args.task):
+        raise ValueError("--model FOLDER and --task NAME belong together: give both")
+    questions = questions_of(args.task, args.data, args.count)
+    model = load_model(args.model, precision=args.precision, int8=args.int8)
+    device = model.image_newline.device
+    peak = cost.gemm_peak(device, DTYPES[args.precision])
+    asked = [(question.pictures, device, question.prompt) for question in questions]
+    first_token(model, *asked[0])                        # warms up
+    runs = [first_token(model, *one) for _ in range(args.rounds) for one in asked]
+    samples = [model.encode_prompt(one.pictures, one.prompt) for one in questions]
+    found = [prompt_flops(model.config, sample) for sample in samples]
+    mean = {part: statistics.mean(flop[part] for flop in found) for part in found[0]}
+    totals = [sum(parts.values()) for parts in runs]
+    row = {"system": str(args.model), "tokens": middle(len(one["input_ids"]) for one in samples),
+           "tiles": middle(len(one["tiles"]) for one in samples), "questions": len(questions),
+           "seconds": statistics.median(totals), "fastest": min(totals), "slowest": max(totals),
+           "parts": {part: statistics.median(parts[part] for parts in runs)
+                     for part in TTFT_PARTS}, "flop": mean, "paper": None}
+    print(f"{len(questions)} questions of {args.task}, {row['tiles']} tiles and {row['tokens']} "
+          f"tokens in the median, {args.precision}; a matrix product reaches "
+          f"{cost.short(peak, 'FLOP/s')}. In brackets: the share of it, FLOPs being their mean")
+    print(*ttft_table([row], peak), sep="\n")
+    print(json.dumps({"ttft": [row], "task": args.task, "peak": peak, **conditions(args)}))
+
+
+def middle(numbers):
+    """The median as a whole number."""
+    return round(statistics.median(numbers))
