@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data
-from helpers import tiny_model
+from helpers import randomise, tiny_model
 from model import PRESETS
 from qwen2 import Qwen2
 from tiny import standins
@@ -170,9 +170,9 @@ def test_without_transformers_its_benches_end_in_one_line(monkeypatch):
 def test_a_whole_answer_is_the_same_by_transformers():
     """The uncompressed network in both, token by token, so that the times are of the same work."""
     pytest.importorskip("transformers")
-    plain = bench_transformers.uncompressed(asked()).eval()
+    plain = randomise(bench_transformers.uncompressed(asked()), 0.05).eval()       # or it says one word for ever
     plain.read_tokenizer("tiny/qwen2")
     theirs = bench_transformers.in_transformers(plain, "cpu").eval()
     picture = timing.full_picture(5, plain.config.vision.image_size, 0)
     here = bench_transformers.answer_here(plain, picture, 6)
-    assert len(here) == 6 and bench_transformers.answer_there(theirs, plain, picture, 6) == here
+    assert len(set(here)) > 1 and bench_transformers.answer_there(theirs, plain, picture, 6) == here

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from compared.precision import DTYPES, to_int8
+from compared.precision import DTYPES, for_few_rows, to_int8
 from qwen2 import KVCache, Qwen2
 from tools import cost
 from tools.timing import conditions, preset_config, timed
@@ -75,8 +75,7 @@ def decode(args):
             for compiled in ((False, True) if args.compile else (False,))]
     for name, dtype, int8, compiled in ways:
         decoder = copy.deepcopy(original).to(dtype)      # its lm_head stays tied
-        if int8:
-            to_int8(decoder)
+        (to_int8 if int8 else for_few_rows)(decoder)
         if compiled:
             torch._dynamo.reset()                        # graphs of the way before
             decoder.compile(dynamic=True)                # the used places grow with every token

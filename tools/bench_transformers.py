@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import data
-from compared.precision import to_int8
+from compared.precision import for_few_rows, to_int8
 from model import PRESETS
 from tools.bench_train import train_step
 from tools.bench_ttft import QUESTION
@@ -123,6 +123,7 @@ def answer(args):
     ours.read_tokenizer(args.tokenizer)
     half = copy.deepcopy(ours).to(torch.bfloat16)
     small = to_int8(copy.deepcopy(half))
+    for_few_rows(half)
     picture = full_picture(args.tiles, plain.config.vision.image_size, args.seed)
     models = {"ours, bf16 and int8": small, "ours, bf16": half, "ours, fp32": ours,
               "uncompressed here, fp32": plain}
