@@ -103,15 +103,16 @@ def changed(task, first, second):
 
 
 def compare(task, first, second):
-    """Samples of two runs -> {"before", "after", "difference", "stderr", "n", "better", "worse"}
-    and the samples that changed."""
+    """Samples of two runs -> {"before", "after", "difference", "stderr", "n", "better", "worse",
+    "differ"} and the samples whose score changed. differ: how many replies are other words."""
     scores = [aggregate(task, list(samples.values()))["overall"]["score"]
               for samples in (first, second)]
     part, samples = difference(task, first, second), changed(task, first, second)
     better = sum(one["score_after"] > one["score_before"] for one in samples)
+    differ = sum(one["prediction"] != second[index]["prediction"] for index, one in first.items())
     return {"before": scores[0], "after": scores[1], "difference": part["score"],
             "stderr": part["stderr"], "n": part["n"], "better": better,
-            "worse": len(samples) - better}, samples
+            "worse": len(samples) - better, "differ": differ}, samples
 
 
 def compare_runs(runs, tasks=None, metric=None, out=None):
@@ -144,6 +145,8 @@ def compare_runs(runs, tasks=None, metric=None, out=None):
     write(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples))
     print(table(results, runs))
     print(first_changes(samples, results))
+    differ, asked = (sum(found[key] for found in results.values()) for key in ("differ", "n"))
+    print(f"{differ} of {asked} replies differ")
     print(f"{len(samples)} samples changed: {path}")
     return results
 

@@ -8,6 +8,7 @@ import pytest
 import eval as evaluate
 from benchmarks import TASKS, aggregate, compare, own
 from compared import variants
+from helpers import tiny_model
 from stub_eval import Stub, drawn, lines, setup, write_origin                   # noqa: F401 (fixtures)
 from tiny import standins
 
@@ -70,7 +71,7 @@ def test_the_difference_has_a_paired_error_and_what_changed_is_written(two, tmp_
     assert "chartqa         83.3    50.0   -33.3    21.1       6       0       2\n" in out
     assert "- chartqa 4: 40 -> no" in out and "- chartqa 0: 10 -> no, right is 10: How red is 0? Answer" in out
     path, = (tmp_path / "model/eval/compare").glob("*.jsonl")
-    assert out.endswith(f"2 samples changed: {path}\n")
+    assert out.endswith(f"2 of 6 replies differ\n2 samples changed: {path}\n") and found["differ"] == 2
     assert [(one["index"], one["before"], one["after"], one["gold"], one["score_before"], one["score_after"])
             for one in lines(path)] == [(0, " 10\n", "no", "10", 1.0, 0.0), (4, " 40\n", "no", "40", 1.0, 0.0)]
     same = evaluate.main(["--compare", runs[0], runs[0]])["chartqa"]
@@ -154,3 +155,16 @@ def test_two_metrics_are_not_compared(two, tmp_path):
     with pytest.raises(ValueError, match="own-q is scored by exact in .*model.* and by relaxed in .*other.*: say with --metric"):
         evaluate.main(run)
     assert list(evaluate.main([*run, "--metric", "exact"])) == ["own-q"]
+
+
+def test_precisions_of_one_model_are_compared_as_docs_evaluation_says(tmp_path, capsys):
+    """Three runs into folders of their own: the scores, and how many of eight replies are other words."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    standins.write("realworldqa", tmp_path / "data", 8)
+    ask = ["--model", tmp_path / "model", "--data", tmp_path / "data", "--task", "realworldqa"]
+    for name, flags in (("fp32", ["--precision", "fp32"]), ("int8", ["--precision", "bf16", "--int8"])):
+        evaluate.main([str(word) for word in (*ask, *flags, "--out", tmp_path / name)])
+    found = evaluate.main(["--compare", str(tmp_path / "fp32"), str(tmp_path / "int8")])["realworldqa"]
+    replies = [[one["prediction"] for one in lines(tmp_path / name / "realworldqa.jsonl")] for name in ("fp32", "int8")]
+    assert found["n"] == 8 and found["differ"] == sum(a != b for a, b in zip(*replies))
+    assert f"{found['differ']} of 8 replies differ\n" in capsys.readouterr().out

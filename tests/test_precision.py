@@ -158,3 +158,29 @@ def test_int8_leaves_the_embedding_and_replaces_every_product_of_the_decoder():
     assert not any(isinstance(module, nn.Linear) for module in decoder.modules())
     assert decoder.model.embed_tokens.weight.dtype == torch.float32
     assert any(isinstance(module, nn.Linear) for module in model.vision_tower.modules())
+
+
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("shape", ((1, 48), (3, 1, 48), (2, 4, 48), (40, 48)))
+def test_a_few_rows_in_bf16_are_multiplied_rows_last(shape, bias, monkeypatch):
+    """To a rounding of the usual product; one row and many rows are that product."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 10, bias).bfloat16(), torch.randn(shape).bfloat16()
+    layer, asked, usual = precision.FewRowsLinear(linear), [], F.linear
+    assert layer.weight is linear.weight and layer.state_dict().keys() == linear.state_dict().keys()
+    monkeypatch.setattr(F, "linear", lambda *args: asked.append(1) or usual(*args))
+    found = layer(x)
+    assert len(asked) == (x[..., 0].numel() in (1, 40)) and found.is_contiguous()
+    torch.testing.assert_close(found, usual(x, linear.weight, linear.bias), rtol=1e-2, atol=1e-2)
+
+
+def test_rows_last_is_for_bf16_alone():
+    """In float32 the order of sums would change greedy answers; the lm_head stays tied, and int8 can still follow."""
+    model = tiny_model()
+    assert precision.for_few_rows(model) is model
+    assert not any(isinstance(module, precision.FewRowsLinear) for module in model.modules())
+    names = list(precision.for_few_rows(model.bfloat16()).state_dict())
+    decoder = model.language_model
+    assert names == list(tiny_model().state_dict()) and isinstance(decoder.lm_head, precision.FewRowsLinear)
+    assert decoder.lm_head.weight is decoder.model.embed_tokens.weight
+    assert not any(isinstance(module, precision.FewRowsLinear) for module in to_int8(model).modules())

@@ -139,7 +139,7 @@ def test_a_compiled_layer_serves_any_number_of_samples(monkeypatch):
     assert counter.frame_count <= 3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_packed_attention_on_a_gpu_equals_sample_by_sample():
     """bfloat16, also backward: whichever kernel this machine has, against float32 one by one."""
     parts = [torch.randn(1, heads, 611, 64, device="cuda") for heads in (8, 2, 2)]

@@ -61,12 +61,12 @@ from storage.log import read as read_log
 from storage.weights import fingerprint, read_tensors
 from tiny import world
 from tools import plan
-from tools.bench import timed
 from tools.cost import parameters
 from tools.plan import PRESET
 from tools.systems import resized, seen_by_layers, system_flops
 from tools.tables import (
     TEXT, TILES, last_world, lines_of, listing, markdown, minutes, put, scores)
+from tools.timing import timed
 
 DRAWN = Path("data/tiny")
 DRAW = ["-m", "tiny.world", "--out", str(DRAWN)]            # what draws it, after "python"

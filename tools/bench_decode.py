@@ -1,0 +1,98 @@
+"""Decoding beside the time that reading memory alone takes: `python -m tools.bench decode`.
+
+The memory floor: the bytes that a token needs, which are the weights of decoder and lm_head and the
+keys and values of all rows, over the speed at which this machine reads memory.
+
+--compile adds the same steps behind torch.compile. It saves what lies between the products, and
+needs a compiler and a minute: it pays for many answers on a GPU, where launching some 700 kernels
+takes longer than a small decoder's weights take to read, and not for a few.
+"""
+import copy
+import json
+import statistics
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from compared.precision import DTYPES, for_few_rows, to_int8
+from qwen2 import KVCache, Qwen2
+from tools import cost
+from tools.timing import conditions, preset_config, timed
+
+
+def read_speed(device, rounds=10):
+    """Bytes a second at which this device reads memory: the fastest of several passes over 512 MB,
+    by a sum and by the product of a vector and a matrix, as in decoding."""
+    x = torch.ones(32768, 4096, device=device)
+    row = torch.ones(1, 4096, device=device)
+    seconds = timed({"sum": x.sum, "product": partial(F.linear, row, x)}, rounds, device)
+    return x.numel() * x.element_size() / min(map(min, seconds.values()))
+
+
+def bytes_for_a_token(decoder, cache):
+    """Bytes that decoding one token of every row must read: the weights, and the used cache. The
+    embedding counts only where it is also the lm_head: a token needs one row of it."""
+    held = {name: tensor for name, tensor in decoder.state_dict().items()
+            if "embed_tokens" not in name}               # a tied one is listed as lm_head, too
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    seen = cache.kv[..., :cache.used, :]
+    return weights + seen.numel() * seen.element_size()
+
+
+def decode_step(decoder, batch, prompt, room):
+    """-> (a function that decodes a token of each of `batch` rows, its KVCache).
+
+    The cache holds `prompt` random keys and values a row. Their values do not change the time.
+    """
+    weight = decoder.model.embed_tokens.weight
+    cache = KVCache(decoder.config, batch, prompt + room, weight.dtype, weight.device)
+    cache.kv.normal_()
+    cache.reserve(prompt)
+    tokens = torch.zeros(batch, 1, dtype=torch.long, device=weight.device)
+    return partial(decoder, tokens, cache=cache), cache
+
+
+def precisions_to_decode(args):
+    """-> [(name, dtype, int8)] that the command line asks for: all three by default."""
+    if args.int8 or args.asked != "auto":
+        name = args.precision + (" int8" if args.int8 else "")
+        return [(name, DTYPES[args.precision], args.int8)]
+    return [("fp32", torch.float32, False), ("bf16", torch.bfloat16, False),
+            ("bf16 int8", torch.bfloat16, True)]
+
+
+@torch.inference_mode()
+def decode(args):
+    """Milliseconds a token at batch 1 and 8, beside the time that reading memory alone takes."""
+    speed = read_speed(args.device)
+    print(f"reads {cost.short(speed, 'B/s')}, {args.prompt} tokens in the cache")
+    text = preset_config(args, cost.PLAIN).text          # the decoder alone
+    torch.manual_seed(args.seed)
+    original = Qwen2(text).eval().to(args.device)
+    found = []
+    ways = [(*way, compiled) for way in precisions_to_decode(args)
+            for compiled in ((False, True) if args.compile else (False,))]
+    for name, dtype, int8, compiled in ways:
+        decoder = copy.deepcopy(original).to(dtype)      # its lm_head stays tied
+        (to_int8 if int8 else for_few_rows)(decoder)
+        if compiled:
+            torch._dynamo.reset()                        # graphs of the way before
+            decoder.compile(dynamic=True)                # the used places grow with every token
+            name += ", compiled"
+        for batch in (1, 8):
+            room = (args.rounds + 1) * args.tokens       # the first round warms up
+            step, cache = decode_step(decoder, batch, args.prompt, room)
+
+            def tokens():
+                for _ in range(args.tokens):
+                    step()
+            seconds = timed({"": tokens}, args.rounds, args.device)[""]
+            milliseconds = [1000 * second / args.tokens for second in seconds]
+            floor = 1000 * bytes_for_a_token(decoder, cache) / speed
+            median = statistics.median(milliseconds)
+            print(f"  {name:19} batch {batch}{median:9.1f} ms a token "
+                  f"({min(milliseconds):.1f} to {max(milliseconds):.1f}), floor {floor:6.1f} ms, "
+                  f"ratio {median / floor:5.2f}")
+            found.append({"numbers": name, "batch": batch, "ms": median, "floor_ms": floor})
+    print(json.dumps({"decode": found, "read_bytes_per_second": speed, **conditions(args)}))
