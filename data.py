@@ -81,13 +81,6 @@ class ImagePlan:
         cells = np.insert(cells, columns, -1, axis=1)            # (rows, columns + 1, 3)
         return np.concatenate([base, cells.reshape(-1, 3)])
 
-    def windows(self, s):
-        """How many windows of s*s cells have a token; where "max9" shrinks the map, at most."""
-        top, left, rows, columns = self.crop
-        spans = ((start + count - 1) // s - start // s + 1
-                 for start, count in ((top, rows), (left, columns)))
-        return (self.side // s)**2 + (self.tiles > 1) * math.prod(spans)
-
 
 def plan_image(size, mode="a4", side=12, tile=336):
     """Plan a picture of `size` = (W, H) pixels; `side` tokens and `tile` pixels per tile side.

@@ -205,8 +205,7 @@ class LLaVAVR(nn.Module):
         flat = x.flatten(0, 1).index_copy(0, batch.images, tokens.to(x.dtype))
         x = flat.view_as(x)                                              # (B, T, d)
         cells, places = batch.cells[batch.is_vision], batch.images[batch.is_vision]
-        windows = sum(plan.windows(self.config.window) for plan in batch.plans)
-        memory = Memory(features, saliency, cells, places, self.mm_projector, windows)
+        memory = Memory(features, saliency, cells, places, self.mm_projector)
         memory = self.vision_remember.prepare(memory, batch, x)
         return x, partial(self.remember, memory=memory)
 

@@ -45,7 +45,6 @@ class Memory(NamedTuple):
     cells: torch.Tensor     # (n, 3) the tile, row and column that each vision token comes from
     places: torch.Tensor | None = None      # (n,) where they stand in the batch, rows end to end
     projector: nn.Module | None = None      # the model's own
-    windows: int | None = None              # at most so many have a token; None: perhaps all
 
 
 class VisionRemember(nn.Module):
@@ -65,33 +64,39 @@ class VisionRemember(nn.Module):
 
     def __init__(self, sizes, window=2, join="residual", head_width=64):
         super().__init__()
-        d, C, L = sizes[:3]
-        E = L * C
+        d, C, L, p, g = sizes
+        E, r = L * C, sizes.reach(window)
         if E % head_width:
             raise ValueError(f"{L} levels of width {C} do not divide into heads of width "
                              f"{head_width}")
-        self.windows, self.head_width = Windows(sizes, window), head_width
+        self.side = p
         self.norm = nn.RMSNorm(d, eps=1e-6)
         self.level_norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(L))
         self.up = nn.Sequential(nn.Linear(d, E), nn.GELU(), nn.Linear(E, E))
         square = (nn.Linear(E, E, bias=False) for _ in range(4))
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = square
+        self.token_windows = Windows(p, window, head_width)
+        self.feature_windows = Windows(g, r, head_width)
         self.position_bias = nn.Parameter(own_features(sizes, window, E // head_width))
         self.down = Join(E, d, join)
 
     def forward(self, x, memory):
         """Vision tokens x (n, d) and a Memory -> x (n, d), with what they remember."""
-        index, tiles, places = self.windows.find(memory)      # (n,), (w, 1), (w, r*r)
+        features, saliency, cells = memory[:3]                # L x (t, N, C), (t, N), (n, 3)
+        index = flat_index(cells, self.side)                             # (n,)
         u = self.up(self.norm(x))                                        # (n, E)  Sec. 4.2, expand
-        q = self.windows.spread(self.q_proj(u), index, len(tiles))       # (w, s*s, E)
-        levels = [level[tiles, places] for level in memory.features]     # L x (w, r*r, C)  windows
-        levels = [norm(level) for norm, level in zip(self.level_norms, levels)]
-        f = torch.cat(levels, -1)                                        # (w, r*r, E)  Sec. 4.3
-        saliency = memory.saliency[tiles, places].unsqueeze(-1)          # (w, r*r, 1)
-        v = saliency.to(f.dtype) * self.v_proj(f)                        # (w, r*r, E)  S * V, Eq. 3
+        levels = [norm(level) for norm, level in zip(self.level_norms, features)]
+        f = torch.cat(levels, -1)                                        # (t, N, E)  Sec. 4.3
+        q = u.new_zeros(len(f) * self.side**2, u.shape[1])               # 0 where un-padding cut
+        q = q.index_copy(0, index, self.q_proj(u))                       # (t*p*p, E)
+        q = self.token_windows(q)                                        # (w, A, s*s, D)
+        k = self.feature_windows(self.k_proj(f))                         # (w, A, r*r, D)
+        v = saliency.to(f.dtype).unsqueeze(-1) * self.v_proj(f)          # (t, N, E)  S * V, Eq. 3
+        v = self.feature_windows(v)                                      # (w, A, r*r, D)
         # softmax(QK' / sqrt(D) + bias (A, s*s, r*r)) V, each window by itself
-        o = attend(q, self.k_proj(f), v, self.position_bias, self.head_width)    # (w, s*s, E)
-        return self.down(x, self.o_proj(o.flatten(0, 1)[index]))         # (n, d)  x + ..., see Join
+        o = F.scaled_dot_product_attention(q, k, v, self.position_bias)  # (w, A, s*s, D)
+        o = self.token_windows.undo(o)[index]                            # (n, E)
+        return self.down(x, self.o_proj(o))                              # (n, d)  x + ..., see Join
 
 
 def own_features(sizes, window, heads):
@@ -128,43 +133,24 @@ class Join(nn.Linear):
         return x + new if self.join == "residual" else new
 
 
-class Windows:
-    """Windows of s*s tokens on their r*r features, numbered row by row in each tile (as in Swin).
-    ValueError if they do not tile both."""
+class Windows(nn.Module):
+    """Cut grids of side*side places into windows of s*s, row by row in each tile (as in Swin)."""
 
-    def __init__(self, sizes, s):
-        self.s, self.r, self.m = s, sizes.reach(s), sizes.side // s      # m windows along a side
+    def __init__(self, side, s, head_width):
+        super().__init__()
+        self.layout = side // s, s, head_width                           # m windows a side, s, D
 
-    def find(self, memory):
-        """A Memory -> (index (n,), tiles (w, 1), places (w, r*r)): where each token stands among
-        the s*s of all windows, and which features of which tile each window has. Windows without a
-        token, where un-padding cut, come last, and are left out as far as Memory.windows tells."""
-        m, s, r = self.m, self.s, self.r
-        tile, row, column = memory.cells.unbind(1)                       # (n,)
-        window = (tile * m + row // s) * m + column // s                 # (n,)
-        used = window.new_zeros(len(memory.features[0]) * m**2).index_fill(0, window, 1)
-        windows = used.argsort(descending=True, stable=True)[:memory.windows]    # (w,)
-        number = (used.cumsum(0) - 1)[window]                            # (n,)
-        index = (number * s + row % s) * s + column % s                  # (n,)
-        tiles, down, across = windows // m**2, windows // m % m, windows % m     # (w,)
-        inside = torch.arange(r, device=window.device)                   # (r,)
-        rows = (down[:, None] * r + inside) * m * r                      # (w, r)
-        columns = across[:, None] * r + inside                           # (w, r)
-        return index, tiles[:, None], (rows[:, :, None] + columns[:, None]).flatten(1)
+    def forward(self, x):
+        """(t, side*side, E), or the places of all tiles end to end -> (w, A, s*s, D)."""
+        m, s, D = self.layout
+        x = x.view(-1, m, s, m, s, x.shape[-1] // D, D)                  # (t, m, s, m, s, A, D)
+        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
 
-    def spread(self, x, index, windows):
-        """Tokens (n, E) -> (w, s*s, E): each where index (n,) says, and 0 where un-padding cut."""
-        spread = x.new_zeros(windows * self.s**2, x.shape[1]).index_copy(0, index, x)
-        return spread.view(windows, -1, x.shape[1])
-
-
-def attend(q, k, v, bias, head_width):
-    """q (w, s*s, E), k v (w, r*r, E), bias (A, s*s, r*r) or None -> (w, s*s, E)."""
-    q, k, v = (x.unflatten(2, (-1, head_width)).transpose(1, 2) for x in (q, k, v))
-    if bias is not None:
-        bias = bias.to(q.dtype).unsqueeze(0)         # CPUs have a fast kernel for four dimensions
-    o = F.scaled_dot_product_attention(q, k, v, bias)                    # (w, A, s*s, D)
-    return o.transpose(1, 2).flatten(2)
+    def undo(self, x):
+        """(w, A, s*s, D) -> (t*side*side, E)."""
+        m, s, D = self.layout
+        x = x.view(-1, m, m, x.shape[1], s, s, D)                        # (t, m, m, A, s, s, D)
+        return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(0, 4).flatten(1)
 
 
 def flat_index(cells, side):

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from compared.projectors import Blocks, DeformableAttention, token_places, two_layers
-from sela import Insertions, Join, VisionRemember, Windows, attend, flat_index, own_features
+from sela import Insertions, Join, VisionRemember, Windows, flat_index, own_features
 
 
 def heads_of(width, head_width):
@@ -78,11 +78,13 @@ class Global(VisionRemember):
     """
 
     def __init__(self, sizes, window=None, join="residual", head_width=64):
+        p, g = sizes.side, sizes.feature_side
         # VisionRemember makes windows and a bias, which are replaced below: the smallest that tile
-        smallest = sizes.side // math.gcd(sizes.side, sizes.feature_side)
+        smallest = p // math.gcd(p, g)
         super().__init__(sizes, smallest, join, head_width)
         self.position_bias = None
-        self.windows = Windows(sizes, sizes.side)
+        self.token_windows = Windows(p, p, head_width)
+        self.feature_windows = Windows(g, g, head_width)
 
 
 class Deformable(nn.Module):
@@ -127,29 +129,27 @@ class Deformable(nn.Module):
 # --------------------------------------------------------------- windows of attention C wide
 
 class WindowKeys(nn.Module):
-    """Keys and values of all windows, from all levels, C wide. ValueError: see sela.Windows."""
+    """Keys and values of all windows, from all levels, C wide. ValueError: see `reach_of`."""
 
-    def __init__(self, sizes, window):
+    def __init__(self, sizes, window, head_width=64):
         super().__init__()
         C, L = sizes.level_width, sizes.levels
         self.level_norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(L))
         self.k_proj = nn.Linear(L * C, C, bias=False)
         self.v_proj = nn.Linear(L * C, C, bias=False)
-        self.windows = Windows(sizes, window)
+        self.windows = Windows(sizes.feature_side, sizes.reach(window), head_width)
 
-    def forward(self, memory, saliency=None):
-        """A Memory -> (places of its tokens in all windows (n,), keys and values (w, r*r, C) each).
+    def forward(self, features, saliency=None):
+        """Features L x (t, N, C) -> keys and values, each (w, A, r*r, D).
 
         saliency: (t, N), multiplies values (Eq. 3).
         """
-        index, tiles, places = self.windows.find(memory)                 # (n,), (w, 1), (w, r*r)
-        levels = [level[tiles, places] for level in memory.features]     # L x (w, r*r, C)
-        levels = [norm(level) for norm, level in zip(self.level_norms, levels)]
-        f = torch.cat(levels, -1)                                        # (w, r*r, E)
-        keys, values = self.k_proj(f), self.v_proj(f)                    # (w, r*r, C) each
+        levels = [norm(level) for norm, level in zip(self.level_norms, features)]
+        f = torch.cat(levels, -1)                                        # (t, N, E)
+        keys, values = self.k_proj(f), self.v_proj(f)                    # (t, N, C) each
         if saliency is not None:
-            values = saliency[tiles, places].to(values.dtype).unsqueeze(-1) * values
-        return index, keys, values
+            values = saliency.to(values.dtype).unsqueeze(-1) * values
+        return self.windows(keys), self.windows(values)
 
 
 class WindowAttention(nn.Module):
@@ -161,17 +161,20 @@ class WindowAttention(nn.Module):
     def __init__(self, sizes, window, head_width=64):
         super().__init__()
         C, heads = sizes.level_width, heads_of(sizes.level_width, head_width)
-        self.head_width = head_width
+        self.side, self.window = sizes.side, window                      # p, s
         self.q_proj = nn.Linear(C, C, bias=False)
         self.o_proj = nn.Linear(C, C, bias=False)
-        self.windows = Windows(sizes, window)
+        self.windows = Windows(sizes.side, window, head_width)
         self.position_bias = nn.Parameter(own_features(sizes, window, heads))    # (A, s*s, r*r)
 
-    def forward(self, u, index, keys, values):
-        """Tokens u (n, C) and what WindowKeys gives -> (n, C)."""
-        q = self.windows.spread(self.q_proj(u), index, len(keys))        # (w, s*s, C)
-        o = attend(q, keys, values, self.position_bias, self.head_width)         # (w, s*s, C)
-        return self.o_proj(o.flatten(0, 1)[index])                       # (n, C)
+    def forward(self, u, cells, keys, values):
+        """Tokens u (n, C) of cells (n, 3), keys and values (w, A, r*r, D) -> (n, C)."""
+        index = flat_index(cells, self.side)                             # (n,)
+        q = spread(self.q_proj(u), index, len(keys) * self.window**2)    # (t*p*p, C)
+        q = self.windows(q)                                              # (w, A, s*s, D)
+        bias = self.position_bias.to(q.dtype)                            # (A, s*s, r*r)
+        o = F.scaled_dot_product_attention(q, keys, values, bias)        # (w, A, s*s, D)
+        return self.o_proj(self.windows.undo(o)[index])                  # (n, C)
 
 
 class Narrow(nn.Module):
@@ -190,8 +193,9 @@ class Narrow(nn.Module):
         self.down = Join(C, d, join)
 
     def forward(self, x, memory):
+        keys, values = memory.features                                   # (w, A, r*r, D) each
         u = self.up(self.norm(x))                                        # (n, C)
-        return self.down(x, self.attention(u, *memory.features))         # (n, d)
+        return self.down(x, self.attention(u, memory.cells, keys, values))       # (n, d)
 
 
 class NarrowInsertions(Insertions):
@@ -205,13 +209,13 @@ class NarrowInsertions(Insertions):
     def __init__(self, layers, sizes, window=2, join="residual", head_width=64):
         super().__init__(Narrow, layers, sizes, window, join, head_width)
         if layers:
-            self["shared"] = WindowKeys(sizes, window)
+            self["shared"] = WindowKeys(sizes, window, head_width)
 
     def prepare(self, memory, batch, embedded):
-        """A Memory -> the same with what WindowKeys gives as its features."""
+        """A Memory -> the same with keys and values, each (w, A, r*r, D), as its features."""
         if not self:
             return memory
-        return memory._replace(features=self["shared"](memory, memory.saliency))
+        return memory._replace(features=self["shared"](memory.features, memory.saliency))
 
 
 # ------------------------------------------- what the second version of the paper is compared with
@@ -333,7 +337,6 @@ class GuidedMemory(NamedTuple):
     places: torch.Tensor        # (n,)
     questions: torch.Tensor     # (samples, d) mean of what the first decoder layer reads of it
     counts: list                # vision tokens of each sample
-    windows: int | None         # as in sela.Memory
 
 
 class SampleAttention(nn.Module):
@@ -389,7 +392,7 @@ class Bidirectional(nn.Module):
         d, C = sizes.width, sizes.level_width
         self.norm = nn.RMSNorm(d, eps=1e-6)
         self.up = two_layers(d, C)
-        self.window_keys = WindowKeys(sizes, window)
+        self.window_keys = WindowKeys(sizes, window, head_width)
         self.cross_norm = nn.LayerNorm(C)
         self.cross_attention = WindowAttention(sizes, window, head_width)
         self.guide = nn.Linear(d, C)
@@ -400,8 +403,8 @@ class Bidirectional(nn.Module):
     def forward(self, x, memory):
         """x (n, d) and a GuidedMemory -> (n, d)."""
         h = self.up(self.norm(x))                                        # (n, C)
-        index, keys, values = self.window_keys(memory)                   # (n,), 2 x (w, r*r, C)
-        h = h + self.cross_attention(self.cross_norm(h), index, keys, values)
+        windows = self.window_keys(memory.features)                      # 2 x (w, A, r*r, D)
+        h = h + self.cross_attention(self.cross_norm(h), memory.cells, *windows)
         guides = self.self_norm(self.guide(memory.questions))            # (samples, C)
         h = h + self.self_attention(self.self_norm(h), guides, memory.counts)
         return self.down(x, h)                                           # (n, d)
@@ -423,7 +426,7 @@ class BidirectionalInsertions(Insertions):
         is_vision = is_vision.index_fill(0, memory.places, True).view_as(batch.input_ids)
         counts = [part.sum() for part in by_sample(is_vision, batch)]
         return GuidedMemory(memory.features, memory.cells, memory.places, torch.stack(questions),
-                            torch.stack(counts).tolist(), memory.windows)
+                            torch.stack(counts).tolist())
 
 
 def by_sample(tensor, batch):

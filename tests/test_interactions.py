@@ -47,7 +47,6 @@ class Memory(NamedTuple):
     batch: object = None
     embedded: torch.Tensor = None
     projector: nn.Module = None
-    windows: int = None
 
 
 class Projector(nn.Linear):

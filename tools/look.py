@@ -35,6 +35,7 @@ from compared.choices import add_name, model_folder
 from compared.variants import load_model
 from eval import GREY
 from model import PRESETS
+from sela import Windows, flat_index
 from tools.density import densities
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -92,7 +93,7 @@ def look(model, sample):
     inserted = dict(model.vision_remember.items()) if model.config.interaction == "sela" else {}
     watched = [model.vision_tower]
     for module in inserted.values():
-        watched += [module, module.q_proj, module.k_proj]
+        watched += [module, module.token_windows, module.feature_windows]
     with calls_of(watched) as calls:
         x, remember = model.embed(batch)                                 # (1, T, d)
         model.language_model(inputs_embeds=x, hook=remember, logits=False)
@@ -104,25 +105,26 @@ def look(model, sample):
 def insertion_of(layer, module, calls):
     """What a VisionRemember did in its only call -> Insertion."""
     ((x, memory), new), = calls[module]                                  # x and new (n, d)
-    (_, q), = calls[module.q_proj]                                       # (n, E)
-    (_, k), = calls[module.k_proj]                                       # (w, r*r, E)
-    weights = weights_of(module, q, k, memory)                           # (n, A, r*r)
+    q = calls[module.token_windows][0][1]                                # (w, A, s*s, D)
+    k = calls[module.feature_windows][0][1]                              # the second call is v's
+    weights = weights_of(module, q, k, memory.cells)                     # (n, A, r*r)
     change = (new.float() - x.float()).norm(dim=-1) / x.float().norm(dim=-1)     # (n,)
     return Insertion(layer, weights.cpu(), change.cpu())
 
 
-def weights_of(module, q, k, memory):
+def weights_of(module, q, k, cells):
     """The attention weights of a sela.VisionRemember, again from its own queries and keys.
 
-    q (n, E), k (w, r*r, E), its Memory -> (n, A, r*r): every row has the sum 1.
+    q (w, A, s*s, D), k (w, A, r*r, D), cells (n, 3) -> (n, A, r*r): every row has the sum 1.
     """
-    index = module.windows.find(memory)[0]                               # (n,)
-    window, place = index // module.windows.s**2, index % module.windows.s**2    # (n,)
-    q, k = (x.float().unflatten(-1, (-1, module.head_width)) for x in (q, k[window]))
-    scores = torch.einsum("nad,nrad->nar", q, k) * module.head_width**-0.5       # (n, A, r*r)
+    scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1]**-0.5         # (w, A, s*s, r*r)
     if module.position_bias is not None:
-        scores = scores + module.position_bias.float()[:, place].transpose(0, 1)
-    return scores.softmax(-1)
+        scores = scores + module.position_bias.float()
+    weights = scores.softmax(-1)
+    heads, features = weights.shape[1], weights.shape[3]                 # A, r*r
+    s = module.token_windows.layout[1]
+    rows = Windows(module.side, s, features).undo(weights)               # (t*p*p, A*r*r)
+    return rows[flat_index(cells, module.side)].unflatten(1, (heads, features))
 
 
 def ask(model, picture, question, limit):
