@@ -133,8 +133,8 @@ CLIP_L = CLIPConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=
                     num_attention_heads=16, image_size=336, patch_size=14)
 CLIP_TINY = CLIPConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=6,
                        num_attention_heads=4, image_size=112, patch_size=14)
-QWEN2_TINY = Qwen2Config(vocab_size=1024, hidden_size=128, intermediate_size=384,
-                         num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+QWEN2_TINY = Qwen2Config(vocab_size=1024, hidden_size=256, intermediate_size=448,
+                         num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
                          rope_theta=1e3, tie_word_embeddings=True, max_position_embeddings=4096)
 
 

@@ -104,7 +104,7 @@ RECIPES = {
 }
 
 # What drawn presets change: small batches, for many steps in minutes, the higher rates that a
-# decoder of 128 channels bears, and one tile a picture.
+# decoder of 256 channels bears, and one tile a picture.
 DRAWN = {"1": {"batch": 16, "micro": 16, "lr": 2e-3},
          "2": {"batch": 16, "micro": 16, "lr": 1e-3, "mode": "square"},
          "si": {"batch": 16, "micro": 16, "lr": 1e-3, "vision_lr": 2e-4}}

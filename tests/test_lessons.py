@@ -82,7 +82,7 @@ def test_a_fact_of_a_drill_has_one_answer(drawings):
     """What is looked up comes once; otherwise half of the answers would be a matter of luck."""
     for drawing in drawings:
         facts = lessons.facts_of(drawing)
-        assert len(dict(facts)) == len(facts) >= 4, drawing.caption
+        assert len(dict(facts)) == len(facts) >= 3, drawing.caption
         answers = {question.answer for question in drawing.qa}
         assert {fact for key, fact in facts} <= answers
 
@@ -99,46 +99,40 @@ def test_lessons_come_from_the_training_split_and_tests_from_the_other(monkeypat
     lessons.reading_batch(0, 0)
     lessons.language_batch(tokenizer, 0, lessons.COPY_STEPS + lessons.RECALL_STEPS)
     for step in range(12):
-        lessons.joint_batch(tokenizer, 0, step, single=6)
+        lessons.token_batch(tokenizer, 0, step)
     list(lessons.texts(0, 2))
     assert set(splits) == {"train"} and len(splits) > 100
     splits.clear()
     tests = lessons.reading_test.__wrapped__(2)
-    exam = lessons.exam.__wrapped__(12)
+    exam = lessons.exam.__wrapped__(tokenizer, 12, 4)
     assert set(splits) == {"test"}
     assert [len(pixels) for pixels, _ in tests.values()] == [2, 2, 2]
     assert {group for group, _, _ in exam} == set(tests) == {"small", "large", "coarse"}
 
 
-def test_every_granularity_is_drawn_equally_often_and_learns_from_the_same():
-    """The parts shall favour no way to compress: of any three steps each has one, and what a step shows is independent."""
+def test_a_granularity_changes_no_lesson():
+    """Pictures and answers are the same, whatever the number of tokens, so none is easier by chance."""
     tokenizer = data.load_tokenizer(TOKENIZER)
-    assert {lessons.side_of(0, step, single=100) for step in range(100)} == {lessons.SIDES[0]}
-    sides = [lessons.side_of(0, step, single=0) for step in range(300)]
-    assert all(set(sides[start:start + 3]) == set(lessons.SIDES) for start in range(0, 300, 3))
-    assert len(set(zip(sides[::3], sides[1::3]))) == 6, "in any order"
-    seen = set()
-    for step in range(36):
-        batch = lessons.joint_batch(tokenizer, 0, step, single=0)
-        assert {plan.side for plan in batch.plans} <= {sides[step]}
-        assert (batch.input_ids == data.IMAGE).sum() == len(batch.plans) * sides[step] ** 2
-        assert len(batch.plans) in (0, len(batch.packed))
-        seen.add(len(batch.plans))
-        assert all((labels >= 0).any() for labels in batch.labels[0].split(batch.packed))
-    assert len(seen) == 2, "with pictures and without"
-
-
-def test_a_granularity_changes_no_lesson(monkeypatch):
-    """Pictures and answers of a step are the same whatever is drawn."""
-    tokenizer = data.load_tokenizer(TOKENIZER)
-    for step in range(4):
+    for lesson in set(lessons.TOKENS) - set(lessons.WITHOUT_PICTURES):
         seen = set()
-        for side in lessons.SIDES:
-            monkeypatch.setattr(lessons, "side_of", lambda seed, step, single: side)
-            batch = lessons.joint_batch(tokenizer, 0, step, single=2)
-            answers = batch.labels[batch.labels >= 0].tolist()
-            seen.add((tuple(answers), batch.tiles.numpy().tobytes()))
+        for side in (8, 4, 2):
+            batch = data.pack([lesson(tokenizer, number, side) for number in range(2)])
+            assert (batch.input_ids == data.IMAGE).sum() == 2 * side ** 2
+            seen.add((tuple(batch.labels[batch.labels >= 0].tolist()), batch.tiles.numpy().tobytes()))
         assert len(seen) == 1
+
+
+def test_what_a_token_shall_say_is_that_of_its_own_picture():
+    """The targets of a batch stand in the order of its samples."""
+    tokenizer = data.load_tokenizer(TOKENIZER)
+    for step in range(12):
+        batch, target, _ = lessons.token_batch(tokenizer, 0, step)
+        if target is None:
+            continue
+        for i, number in enumerate(lessons.numbers_of(0, step)):
+            kind = {"drill": FINE, "coarse": COARSE}.get(batch.record_ids[0].split("-")[0], world.KINDS)
+            drawing = world.make_drawing(number, kinds=kind)
+            assert (target["word"][i].numpy() == lessons.targets_of(drawing.annotations)["word"]).all()
 
 
 def test_the_decoder_goes_on_looking_things_up_among_the_talk():
@@ -203,6 +197,6 @@ def test_a_lesson_is_a_function_of_its_number():
 
     def batch(step):
         pixels, targets = lessons.reading_batch(0, step)
-        ids = lessons.joint_batch(tokenizer, 0, step, single=1).input_ids
+        ids = lessons.token_batch(tokenizer, 0, step)[0].input_ids
         return [array.tobytes() for array in (pixels.numpy(), ids.numpy(), *(t.numpy() for t in targets.values()))]
     assert batch(1) == batch(1) != batch(2)

@@ -1,15 +1,16 @@
 """tiny/pretrain.py, which made tiny/clip and tiny/qwen2: every stage hands on to the next, and none favours a way to
 compress."""
+import itertools
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import data
 from helpers import ROOT, TOKENIZER
 from model import LLaVAVR
+from qwen2 import Qwen2
 from tiny import lessons, pretrain, world
 
 
@@ -29,84 +30,101 @@ def test_the_parts_are_made_by_one_command(out, tmp_path, monkeypatch, capsys):
     made = stamps(stages, "*.pt")
     assert made.keys() == {f"{stage}.pt" for stage in pretrain.STEPS}
     assert {path.name for path in tmp_path.iterdir()} == {out, "runs"} - ({"runs"} if out == "parts" else set())
-    pretrain.main([*command, "--stage", "joint"])
+    pretrain.main([*command, "--stage", "tokens"])
     assert stamps(stages, "*.pt") == made and stamps(ROOT / "tiny", "*/*") == shipped
     assert "in bfloat16" in capsys.readouterr().out
 
     def last_line(stage):
         return json.loads((stages / f"{stage}.jsonl").read_text().splitlines()[-1])
     assert {f"test {group} number" for group in ("small", "large")} < last_line("vision").keys()
-    assert {f"test coarse {tokens}" for tokens in (64, 16, 4)} < last_line("joint").keys()
+    assert {f"test coarse {name}" for name in ("64", "16", "16 mixed", "4", "4 mixed")} < last_line("tokens").keys()
     for projector, side in (("mlp", 8), ("aap", 4), ("aap", 2)):
         model = LLaVAVR.from_parts(tmp_path / out / "clip", tmp_path / out / "qwen2", "tiny", projector=projector, side=side)
         assert model.generate([None], ["Hello"], max_new_tokens=2)
     assert model.vision_tower.pre_layrnorm.weight.isfinite().all()
 
 
-def test_three_projectors_share_one_decoder():
-    """Each has weights of its own, which a step of another leaves alone; so none can be favoured but by its steps."""
-    models = pretrain.at_every_side(SimpleNamespace(out=str(ROOT / "tiny")))
-    assert [model.config.sizes.side for model in models.values()] == list(lessons.SIDES)
-    assert len({model.language_model for model in models.values()}) == 1
-    assert len({model.vision_tower for model in models.values()}) == 1
-    assert not any(parameter.requires_grad for parameter in models["8"].vision_tower.parameters())
-    assert all(model.config.remember == () for model in models.values())
-    tokenizer = data.load_tokenizer(TOKENIZER)
-    for step in range(3):
-        batch = lessons.joint_batch(tokenizer, 0, step, single=0)
-        models.zero_grad()
-        models[str(batch.plans[0].side)](batch).backward()
-        for side, model in models.items():
-            touched = any(parameter.grad is not None for parameter in model.mm_projector.parameters())
-            assert touched == (int(side) == batch.plans[0].side)
-        assert models["8"].language_model.lm_head.weight.grad is not None
-
-
-def test_an_answer_is_right_only_if_every_token_of_it_is_the_likeliest():
-    """One wrong digit makes a number wrong, as greedy decoding would."""
-    labels = torch.tensor([[-100, -100, 5, 6], [-100, -100, 5, 6], [-100, 3, 4, -100]])
-    says = torch.tensor([[0, 5, 6, 0], [0, 5, 7, 0], [3, 4, 0, 0]])             # after each token
-
-    class Model:
-        def embed(self, batch):
-            return says, None
-
-        def language_model(self, inputs_embeds, keep):
-            return F.one_hot(inputs_embeds[keep], 9).float()
-    assert pretrain.answered_right(Model(), SimpleNamespace(labels=labels)) == [True, False, True]
-
-
-def test_a_patch_is_aligned_with_the_words_of_its_halves():
-    """Both halves of a patch count; what belongs to them counts half; blank paper is a newline."""
-    words, colours = len(lessons.WORDS) - 1, len(lessons.COLOURS) - 1
+def test_a_token_shall_say_what_its_upper_and_its_lower_half_show():
+    """At every granularity. What belongs to a thing counts half, and blank paper is a newline."""
+    words, colours, things = len(lessons.WORDS) - 1, len(lessons.COLOURS) - 1, len(pretrain.THING_WORDS)
     drawing = world.make_drawing(0, kinds=("list",))
     target = {name: torch.from_numpy(value)[None] for name, value in lessons.targets_of(drawing.annotations).items()}
-    shares = pretrain.shares_of(target)[0]                                      # (N, classes)
-    word, owner = target["word"].view(64, 2), target["owner"].view(64, 2)
-    value, printed = target["value"].view(64, 2, 3), target["number"].view(64, 2, 3)
-    for patch in range(64):
-        expected = torch.zeros(words + colours + 11)
-        for half in range(2):
-            if word[patch, half]:
-                expected[word[patch, half] - 1] += 1
-            if owner[patch, half] and owner[patch, half] != word[patch, half]:
-                expected[owner[patch, half] - 1] += 0.5                         # beside a number: its name
-            share = 1 if printed[patch, half].any() else 0.5                    # beside a name: its number
-            for place, digit in enumerate(value[patch, half, 1:]):
-                if digit:
-                    expected[words + colours + digit - 1] += share * 0.5 ** place
-        if not expected.any():
-            expected[-1] = 1
-        assert torch.allclose(shares[patch], expected / expected.sum())
-    assert (shares[:, -1] == 1).any() and (shares[:, -1] == 0).any(), "blank paper, and print"
+
+    def grid(name):                                                             # (16, 8, ...): 7 pixels high, 14 wide
+        return target[name][0].unflatten(0, (8, 8, 2)).transpose(1, 2).flatten(0, 1)
+    word, owner, value, printed = map(grid, ("word", "owner", "value", "number"))
+    for side in (8, 4, 2):
+        shares, k = pretrain.shares_of(target, side)[0].unflatten(0, (side, side)), 8 // side
+        mixed = pretrain.shares_of(target, side, tells_halves=False)[0].unflatten(0, (side, side))
+        for row, column, half in itertools.product(range(side), range(side), range(2)):
+            expected = torch.zeros(words + colours + things + 11)
+            for y, x in itertools.product(range(k), range(k)):
+                place = 2 * k * row + k * half + y, k * column + x
+                if word[place]:
+                    expected[word[place] - 1] += 1
+                if owner[place] and owner[place] != word[place]:
+                    expected[owner[place] - 1] += 0.5                           # beside a number: its name
+                share = 1 if printed[place].any() else 0.5                      # beside a name: its number
+                for rank, digit in enumerate(value[place][1:]):
+                    if digit:
+                        expected[words + colours + things + digit - 1] += share * 0.5 ** rank
+            if not expected.any():
+                expected[-1] = 1
+            assert torch.allclose(shares[row, column, half], expected / expected.sum())
+        assert torch.equal(mixed[..., 0, :], mixed[..., 1, :]) and not torch.equal(shares[..., 0, :], shares[..., 1, :])
+    assert (shares[..., -1] == 0).any()
+
+
+def test_a_coarse_token_says_which_thing_it_shows():
+    """Or the decoder could not learn shapes from tokens that say only words, numbers and colours."""
+    drawing = world.make_drawing(3, kinds=("shapes",))
+    target = {name: torch.from_numpy(value)[None] for name, value in lessons.targets_of(drawing.annotations).items()}
+    shares = pretrain.shares_of(target, 8)[0]                                   # (N, 2, classes)
+    first = len(lessons.WORDS) - 1 + len(lessons.COLOURS) - 1
+    for patch, half in itertools.product(range(64), range(2)):
+        said = {name for name, share in zip(pretrain.THING_WORDS, shares[patch, half, first:]) if share}
+        name = lessons.THINGS[target["thing"][0, 2 * patch + half]]
+        assert said == set(name.split()), (patch, half)
+    assert target["thing"].any()
+
+
+def test_two_copies_side_by_side_say_what_one_said():
+    """Doubling must not forget; and what stands in one half of the channels stays out of the other."""
+    torch.manual_seed(0)
+    narrow = pretrain.widen(Qwen2(pretrain.HALF_AS_WIDE)).double()
+    wide = pretrain.side_by_side(narrow).double()
+    assert wide.config == lessons.TINY.text
+    ids = torch.randint(0, 1024, (2, 12))
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    assert torch.allclose(wide(ids, keep=keep), narrow(ids, keep=keep), atol=1e-6)
+    one, other = (narrow.model.embed_tokens(torch.randint(0, 1024, (1, 9))) for _ in range(2))
+    layer = wide.model.layers[0].self_attn.o_proj.weight
+    assert not layer[:128, 128:].any() and not layer[128:, :128].any()
+    both = wide(inputs_embeds=torch.cat([one, other], -1), keep=torch.ones(1, 9, dtype=torch.bool))
+    assert not torch.allclose(both, narrow(inputs_embeds=one, keep=torch.ones(1, 9, dtype=torch.bool)))
+
+
+def test_tokens_are_read_in_every_way(monkeypatch):
+    """All granularities, with halves and mixed, and text alone."""
+    tokenizer, seen = data.load_tokenizer(TOKENIZER), set()
+    for step in range(80):
+        batch, target, (side, tells_halves) = lessons.token_batch(tokenizer, 0, step)
+        if target is None:
+            assert not batch.plans
+            seen.add(None)
+            continue
+        assert (batch.input_ids == data.IMAGE).sum() == len(target["word"]) * side ** 2 == 8 * side ** 2
+        seen.add((side, tells_halves))
+    assert seen == {None, *lessons.WAYS}
 
 
 def test_a_token_that_says_what_it_shall_has_no_loss():
     """1.5 times the mean vector of its words; noise beside them costs as much as words that are missing."""
     _, target = lessons.reading_batch(0, 0)
-    shares = pretrain.shares_of(target)                                         # (t, N, classes)
+    shares = pretrain.shares_of(target, 4)                                      # (t, p*p, 2, classes)
     table = torch.randn(shares.shape[-1], 16)
-    said = 1.5 * shares @ table
+    said = pretrain.tokens_saying(shares, table)                                # (t, p*p, 32)
+    assert torch.allclose(said[..., 16:], 1.5 * shares[:, :, 1] @ table)
     assert pretrain.speech_loss(said, shares, table) < 1e-9
     assert pretrain.speech_loss(said + 1, shares, table) > 0.5
     assert pretrain.speech_loss(0 * said, shares, table) > 0.1

@@ -5,7 +5,7 @@ picture comes twice; if it did, the ViT would learn by heart which number stands
 that was stopped goes on as if it had not been. The stages that learn these lessons are in
 tiny/pretrain.py.
 
-Print stands at any pixel and in lines of 11 or 14, so a patch of 14 x 14 pixels cuts texts and may
+Print stands at any pixel and in lines of 14 or 18, so a patch of 14 x 14 pixels cuts texts and may
 see two lines. Hence every patch answers for its upper and for its lower half, 14 x 7 pixels each.
 This is what is asked of a half:
 
@@ -41,7 +41,6 @@ TINY = PRESETS["tiny"].config
 TILE, PATCH = TINY.vision.image_size, TINY.vision.patch_size     # pixels along a side
 SIDE = TILE // PATCH                                             # patches along a side of a tile
 HALF = PATCH // 2            # pixels: the height of half a patch
-SIDES = (8, 4, 2)            # p: all tokens, pooled 2 x 2, pooled 4 x 4
 TILES = 16                   # pictures of a batch for the ViT alone; three quarters are fine
 PICTURES = 8                 # of a batch for the decoder
 COPY_STEPS, RECALL_STEPS = 800, 900                              # of the stage "language"
@@ -171,10 +170,15 @@ def name_of_thing(one):
 
 def tile_batch(drawings):
     """draw.Drawing s of one tile -> (pixels (t, 3, P, P) float32, {name: target (t, 2N, ...)})."""
-    found = [targets_of(drawing.annotations) for drawing in drawings]
-    targets = {name: torch.from_numpy(np.stack([target[name] for target in found]))
-               for name in found[0]}
+    targets = stacked(drawing.annotations for drawing in drawings)
     return data.normalise(np.stack([np.asarray(drawing.image) for drawing in drawings])), targets
+
+
+def stacked(annotations):
+    """Those of t tiles -> {name: target (t, 2N, ...)}, see `targets_of`."""
+    found = [targets_of(one) for one in annotations]
+    return {name: torch.from_numpy(np.stack([target[name] for target in found]))
+            for name in found[0]}
 
 
 def reading_batch(seed, step):
@@ -430,10 +434,11 @@ def relations(kind, one, other):
     return [(relation, excess) for relation, excess in found if abs(excess) > 4]
 
 
-def behind_picture(sample, image, side):
+def behind_picture(sample, drawing, side):
     """A sample of text alone, with a picture of one tile before the text."""
-    plan = data.plan_image(image.size, "square", side, TILE)
-    sample["plans"], sample["tiles"] = [plan], data.cut_tiles(image, plan)
+    plan = data.plan_image(drawing.image.size, "square", side, TILE)
+    sample["plans"], sample["tiles"] = [plan], data.cut_tiles(drawing.image, plan)
+    sample["annotations"] = drawing.annotations
     sample["input_ids"] = [data.IMAGE] * plan.tokens + sample["input_ids"]
     sample["labels"] = [data.IGNORE] * plan.tokens + sample["labels"]
     return sample
@@ -444,7 +449,7 @@ def picture_drill(tokenizer, number, side):
     rng = random.Random(number)
     drawing = world.make_drawing(number, kinds=FINE)
     sample = drill_sample(tokenizer, f"drill-{number}", fact_parts(rng, drawing))
-    return behind_picture(sample, drawing.image, side)
+    return behind_picture(sample, drawing, side)
 
 
 def coarse_drill(tokenizer, number, side):
@@ -452,7 +457,7 @@ def coarse_drill(tokenizer, number, side):
     rng = random.Random(number)
     drawing = world.make_drawing(number, kinds=COARSE)
     sample = drill_sample(tokenizer, f"coarse-{number}", coarse_parts(rng, drawing))
-    return behind_picture(sample, drawing.image, side)
+    return behind_picture(sample, drawing, side)
 
 
 def encode(tokenizer, name, image, turns, side):
@@ -467,50 +472,53 @@ def picture_caption(tokenizer, number, side):
     """A picture with its caption, as in phase 1."""
     drawing = world.make_drawing(number)
     turns = [{"from": "human", "value": data.MARK}, {"from": "gpt", "value": drawing.caption}]
-    return encode(tokenizer, f"caption-{number}", drawing.image, turns, side)
+    sample = encode(tokenizer, f"caption-{number}", drawing.image, turns, side)
+    return {**sample, "annotations": drawing.annotations}
 
 
 def picture_talk(tokenizer, number, side):
     """A picture with a conversation, as in phase 2."""
     drawing = world.make_drawing(number)
-    return encode(tokenizer, f"talk-{number}", drawing.image, world.conversation(drawing), side)
+    turns = world.conversation(drawing)
+    sample = encode(tokenizer, f"talk-{number}", drawing.image, turns, side)
+    return {**sample, "annotations": drawing.annotations}
 
 
-def side_of(seed, step, single):
-    """The p of a step. The first steps, `single`, read all tokens, from which a decoder learns
-    soonest to look things up. From then on any three have the three SIDES in a random order."""
-    if step < single:
-        return SIDES[0]
-    return random.Random(f"{seed} {step // 3}").sample(SIDES, 3)[step % 3]
-
-
-# Lessons of the stage "joint", with their shares in its first third, which is to look things up,
-# and in the rest. Those of WITHOUT_PICTURES keep what the decoder knows.
-JOINT = {picture_drill: (10, 9), coarse_drill: (5, 3), picture_caption: (1, 2),
-         picture_talk: (2, 8), choice_drill: (1, 1), colour_drill: (1, 1), text_talk: (0, 1)}
 WITHOUT_PICTURES = (choice_drill, colour_drill, text_talk)
+# How "tokens" shows a picture: tokens along a side, and whether a token tells its upper half from
+# its lower one. Both must be read: a projector that averages mixes them.
+WAYS = (*3 * [(8, True)], *3 * [(4, True)], *2 * [(4, False)], (2, True), (2, False))
+TOKENS = {picture_drill: 8, coarse_drill: 3, picture_caption: 3, picture_talk: 7,
+          choice_drill: 1, colour_drill: 1, text_talk: 1}
 
 
-def joint_batch(tokenizer, seed, step, single):
-    """Eight samples of one lesson, drawn at random and packed, their pictures at one granularity.
+def token_batch(tokenizer, seed, step):
+    """Eight samples of one lesson, packed, and what the patches of their pictures show.
 
-    single: a ninth of the steps, see `side_of`. The lesson does not depend on the granularity.
+    -> (data.Batch, {name: target (t, 2N, ...)} or None for text alone, one of WAYS)
     """
-    draws = random.Random(f"lesson {seed} {step}")
-    shares = [share[step >= 3 * single] for share in JOINT.values()]
-    lesson, = draws.choices(list(JOINT), shares)
-    how = () if lesson in WITHOUT_PICTURES else (side_of(seed, step, single),)
-    return data.pack([lesson(tokenizer, number, *how) for number in numbers_of(seed, step)])
+    draws = random.Random(f"tokens {seed} {step}")
+    lesson, = draws.choices(list(TOKENS), list(TOKENS.values()))
+    way = draws.choice(WAYS)
+    if lesson in WITHOUT_PICTURES:
+        samples = [lesson(tokenizer, number) for number in numbers_of(seed, step)]
+        return data.pack(samples), None, way
+    samples = [lesson(tokenizer, number, way[0]) for number in numbers_of(seed, step)]
+    return data.pack(samples), stacked(sample["annotations"] for sample in samples), way
 
 
 @lru_cache(maxsize=None)
-def exam(count):
-    """-> [(group of print_of, image, turns)]: `count` questions of the test split for each half."""
+def exam(tokenizer, count, side):
+    """-> [(group of print_of, data.Batch, target)]: `count` questions of the test split about each
+    half of the world, one in a batch, with what the patches of its picture show."""
     asked = []
     for half in world.HALVES:
         for number in range(count):
             content, question = world.ask(number, world.templates_of(half))
+            sheet = content.paint(1)
             turns = [{"from": "human", "value": f"{data.MARK}\n{world.prompt(question)}"},
                      {"from": "gpt", "value": question.answer}]
-            asked.append((print_of(content), content.paint(1).image, turns))
+            sample = encode(tokenizer, f"exam-{number}", sheet.image, turns, side)
+            batch = collate(tokenizer, [sample])
+            asked.append((print_of(content), batch, stacked([sheet.annotations])))
     return asked

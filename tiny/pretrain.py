@@ -5,30 +5,33 @@
     python -m tiny.pretrain --out runs/try --stage vision      # one stage; needs those before it
 
 The real CLIP and Qwen2 knew much before LLaVA joined them. So must the tiny ones, or the paper's
-two phases would start from noise. They favour no way to compress. There are four stages, in this
-order; what they learn from is in tiny/lessons.py.
+two phases would start from noise. There are four stages, in this order; what they learn from is in
+tiny/lessons.py.
 
 tokenizer   byte-level BPE with Qwen2's splitting rule and special tokens, on all that is said in
             tiny/world.py
-language    the decoder alone, from noise. Drills to copy, to recall and to choose, then also facts
-            and conversations in which the caption stands in for the picture
+language    the decoder alone, of half the width, from noise. Drills to copy, to recall and to
+            choose, then also facts and conversations in which the caption stands in for the picture
+tokens      two of these decoders side by side are the decoder of the preset. It learns to read
+            vision tokens that are made from what the drawing program knows: what the upper half of
+            a token shows is said in one half of its channels, what the lower half shows in the
+            other. There are 64, 16 or 4 tokens, and some mix both halves
 vision      the ViT alone, from noise. Every half of a patch says what is printed in it and what
             belongs to that; the CLS token says which words and colours the picture holds. The
-            drawing program knows all that. And a linear layer brings each patch near to the
-            decoder's vectors of its words. It stands in for CLIP's contrastive training
-joint       the decoder and three projectors side by side: all 64 tokens, pooled 2 x 2 and pooled
-            4 x 4. Each has weights of its own. A step with pictures takes one of them, after a
-            start on all 64 each equally often; some steps are text alone, to keep what the decoder
-            knows. The ViT is frozen, there is no Vision Remember, and the projectors are thrown
-            away. Before it, "align" trains the three projectors alone, on the same pictures
+            drawing program knows all that. And a linear layer brings each patch near to the token
+            that "tokens" made of it. It stands in for CLIP's contrastive training
+
+No projector and no Vision Remember takes part. So the parts favour no way to compress: how to say
+in few tokens what the ViT sees is for the two phases to learn. But a decoder that reads several
+things in one token had to be made: a large one has the width for it, a small one must learn it.
 
 The log has figures on pictures of the test split, by size of print, at every checkpoint. A stage
 writes a checkpoint every 500 steps and goes on from it when it is started again. Checkpoints and
 logs (JSON lines) are in runs/pretrain, and for another --out in its folder stages.
 
-    t  tiles of a batch     N  patches of a tile     C  width of the ViT     L  its tapped layers
+    t  tiles of a batch     N  patches of a tile     C  width of the ViT
     B  rows of a batch      T  tokens of a row       R  rows that reach the lm_head
-    p  tokens along a side of a tile                 k  patches along a side of a token
+    p  tokens along a side of a tile, n of all       k  patches along a side of a token
     d  width of the decoder                          V  vocabulary rows
 """
 import argparse
@@ -49,15 +52,15 @@ from torch.utils.data import DataLoader
 import data
 from clip import CLIPVision
 from compared.precision import LEAST_GAIN, bf16_gain
-from model import LLaVAVR
 from qwen2 import Qwen2
-from tiny import lessons
-from tiny.lessons import CLASSES, COLOURS, GLYPHS, SIDE, SIDES, TINY, WORDS
+from tiny import draw, lessons
+from tiny.lessons import CLASSES, COLOURS, GLYPHS, SIDE, THINGS, TINY, WORDS
 from tiny.parts import save_clip, save_qwen2, start_small
 
 OUT, RUNS = "tiny", "runs/pretrain"
-STEPS = {"language": 7500, "vision": 20000, "align": 1000, "joint": 26000}
-CLASSES_SAID = len(WORDS) - 1 + len(COLOURS) - 1 + 10 + 1              # of `vocabulary`
+STEPS = {"language": 7500, "tokens": 8000, "vision": 20000}
+NOISE = 0.12                 # at most, beside what a token says: a share of its power
+THING_WORDS = ("box", "slice", "small", "large", *draw.SHAPES)
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ class Readouts(nn.Module):
                                      for name, size in CLASSES.items()})
         self.glyphs = nn.Linear(width, len(GLYPHS))
         self.tile = nn.Linear(width, len(WORDS) + len(COLOURS))
-        self.speech = nn.Linear(width, table.shape[1])
+        self.speech = nn.Linear(width, 2 * table.shape[1])
         nn.init.normal_(self.speech.weight, std=0.002)                 # or its loss drowns all
         nn.init.zeros_(self.speech.bias)
         self.table = table
@@ -119,7 +122,8 @@ class Readouts(nn.Module):
         losses["glyphs"] = 60 * F.binary_cross_entropy_with_logits(self.glyphs(features),
                                                                    target["glyphs"])
         losses["tile"] = 5 * F.binary_cross_entropy_with_logits(self.tile(cls), target["tile"])
-        losses["speech"] = 20 * speech_loss(self.speech(features), shares_of(target), self.table)
+        losses["speech"] = 20 * speech_loss(self.speech(features), shares_of(target, SIDE),
+                                              self.table)
         # What is written in the half itself is soon known; what is written elsewhere is not.
         written = {"owner": target["word"], "value": target["number"]}
         for name, head in self.halves.items():
@@ -129,24 +133,27 @@ class Readouts(nn.Module):
 
 
 def vocabulary(llm, tokenizer):
-    """-> the decoder's embeddings of what a patch may show: words, colours, digits, and a newline
-    for blank paper, (classes, d)."""
-    ids = [data.text_ids(tokenizer, f" {name}")[-1] for name in (*WORDS[1:], *COLOURS[1:])]
+    """-> the decoder's vectors of what a patch may show: words, colours, digits, things, and a
+    newline for blank paper, (classes, d/2). See `side_by_side` for the half."""
+    names = (*WORDS[1:], *COLOURS[1:], *THING_WORDS)
+    ids = [data.text_ids(tokenizer, f" {name}")[-1] for name in names]
     ids += [data.text_ids(tokenizer, text)[-1] for text in (*"0123456789", "\n")]
-    return llm.model.embed_tokens.weight.detach()[ids]
+    vectors = llm.model.embed_tokens.weight.detach()[ids]
+    return vectors[:, :vectors.shape[1] // 2]
 
 
-def shares_of(target):
-    """Targets of lessons.tile_batch -> how much of each patch is what, (t, N, classes).
+def shown_in_halves(target):
+    """Targets of lessons.tile_batch -> how much each half of a patch shows of what, (t, 2N, classes).
 
-    Classes are those of `vocabulary`, and a patch sums to one. It has what lies in its two halves,
-    and at half weight what belongs to that. Each further digit of a number has half the weight.
+    Classes are those of `vocabulary`. A half has what lies in it, and at half weight what belongs
+    to that. Each further digit of a number has half the weight.
     """
-    nothing, (words, colours) = torch.zeros(1, CLASSES_SAID), (len(WORDS) - 1, len(COLOURS) - 1)
-    one_hots = torch.eye(CLASSES_SAID)
-    blank = one_hots[-1]
-    words, colours, digits = (torch.cat([nothing, rows])               # class 0 is nothing
-                              for rows in one_hots[:-1].split((words, colours, 10)))
+    sizes = len(WORDS) - 1, len(COLOURS) - 1, len(THING_WORDS), 10, 1
+    words, colours, names, digits, _ = torch.eye(sum(sizes)).split(sizes)
+    nothing = torch.zeros(1, sum(sizes))                               # class 0 is nothing
+    words, colours, digits = (torch.cat([nothing, rows]) for rows in (words, colours, digits))
+    things = [names[[THING_WORDS.index(word) for word in name.split()]].sum(0) for name in THINGS]
+    things = torch.stack(things)                                       # "": the sum of none
 
     def number(value):                                                 # (t, 2N, 3)
         place = (value > 0).cumsum(-1).clamp(min=1) - 1
@@ -156,25 +163,47 @@ def shares_of(target):
     other = (owner != word).unsqueeze(-1)                              # (t, 2N, 1)
     unnumbered = target["number"].sum(-1, keepdim=True) == 0           # (t, 2N, 1)
     shown = words[word] + number(target["number"]) + colours[target["colour"]]
-    shown = shown + (words[owner] * other + words[target["column"]]
-                     + colours[target["paint"]] + number(target["value"]) * unnumbered) / 2
-    shown = shown.unflatten(1, (-1, 2)).sum(2)                         # (t, N, classes)
+    belongs = (words[owner] * other + words[target["column"]] + colours[target["paint"]]
+               + number(target["value"]) * unnumbered + things[target["thing"]])
+    return shown + belongs / 2
+
+
+def shares_of(target, side, tells_halves=True):
+    """What p*p tokens of a tile shall say: how much of their upper and of their lower half is what.
+
+    target: of lessons.tile_batch. side: p. tells_halves: False says in both what the whole token
+    shows. -> (t, p*p, 2, classes), classes as of `vocabulary`; a half sums to one
+    """
+    shown, k = shown_in_halves(target), SIDE // side                   # (t, 2N, classes)
+    shown = shown.unflatten(1, (side, k, side, k, 2)).transpose(2, 3)  # (t, p, p, k, k, 2, classes)
+    shown = shown.sum(4).flatten(3, 4)                                 # (t, p, p, 2k, classes)
+    shown = shown.unflatten(3, (2, k)).sum(4).flatten(1, 2)            # (t, p*p, 2, classes)
+    if not tells_halves:
+        shown = shown.sum(2, keepdim=True).expand_as(shown)
+    blank = torch.eye(shown.shape[-1])[-1]
     shown = torch.where((shown == 0).all(-1, keepdim=True), blank, shown)
     return shown / shown.sum(-1, keepdim=True)
 
 
-def speech_loss(x, shares, table):
-    """Distance of tokens x (t, n, d) from the vectors of what they shall say (t, n, classes).
+def tokens_saying(shares, table):
+    """Shares (t, n, 2, classes) and the `vocabulary` (classes, d/2) -> vision tokens (t, n, d).
 
-    The target is the mean of their words' vectors in the table (classes, d), 1.5 times as long, for
-    a mean of several is short. The loss is a share of the table's power. Blank ones count a third.
+    One half of a token's channels says what its upper half shows, the other what its lower half
+    shows: the mean of the words' vectors, 1.5 times as long, for a mean of several is short.
+    """
+    return (1.5 * shares @ table).flatten(2)
+
+
+def speech_loss(x, shares, table):
+    """Distance of tokens x (t, n, d) from those that say the shares (t, n, 2, classes), as a share
+    of the power of the table (classes, d/2). Blank halves count a third.
 
     A cross-entropy over dot products with the table finds the words as well, and faster. But it
     leaves the other directions of x to noise, three times as strong as the words, and a decoder
     then does not learn to look anything up.
     """
-    target = 1.5 * shares @ table                                      # (t, n, d)
-    each = (x.float() - target).square().mean(-1) / table.square().mean()        # (t, n)
+    wrong = (x.float() - tokens_saying(shares, table)).unflatten(-1, (2, -1))    # (t, n, 2, d/2)
+    each = wrong.square().mean(-1) / table.square().mean()             # (t, n, 2)
     weight = 1 - 2 / 3 * shares[..., -1]
     return (each * weight).sum() / weight.sum()
 
@@ -254,21 +283,26 @@ def pretrain_vision(args):
 
     make_batch = partial(lessons.reading_batch, args.seed)
     fit(args, "vision", everything, 1e-3, make_batch, loss_of, check)
-    save_clip(vision, clip_folder(args))
+    save_clip(vision.to(torch.bfloat16), clip_folder(args))
 
 
 # ---- language ------------------------------------------------------------------------------------
 
+def to_learn(batch):
+    """-> the ids that are trained (R,), and which tokens (B, T) say them: those just before."""
+    targets = batch.labels[:, 1:]
+    keep = F.pad(targets != data.IGNORE, (0, 1))
+    return targets[keep[:, :-1]], keep
+
+
 def pretrain_language(args):
-    """The decoder from noise, without pictures."""
+    """The decoder from noise, of half the width, without pictures."""
     torch.manual_seed(args.seed)
-    llm = start_small(Qwen2(TINY.text))
+    llm = start_small(Qwen2(HALF_AS_WIDE))
     widen(llm.model)
 
     def loss_of(batch):
-        targets = batch.labels[:, 1:]                    # a token is predicted by the one before
-        keep = F.pad(targets != data.IGNORE, (0, 1))     # (B, T)
-        targets = targets[keep[:, :-1]]                  # (R,)
+        targets, keep = to_learn(batch)
         logits = llm(batch.input_ids, keep=keep, packed=batch.packed)    # (R, V)
         right = (logits.argmax(-1) == targets).float().mean().item()
         kind = batch.record_ids[0].split("-")[0]
@@ -280,109 +314,82 @@ def pretrain_language(args):
     save_llm(args, llm)
 
 
-# ---- joint, for every granularity ----------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------
 
-def uncompressed(args):
-    """The ViT, frozen, and the decoder under a new projector, as a LLaVA-NeXT."""
-    model = LLaVAVR.from_parts(clip_folder(args), llm_folder(args), "tiny",
-                               projector="mlp", side=SIDE, remember=())
-    model.vision_tower.requires_grad_(False)
-    return model
+# The decoder of "language", two of which make that of the preset.
+HALF_AS_WIDE = replace(TINY.text, **{name: getattr(TINY.text, name) // 2 for name in (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")})
 
 
-def answer_loss(model, batch):
-    """-> (the model's loss, {"loss KIND OF LESSON": the same} for the log)."""
-    loss = model(batch)
-    kind = batch.record_ids[0].split("-")[0]
-    return loss, {f"loss {kind}": loss.item()}
+@torch.no_grad()
+def side_by_side(narrow):
+    """A decoder of twice the width that says the same: two copies that do not hear of each other.
 
-
-def at_every_side(args):
-    """{p as text: the ViT, frozen, and the decoder under a new projector to p*p tokens}.
-
-    The three models share the ViT and the decoder and differ in their projectors.
+    Each has half of the channels, and a text goes into both. But a vision token can say one thing
+    in one half and another in the other. A decoder that had to learn from one code for both was
+    still mixing them up after thousands of steps.
     """
-    whole = uncompressed(args)
-    models = {str(SIDE): whole}
-    for side in SIDES[1:]:
-        config = replace(whole.config, projector="aap", side=side)
-        models[str(side)] = LLaVAVR(config, whole.vision_tower, whole.language_model)
-        models[str(side)].image_newline.requires_grad_(False)          # one tile has no newline
-    whole.image_newline.requires_grad_(False)
-    return nn.ModuleDict(models)
+    wide = Qwen2(TINY.text)
+    old = narrow.state_dict()
+    for name, weight in wide.state_dict().items():
+        one = old[name]
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            weight.copy_(torch.cat([one, one], 1))
+        elif one.dim() == 1:
+            weight.copy_(torch.cat([one, one]))
+        else:
+            weight.copy_(torch.block_diag(one, one))
+    wide.model.norm.weight.mul_(0.5)                     # the logits are the sum of both halves
+    return wide
 
 
-def pretrain_joint(args):
-    """The projectors learn to speak in words; then the decoder learns, from each equally often.
+def pretrain_tokens(args):
+    """The decoder of full width learns to read vision tokens that say exactly what they shall.
 
-    "align" trains all three projectors in every step, on the same pictures. A pooled token shall
-    say what its patches say. We keep this stage because the real CLIP knows words too, and because
-    it cannot favour anyone: the decoder, the only part kept, is frozen in it. Without it the
-    decoder would have to read three codes of different making.
+    They are made from what the drawing program knows, without a ViT. No projector is as exact, so
+    noise is added. The embeddings stay as they are, for the ViT is taught to say the same.
     """
     torch.manual_seed(args.seed)
-    models = at_every_side(args)
-    whole = models[str(SIDE)]
-    whole.language_model.requires_grad_(False)
-    table = vocabulary(whole.language_model, whole.tokenizer)
+    llm = Qwen2.from_pretrained(llm_folder(args))
+    if llm.config != TINY.text:                          # as the stage before has left it
+        llm = side_by_side(llm)
+    llm.model.embed_tokens.requires_grad_(False)
+    tokenizer = data.load_tokenizer(llm_folder(args))
+    table = vocabulary(llm, tokenizer)
 
-    def align_loss(batch):
-        pixels, target = batch
-        features, _ = whole.vision_tower(pixels)                       # L x (t, N, C)
-        grid = shares_of(target).transpose(1, 2).unflatten(2, (SIDE, SIDE))
-        losses = {}
-        for side, model in models.items():
-            shares = F.avg_pool2d(grid, SIDE // int(side))             # (t, classes, p, p)
-            shares = shares.flatten(2).transpose(1, 2)                 # (t, p*p, classes)
-            losses[side] = speech_loss(model.mm_projector(features), shares, table)
-        return sum(losses.values()) / 3, {f"loss {int(side) ** 2}": loss.item()
-                                          for side, loss in losses.items()}
+    def read(batch, said):
+        """-> logits (R, V) and the ids (R,) that they should name."""
+        x = llm.model.embed_tokens(batch.input_ids.clamp(min=0))       # (B, T, d)
+        if said is not None:
+            x[batch.input_ids == data.IMAGE] = said.flatten(0, 1)
+        targets, keep = to_learn(batch)
+        return llm(inputs_embeds=x, keep=keep, packed=batch.packed), targets
 
-    fit(args, "align", models, 2e-3, partial(lessons.reading_batch, args.seed), align_loss)
-    whole.language_model.requires_grad_(True)
+    def loss_of(item):
+        batch, target, (side, tells_halves) = item
+        said, where = None, ""
+        if target is not None:
+            said = tokens_saying(shares_of(target, side, tells_halves), table)
+            strength = (NOISE * torch.rand(len(said), 1, 1) * table.square().mean()).sqrt()
+            said = said + strength * torch.randn_like(said)
+            where = f" {side ** 2}{'' if tells_halves else ' mixed'}"
+        loss = F.cross_entropy(*read(batch, said))
+        return loss, {f"loss {batch.record_ids[0].split('-')[0]}{where}": loss.item()}
 
-    def loss_of(batch):
-        side = batch.plans[0].side if batch.plans else SIDE
-        loss, notes = answer_loss(models[str(side)], batch)
-        return loss, {f"{name} {side ** 2}": value for name, value in notes.items()}
+    def check():
+        figures = {}
+        for side, tells_halves in sorted(set(lessons.WAYS), reverse=True):
+            name, right = f"{side ** 2}{'' if tells_halves else ' mixed'}", {}
+            for group, batch, target in lessons.exam(tokenizer, args.test, side):
+                logits, targets = read(batch, tokens_saying(shares_of(target, side, tells_halves),
+                                                            table))
+                right.setdefault(group, []).append(bool((logits.argmax(-1) == targets).all()))
+            figures |= {f"{group} {name}": float(np.mean(hits)) for group, hits in right.items()}
+        return figures
 
-    make_batch = partial(lessons.joint_batch, whole.tokenizer, args.seed + 5_000_000,
-                         single=args.joint_steps // 9)
-    fit(args, "joint", models, 6e-4, make_batch, loss_of, partial(exam_figures, models, args.test))
-    whole.to(torch.bfloat16)                             # half the size, as Qwen2 is published
-    save_clip(whole.vision_tower, clip_folder(args))
-    save_llm(args, whole.language_model)
-
-
-def exam_figures(models, count):
-    """{"GROUP TOKENS": share of right answers} to `count` questions of each half, never seen.
-
-    An answer is right if every token of it is the likeliest, so if greedy decoding would give it.
-    """
-    figures, asked = {}, lessons.exam(count)
-    tokenizer = models[str(SIDE)].tokenizer
-    groups = np.array([group for group, _, _ in asked])                # (questions,)
-    for side, model in models.items():
-        right = []
-        for start in range(0, len(asked), 16):
-            samples = [lessons.encode(tokenizer, "exam", image, turns, int(side))
-                       for _, image, turns in asked[start:start + 16]]
-            right += answered_right(model, lessons.collate(tokenizer, samples))
-        for group in sorted(set(groups)):
-            share = float(np.mean(np.array(right)[groups == group]))
-            figures[f"{group} {int(side) ** 2}"] = round(share, 4)
-    return figures
-
-
-def answered_right(model, batch):
-    """[whether all trained tokens of a row are the likeliest], B entries."""
-    x, _ = model.embed(batch)                                          # (B, T, d)
-    targets = batch.labels[:, 1:]
-    keep = F.pad(targets != data.IGNORE, (0, 1))                       # (B, T)
-    logits = model.language_model(inputs_embeds=x, keep=keep)          # (R, V)
-    is_wrong = torch.zeros_like(keep)
-    is_wrong[keep] = logits.argmax(-1) != targets[keep[:, :-1]]
-    return (~is_wrong.any(1)).tolist()
+    make_batch = partial(lessons.token_batch, tokenizer, args.seed)
+    fit(args, "tokens", llm, 4e-4, make_batch, loss_of, check)
+    save_llm(args, llm.to(torch.bfloat16))               # half the size, as Qwen2 is published
 
 
 # ---- what all stages share -----------------------------------------------------------------------
@@ -447,6 +454,7 @@ def fit(args, name, module, peak, make_batch, loss_of, check=None):
     in_bf16 = name in args.in_bf16
     began, notes = time.time(), {}
     for step in range(start, steps):
+        torch.manual_seed(args.seed + step)              # a run that goes on adds the same noise
         lr = lr_at(step, steps, peak)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -483,7 +491,7 @@ def stages_in_bf16(precision):
     """
     if precision != "auto":
         return tuple(STEPS) if precision == "bf16" else ()
-    return ("vision", "align") if bf16_gain(1040, 128, 512) >= LEAST_GAIN else ()
+    return ("vision",) if bf16_gain(1040, 128, 512) >= LEAST_GAIN else ()
 
 
 def means(notes):
@@ -504,8 +512,8 @@ def write_log(args, name, line):
 STAGES = {
     "tokenizer": pretrain_tokenizer,
     "language": pretrain_language,
+    "tokens": pretrain_tokens,
     "vision": pretrain_vision,
-    "joint": pretrain_joint,
 }
 
 

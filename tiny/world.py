@@ -7,7 +7,7 @@ No picture, question or font comes from outside: Pillow draws everything with th
 carries. The world has two halves, drawn by tiny/kinds.py on one tile of 112 x 112 pixels:
 
 fine    stands for OCR&Chart: lists, tables, receipts, forms and charts of many thin bars. Lines are
-        11 or 14 pixels apart and stand at any pixel. The projector pools 28 x 28 pixels, so what
+        14 or 18 pixels apart and stand at any pixel. The projector pools 28 x 28 pixels, so what
         is asked shares its token with other things of its sort
 coarse  stands for General, Knowledge and Vision-Centric: large shapes, signs, flags and charts.
         Colours, kinds, titles, counts, left of and above, yes or no, letters A to D
@@ -47,7 +47,7 @@ HALVES = {"fine": tuple(FINE), "coarse": tuple(COARSE)}
 KINDS = 3 * (*FINE, "list", "table") + 4 * tuple(COARSE)
 
 PRETRAIN, FINETUNE = 8000, 16000                # captions and conversations to train on
-VERSION = 7                                     # to be raised whenever other pictures are drawn
+VERSION = 8                                     # to be raised whenever other pictures are drawn
 
 INSTRUCTIONS = (SHORT, PHRASE)                  # of short answers, as benchmarks have them
 YES_OR_NO = ("Yes", "No")
