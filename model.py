@@ -222,7 +222,7 @@ class LLaVAVR(nn.Module):
         return flat.index_copy(0, memory.places, new.to(x.dtype)).view_as(x)     # (B, T, d)
 
     def place(self, tokens, cells, plans):
-        """Tokens of tiles (t, p*p, d), cells (I, 3) -> what stands at image places, in order (I, d).
+        """Tokens of tiles (t, p*p, d), cells (I, 3) -> what stands at the image places (I, d).
 
         A cell is (tile of the batch, row, column); a newline has -1. The plans decide the order,
         the un-padding and the newlines, and windows are found through the same cells.

@@ -5,8 +5,8 @@ a draw.Content. `side` is the width and the height of the picture in pixels.
 
 The fine kinds are print. It stands at any pixel, on neighbouring lines, in one of two sizes, and
 keeps its size on a larger picture: that one says more. SMALL has digits of 6 x 8 pixels and lines
-14 pixels apart; a token that the projector pools from 28 x 28 pixels then holds two lines. LARGE has
-digits of 8 x 9 and lines 18 pixels apart: one line or two.
+14 pixels apart; a token that the projector pools from 28 x 28 pixels then holds two lines. LARGE
+has digits of 8 x 9 and lines 18 pixels apart: one line or two.
 
 The coarse kinds consist of a few large things. They are laid out on 112 x 112 pixels, and a larger
 picture shows them larger. What is asked about them is 20 pixels high and wide at least, or is large

@@ -143,7 +143,7 @@ def vocabulary(llm, tokenizer):
 
 
 def shown_in_halves(target):
-    """Targets of lessons.tile_batch -> how much each half of a patch shows of what, (t, 2N, classes).
+    """Targets of lessons.tile_batch -> how much each half shows of what, (t, 2N, classes).
 
     Classes are those of `vocabulary`. A half has what lies in it, and at half weight what belongs
     to that. Each further digit of a number has half the weight.
