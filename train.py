@@ -108,7 +108,7 @@ RECIPES = {
 DRAWN = {"1": {"batch": 16, "micro": 16, "lr": 2e-3},
          "2": {"batch": 16, "micro": 16, "lr": 1e-3, "mode": "square"},
          "si": {"batch": 16, "micro": 16, "lr": 1e-3, "vision_lr": 2e-4}}
-DRAWN_LIMIT = 5600                   # samples a phase, for some minutes on a laptop; more are drawn
+DRAWN_LIMIT = 4000                   # samples a phase, for some minutes on a laptop; more are drawn
 
 
 def recipe_of(preset, phase):
