@@ -112,7 +112,7 @@ def test_each_model_is_trained_once_and_each_row_gets_its_line(stub):
     assert line["scores"]["OCR&Chart"] == {"score": 40.0, "stderr": 1.0, "n": 16} and line["blind"] is line["ttft"] is None
     assert line["scores"]["Avg"]["n"] == 4 * 13 and line["benchmarks"]["gqa"] == {"score": 40.0, "stderr": 2.0, "n": 4}
     assert line["vision_tokens"] == 64 and line["vision_tokens_seen"] == pytest.approx(16, abs=0.1)
-    assert line["parameters"] == {"projector": 128 * 128 * 2 + 256, "vision_remember": 0}
+    assert line["parameters"] == {"projector": (128 + 256) * 256 + 2 * 256, "vision_remember": 0}
     ours, plain = found[plan.SELA, "", 1], found[plan.MLP, "", 1]
     assert ours["parameters"]["vision_remember"] > 0 and ours["vision_tokens"] == 16
     assert line["gflop"] < ours["gflop"] < plain["gflop"]

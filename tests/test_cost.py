@@ -112,7 +112,7 @@ def test_lora_stands_beside_full_training(capsys):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", [name for name in INTERACTIONS if name != "sela"])
 def test_activations_of_an_interaction_are_what_autograd_keeps_or_more(name, precision):
-    """By the difference to no Vision Remember. More under autocast, and where a fused kernel keeps no scores of attention."""
+    """By the difference to no Vision Remember; within a twelfth below. More under autocast, and where a fused kernel keeps no scores of attention."""
     config, trains = system(PRESETS["tiny"].config, interaction=name), RECIPES["2"].trains
     found, claimed = kept_and_claimed(config, trains, precision)
     found_without, claimed_without = kept_and_claimed(system(config, remember=()), trains, precision)
@@ -120,7 +120,7 @@ def test_activations_of_an_interaction_are_what_autograd_keeps_or_more(name, pre
     levels = 2 * 64 * read * 128 * (2 if precision == "bf16" else 4)
     ratio = (claimed - claimed_without + levels) / (found - found_without)
     print(f"{ratio:.2f} of what is kept")
-    assert 0.95 < ratio < (2 if precision == "bf16" else 1.2)
+    assert 0.92 < ratio < (2 if precision == "bf16" else 1.2)
 
 
 @pytest.mark.parametrize("name", [name for name in PROJECTORS if name not in ("aap", "mlp")])

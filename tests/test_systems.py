@@ -97,8 +97,7 @@ def test_flops_are_those_that_pytorch_counts(config, name, trains):
     layers = config.text.num_hidden_layers
     live = layers - systems.first_live(config, trains, tiles)
     other_half = 2 * sum(T * T for T in lengths) * config.text.hidden_size * (layers + 2 * live)
-    windows = sum(plan.windows(config.window) for plan in batch.plans)
-    assert flops(config, lengths, tiles, trained, trains, vision_tokens, windows) + other_half == found
+    assert flops(config, lengths, tiles, trained, trains, vision_tokens) + other_half == found
 
 
 def test_flops_grow_with_what_is_computed():

@@ -36,16 +36,6 @@ class Work(NamedTuple):
     trains: tuple = ()              # of PARTS
     first: int = 0                  # the decoder layer through which a gradient must pass
     layer: int = 0                  # before which an insertion stands
-    windows: int | None = None      # that have a token; None: all
-
-    def looked_at(self, everywhere=False):
-        """-> windows that are computed, tokens in each, features in each. everywhere: each tile is
-        one window."""
-        p, g, s = self.config.side, self.config.feature_side, self.config.window
-        if everywhere:
-            return self.tiles, p**2, g**2
-        windows = self.tiles * (p // s)**2 if self.windows is None else self.windows
-        return windows, s**2, (s * g // p)**2
 
     def for_projector(self):
         """-> whether features and weights need a gradient."""
@@ -147,21 +137,21 @@ PROJECTOR_FLOPS = {
 
 def sela(work, everywhere=False):
     """sela.py. everywhere: each tile is one window."""
-    d, C, L = work.config.sizes[:3]
+    d, C, L, _, g = work.config.sizes
     E, n = L * C, sum(work.counts)
     x, features, weights = work.for_insertion()
-    windows, _, places = work.looked_at(everywhere)
     total = linears(n, (d, E, E, E), x, weights)                         # up, q
-    total += 2 * linears(windows * places, (E, E), features, weights)    # k, v
+    total += 2 * linears(work.tiles * g**2, (E, E), features, weights)   # k, v
     total += window_attention(work, E, everywhere)
     return total + linears(n, (E, E, d), x, weights)                     # o, down
 
 
 def window_attention(work, width, everywhere=False):
-    """Scores and values of windows with a token. In these, un-padded tokens ask as well."""
-    windows, queries, keys = work.looked_at(everywhere)
+    """Scores and values of tokens that look at their window. Un-padded ones ask as well."""
+    _, _, _, p, g = work.config.sizes
+    keys = g**2 if everywhere else (work.config.window * g // p)**2
     x, features, _ = work.for_insertion()
-    return 2 * product(windows * queries * keys * width, x, features)
+    return 2 * product(work.tiles * p**2 * keys * width, x, features)
 
 
 def deformable_remember(work, every_level=False, heads=8):
@@ -176,10 +166,9 @@ def deformable_remember(work, every_level=False, heads=8):
 
 def narrow_keys(work):
     """Keys and values of all features, from E to C."""
-    _, C, L = work.config.sizes[:3]
-    windows, _, places = work.looked_at()
+    _, C, L, _, g = work.config.sizes
     _, features, weights = work.for_insertion()
-    return 2 * linears(windows * places, (L * C, C), features, weights)
+    return 2 * linears(work.tiles * g**2, (L * C, C), features, weights)
 
 
 def narrow(work):
@@ -285,13 +274,13 @@ def first_live(config, trains, tiles):
     return layers
 
 
-def flops(config, lengths, tiles, trained_tokens, trains, vision_tokens=None, windows=None):
+def flops(config, lengths, tiles, trained_tokens, trains, vision_tokens=None):
     """FLOPs of one forward and backward of a micro-batch.
 
     config: LLaVAVRConfig. lengths: tokens of each sample, attending within itself. tiles: through
     the ViT, to its deepest tap. trained_tokens: rows through the lm_head. trains: parts that train,
     () is forward only. vision_tokens: of each sample, without newlines; by default the t*p*p are
-    shared evenly. windows: of SELA, that have a token; by default all.
+    shared evenly.
 
     The optimizer is left out, and a second forward by recomputation: these are model FLOPs, as in
     PaLM's MFU (arXiv:2204.02311, App. B). Raises ValueError for an unknown part.
@@ -302,7 +291,7 @@ def flops(config, lengths, tiles, trained_tokens, trains, vision_tokens=None, wi
         vision_tokens = [tiles * config.side**2 / len(lengths)] * len(lengths)
     total = tiles * vit_flops(config, vit)
     if tiles:
-        work = Work(config, tiles, vision_tokens, trains, first, windows=windows)
+        work = Work(config, tiles, vision_tokens, trains, first)
         total += projector_flops(work) + remember_flops(work)
     for live, count in ((False, first), (True, layers - first)):
         total += count * sum(layer_flops(text, T, live, llm) for T in lengths)
