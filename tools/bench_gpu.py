@@ -34,7 +34,9 @@ PARTS = (
     Part("Without padding, and with", "tools.bench packing --preset 0.5b --count 8"),
     Part("Time to the first token at 0.5B", "tools.bench ttft --preset 0.5b"),
     Part("Time to the first token at 1.5B", "tools.bench ttft --preset 1.5b"),
-    Part("Decoding at 0.5B", "tools.bench decode --preset 0.5b --tokens 32 --compile"),
+    Part("Decoding at 0.5B", "tools.bench decode --preset 0.5b --tokens 32"),
+    Part("Decoding at 0.5B, compiled",          # its graphs may take minutes, or fail
+         "tools.bench decode --preset 0.5b --tokens 32 --precision bf16 --compile"),
     Part("A whole answer beside transformers",
          "tools.bench answer --preset 0.5b --tokens 32 --rounds 3", "transformers"),
     Part("Answers together, and one by one", "tools.bench answers --preset 0.5b --rounds 3"),
