@@ -92,8 +92,9 @@ class FewRowsLinear(nn.Linear):
     """A linear layer with the weights of another that multiplies 2 to MOST_ROWS rows, as decoding
     several answers does, as (w @ x.T).T. (..., d) -> (..., out).
 
-    On a busy CPU with AMX, 8 rows took 61 to 87 % of the time in bfloat16, with the same bits. In
-    float32 the bits differ. One row and many rows gain nothing: they go the usual way.
+    A step of decoding at 0.5B took 15 % less time for 2 rows and 5 % for 8 on a CPU with AMX, in
+    bfloat16 and with the same bits. In float32 the bits differ. One row and many rows gain nothing:
+    they go the usual way.
     """
 
     def __init__(self, linear):

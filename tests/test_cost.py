@@ -112,7 +112,8 @@ def test_lora_stands_beside_full_training(capsys):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", [name for name in INTERACTIONS if name != "sela"])
 def test_activations_of_an_interaction_are_what_autograd_keeps_or_more(name, precision):
-    """By the difference to no Vision Remember; within a twelfth below. More under autocast, and where a fused kernel keeps no scores of attention."""
+    """By the difference to no Vision Remember, or at most a twelfth less. More under autocast, and where a fused kernel keeps
+    no scores of attention."""
     config, trains = system(PRESETS["tiny"].config, interaction=name), RECIPES["2"].trains
     found, claimed = kept_and_claimed(config, trains, precision)
     found_without, claimed_without = kept_and_claimed(system(config, remember=()), trains, precision)

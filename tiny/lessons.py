@@ -484,7 +484,7 @@ def picture_talk(tokenizer, number, side):
     return {**sample, "annotations": drawing.annotations}
 
 
-WITHOUT_PICTURES = (choice_drill, colour_drill, text_talk)
+WITHOUT_PICTURES = (choice_drill, colour_drill, text_talk)      # they keep what it knows
 # How "tokens" shows a picture: tokens along a side, and whether a token tells its upper half from
 # its lower one. Both must be read: a projector that averages mixes them.
 WAYS = (*3 * [(8, True)], *3 * [(4, True)], *2 * [(4, False)], (2, True), (2, False))

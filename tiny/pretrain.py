@@ -123,7 +123,7 @@ class Readouts(nn.Module):
                                                                    target["glyphs"])
         losses["tile"] = 5 * F.binary_cross_entropy_with_logits(self.tile(cls), target["tile"])
         losses["speech"] = 20 * speech_loss(self.speech(features), shares_of(target, SIDE),
-                                              self.table)
+                                            self.table)
         # What is written in the half itself is soon known; what is written elsewhere is not.
         written = {"owner": target["word"], "value": target["number"]}
         for name, head in self.halves.items():
@@ -323,11 +323,11 @@ HALF_AS_WIDE = replace(TINY.text, **{name: getattr(TINY.text, name) // 2 for nam
 
 @torch.no_grad()
 def side_by_side(narrow):
-    """A decoder of twice the width that says the same: two copies that do not hear of each other.
+    """A decoder of twice the width that says the same: two copies that share the norms alone.
 
     Each has half of the channels, and a text goes into both. But a vision token can say one thing
-    in one half and another in the other. A decoder that had to learn from one code for both was
-    still mixing them up after thousands of steps.
+    in one half and another in the other. A decoder of one piece that had to tell two things in a
+    token apart was still mixing them up after hundreds of steps.
     """
     wide = Qwen2(TINY.text)
     old = narrow.state_dict()
