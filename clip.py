@@ -186,7 +186,7 @@ class CLIPVision(nn.Module):
         config = read_config(folder, CLIPConfig.from_dict)
         with torch.device("meta"):       # shapes only: no time spent on numbers soon overwritten
             model = cls(config, layers, saliency).to(dtype)
-        model.to_empty(device="cpu")
+        model.to_empty(device=torch.get_default_device())
         load_weights(model, folder, model.rename)
         return model
 

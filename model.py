@@ -361,8 +361,8 @@ class LLaVAVR(nn.Module):
         with torch.device("meta"):                                       # shapes only
             vision = CLIPVision(config.vision, config.levels, config.saliency).to(dtype)
             text = Qwen2(config.text).to(dtype)
-        vision.to_empty(device="cpu")
-        text.to_empty(device="cpu").tie()
+        vision.to_empty(device=torch.get_default_device())
+        text.to_empty(device=torch.get_default_device()).tie()
         model = cls(config, vision, text).to(dtype)
         for name, part in parts.items():
             mend = f"bring it back, or correct parts.{name}.path in {folder}/config.json"

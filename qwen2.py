@@ -348,7 +348,7 @@ class Qwen2(nn.Module):
         config = read_config(folder, Qwen2Config.from_dict)
         with torch.device("meta"):       # shapes only: no time spent on numbers soon overwritten
             model = cls(config).to(dtype)
-        model.to_empty(device="cpu").tie()
+        model.to_empty(device=torch.get_default_device()).tie()
         load_weights(model, folder, model.rename)
         return model
 

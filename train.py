@@ -31,6 +31,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -41,7 +42,7 @@ from compared import choices, lora
 from model import PRESETS, LLaVAVR, recomputed
 from storage import checkpoint, records
 from storage.log import Log, step_line
-from storage.places import check_places, default_data
+from storage.places import check_places, check_shared_memory, default_data
 from storage.weights import fingerprint
 
 # ---------------------------------------------------------------------------------------- recipes
@@ -170,11 +171,13 @@ def build_model(run):
     Remember; frozen but for what trains."""
     flags, trains = run.flags, run.recipe.trains
     torch.manual_seed(flags.seed)                                   # for what is fresh
-    if run.start:
-        model = LLaVAVR.from_pretrained(run.start, **run.architecture)
-    else:
-        model = LLaVAVR.from_parts(run.paths["clip"], run.paths["llm"], flags.preset,
-                                   **run.architecture)
+    # with --shard rank 0 reads for all, see `divide`: eight times 7B would be 250 GB of memory
+    with torch.device("meta" if flags.shard and run.rank > 0 else "cpu"):
+        if run.start:
+            model = LLaVAVR.from_pretrained(run.start, **run.architecture)
+        else:
+            model = LLaVAVR.from_parts(run.paths["clip"], run.paths["llm"], flags.preset,
+                                       **run.architecture)
     if run.recipe.template == "chat":
         model.config.image_mode = run.recipe.mode                   # prompts see the same tiling
     freeze(model, trains)
@@ -233,22 +236,35 @@ def touch_every_parameter(model):
 
 
 def distribute(model, run):
-    """-> the module to call. DDP averages gradients over the ranks. FSDP2 (--shard) also divides
-    the weights among them, and gathers them one decoder layer at a time."""
+    """-> the module to call, on the device. DDP averages gradients over the ranks. FSDP2 (--shard)
+    also divides the weights among them, and gathers them one decoder layer at a time."""
     layers = model.language_model.model.layers
     if run.flags.compile:
         for block in [*layers, *model.vision_tower.encoder.layers]:
             block.compile()
     if run.flags.shard:
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if run.flags.precision == "bf16" else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False)                              # rotary angles stay in float32
-        for module in [*layers, model]:
-            fully_shard(module, mp_policy=policy)
-    elif run.world > 1:
+        divide(model, run)
+        return model
+    model.to(run.device)
+    if run.world > 1:
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
+
+
+def divide(model, run):
+    """Give each rank its shard of the weights that rank 0 has read, one tensor after another. So
+    neither a host nor a GPU ever holds more than that one model and the shards."""
+    state = model.state_dict() if run.rank == 0 else {}
+    model.to("meta").language_model.tie()
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if run.flags.precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False)                                  # rotary angles stay in float32
+    for module in [*model.language_model.model.layers, model]:
+        fully_shard(module, mp_policy=policy)
+    model.to_empty(device=run.device)
+    set_model_state_dict(model, state, options=StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=True))
 
 
 def build_optimizer(model, recipe):
@@ -282,6 +298,8 @@ def open_data(run, model):
     index = records.load_index(source)
     index = records.estimate(source) if index is None else index
     lengths, tiles = data.planned(index, form)
+    tile_bytes = 3 * form.tile**2                                   # they travel as uint8
+    check_shared_memory(flags.workers, tile_bytes, recipe, tiles)
     held_out = np.random.default_rng(flags.seed).permutation(len(source))[:flags.validate]
     order = data.Order(starts=getattr(source, "starts", [0]), batch=recipe.batch,
                        lengths=lengths.clip(max=recipe.max_length), tiles=tiles, seed=flags.seed,
@@ -468,7 +486,6 @@ def train(run, stop):
         return True
     model = build_model(run)
     originals = cast_frozen_to_bf16(model, run)
-    model.to(run.device)
     touch_every_parameter(model)
     module = distribute(model, run)
     optimizer = build_optimizer(model, run.recipe)

@@ -38,6 +38,25 @@ def default_data(phase, drawn):
     return places.get(phase, places["2"])
 
 
+def check_shared_memory(workers, tile_bytes, recipe, tiles, place="/dev/shm"):
+    """Two micro-batches of each worker wait in shared memory; where it is full, a worker dies of a
+    bus error. tiles: (records,) planned for each. Raises ValueError if the largest would not fit,
+    with those of all processes on this machine. A system without the folder is not asked."""
+    if not workers or not os.path.isdir(place):
+        return
+    largest = sorted(tiles.tolist())[-recipe.micro:]
+    most = min(sum(largest), max(recipe.most_tiles, largest[-1]))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = 2 * workers * processes * most * tile_bytes
+    disk = os.statvfs(place)
+    free = disk.f_bavail * disk.f_frsize
+    if needed > free:
+        raise ValueError(
+            f"{place} has {free / 1e6:,.0f} MB free, and {processes * workers} workers need up to "
+            f"{needed / 1e6:,.0f} MB: make it larger (docker run --shm-size=8g), or give fewer "
+            "--workers; 0 needs none")
+
+
 def check_places(runs):
     """Before anything is drawn, read or trained: raises FileNotFoundError naming all that the runs
     will miss, and FileExistsError for a stopped run that a new one would replace."""

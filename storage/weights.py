@@ -53,6 +53,7 @@ def load_weights(module, folder, rename, skip=()):
 
     rename(key) -> the parameter's name, or None for a key that is knowingly ignored.
     skip: prefixes of parameter names that the folder need not hold (they keep their values).
+    Under torch.device("meta") all is checked and nothing read: only shapes are wanted then.
     Raises ValueError for an unknown, missing, repeated or mis-shaped key and for a damaged file.
     """
     parameters = dict(module.named_parameters())       # a tied one appears once, by its first name
@@ -76,7 +77,8 @@ def load_weights(module, folder, rename, skip=()):
         if not tensor.is_floating_point():
             raise ValueError(f"{path}: key {key} holds {tensor.dtype}, not floating point; take "
                              "weights that are not quantised")
-        if parameter.is_meta:                          # copy_ would do nothing and say nothing
+        shapes_only = torch.get_default_device().type == "meta"
+        if parameter.is_meta and not shapes_only:      # copy_ would do nothing and say nothing
             raise ValueError(f"{path}: key {key} goes to {name}, which is on the meta device; call "
                              "to_empty() before loading")
         parameter.copy_(tensor)

@@ -16,13 +16,16 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from storage import checkpoint
+from storage.places import check_shared_memory
 from tiny import standins
 import train
 from clip import CLIPConfig, CLIPVision
@@ -201,6 +204,44 @@ def test_processes_take_the_same_steps(ranks, micro, more, world, straight, tmp_
     run = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr
     check_same(tmp_path, straight)
+
+
+@pytest.mark.parametrize("start", ("parts", "folder"))
+def test_with_shards_rank_0_alone_reads_the_weights(start, world, straight, tmp_path):
+    """Eight ranks that each read a 7B would need 250 GB of the host. The others know shapes, dtypes and what is frozen."""
+    phase = "1" if start == "parts" else "2"
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/phase1").symlink_to(straight / "tiny/phase1")
+    args = train.arguments(flags(world, tmp_path, "--phase", phase, "--overwrite", "--shard", "--precision", "bf16",
+                                 *(["--lora", "2"] if phase == "2" else [])))
+    models = []
+    for rank in (0, 1):
+        run = train.make_run(args, phase, rank, 2, torch.device("cpu"))
+        models.append(train.build_model(run))
+        train.cast_frozen_to_bf16(models[-1], run)
+        models[-1].to(["cpu", "meta"][rank]).language_model.tie()
+    first, second = (dict(model.named_parameters()) for model in models)
+    assert {parameter.device.type for parameter in second.values()} == {"meta"} != {p.device.type for p in first.values()}
+    kinds = [{name: (p.shape, p.dtype, p.requires_grad) for name, p in one.items()} for one in (first, second)]
+    assert kinds[0] == kinds[1]
+
+
+def test_shared_memory_must_hold_what_the_workers_read(monkeypatch):
+    """Two micro-batches for each worker of each process: else a worker dies of a bus error."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(os, "statvfs", lambda place: SimpleNamespace(f_bavail=64, f_frsize=10**6))
+    recipe, tiles = train.RECIPES["2"], torch.tensor([0, 5, 5, 1, 5, 3])               # micro: 4, so 18 tiles
+    check = partial(check_shared_memory, tile_bytes=3 * 336**2, recipe=recipe, tiles=tiles, place="/tmp")
+    with pytest.raises(ValueError, match="/tmp has 64 MB free, and 16 workers need up to 195 MB: .*--shm-size"):
+        check(2)
+    monkeypatch.setattr(os, "statvfs", lambda place: SimpleNamespace(f_bavail=196, f_frsize=10**6))
+    check(2)
+    check(0, place="/tmp")
+    check(2, place="/no/such/folder")
+    with pytest.raises(ValueError, match="up to 43 MB"):
+        monkeypatch.setattr(os, "statvfs", lambda place: SimpleNamespace(f_bavail=42, f_frsize=10**6))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+        check(8, recipe=replace(recipe, most_tiles=8))
 
 
 @pytest.mark.slow
