@@ -144,7 +144,7 @@ class KVCache:
 
 class Packing(NamedTuple):
     """Samples laid end to end in one row, each as if it were alone: no padding is computed."""
-    lengths: list                # tokens of each sample
+    lengths: torch.Tensor        # (samples,) tokens of each, on the CPU
     longest: int
     starts: torch.Tensor         # (samples + 1,) int32, where each begins, and the end
     positions: torch.Tensor      # (T,) counted from 0 within each sample
@@ -156,8 +156,9 @@ class Packing(NamedTuple):
             raise ValueError(f"lengths {list(lengths)} add up to {sum(lengths)}, but the row has "
                              f"{size} tokens")
         starts = torch.tensor([0, *lengths]).cumsum(0)                   # (samples + 1,)
+        sizes = starts.diff()                # no list: --compile would make a graph for each number
         positions = torch.cat(list(map(torch.arange, lengths))).to(device, non_blocking=True)
-        return cls(lengths, max(lengths), starts.int().to(device, non_blocking=True), positions)
+        return cls(sizes, max(lengths), starts.int().to(device, non_blocking=True), positions)
 
 
 def attention(q, k, v, scope=None):
@@ -183,17 +184,22 @@ def attention(q, k, v, scope=None):
 def packed_attention(q, k, v, packing):
     """As `attention`: by flash-attn, else by PyTorch's kernel of the same kind, else one by one."""
     if not fits_flash(q) or not (flash_attn_varlen_func or varlen_attn):
-        samples = zip(*(x.split(packing.lengths, 2) for x in (q, k, v)))
-        return torch.cat([attention(*sample) for sample in samples], 2)  # (1, A, T, D)
+        return one_by_one(q, k, v, packing.lengths)                      # (1, A, T, D)
     grouped = q.shape[1] != k.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                  # (T, A or G, D)
-    # no list of lengths here: --compile would make a graph for every number of samples
     spans = (packing.starts, packing.starts, packing.longest, packing.longest)
     if flash_attn_varlen_func:
         out = flash_attn_varlen_func(q, k, v, *spans, causal=True)
     else:                                                                # all before, none ahead
         out = varlen_attn(q, k, v, *spans, window_size=(-1, 0), enable_gqa=grouped)
     return out.transpose(0, 1).unsqueeze(0)                              # (1, A, T, D)
+
+
+@torch.compiler.disable         # as many calls as samples: a graph for each number of them
+def one_by_one(q, k, v, lengths):
+    """As `packed_attention`, a call for each sample."""
+    samples = zip(*(x.split(lengths.tolist(), 2) for x in (q, k, v)))
+    return torch.cat([attention(*sample) for sample in samples], 2)      # (1, A, T, D)
 
 
 def fits_flash(x):

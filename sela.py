@@ -38,6 +38,12 @@ class Sizes(NamedTuple):
         return window * g // p
 
 
+def width_of_heads(C):
+    """D. Paper silent: we take 64, as CLIP-L and Qwen2 have, and a quarter of a level where that is
+    less, so that there are heads enough for a token's features."""
+    return min(64, C // 4)
+
+
 class Memory(NamedTuple):
     """What vision tokens can look back at. SELA reads the first three."""
     features: list          # L x (t, N, C)
@@ -54,18 +60,20 @@ class VisionRemember(nn.Module):
         a residual, and a last linear of zeros: the model starts as if the module were not there
         RMSNorm on tokens, as the decoder does, and LayerNorm on each ViT level: scales differ
         attention as wide as the features, which fits the paper's sizes (0.9B and 2.0B)
-        windows of 2x2 tokens on 4x4 features, and heads of width 64
+        windows of 2x2 tokens on 4x4 features, and heads as `width_of_heads` says
         a learned bias for each pair of places in a window, so that each head starts on a feature
-        of its own, see `own_features`
+        of its own, see `own_features`, and values that start with what the projector reads, too,
+        see `deepest_level`
 
     join: "residual", or "replace": tokens are overwritten, and the last linear starts as torch's.
     Raises ValueError if windows do not tile tokens and features, or heads do not divide E.
     """
 
-    def __init__(self, sizes, window=2, join="residual", head_width=64):
+    def __init__(self, sizes, window=2, join="residual", head_width=None):
         super().__init__()
         d, C, L, p, g = sizes
         E, r = L * C, sizes.reach(window)
+        head_width = head_width or width_of_heads(C)
         if E % head_width:
             raise ValueError(f"{L} levels of width {C} do not divide into heads of width "
                              f"{head_width}")
@@ -75,6 +83,8 @@ class VisionRemember(nn.Module):
         self.up = nn.Sequential(nn.Linear(d, E), nn.GELU(), nn.Linear(E, E))
         square = (nn.Linear(E, E, bias=False) for _ in range(4))
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = square
+        nn.init.normal_(self.o_proj.weight, std=E**-0.5)
+        self.v_proj.weight = nn.Parameter(deepest_level(sizes, E // head_width, head_width))
         self.token_windows = Windows(p, window, head_width)
         self.feature_windows = Windows(g, r, head_width)
         self.position_bias = nn.Parameter(own_features(sizes, window, E // head_width))
@@ -113,6 +123,22 @@ def own_features(sizes, window, heads):
     number = own.cumsum(1) - 1                                           # (s*s, r*r)
     head = torch.arange(heads).view(-1, 1, 1)                            # (A, 1, 1)
     return 8.0 * (own & (number % heads == head % own.sum(1, keepdim=True)))
+
+
+def deepest_level(sizes, heads, head_width):
+    """The weights of v_proj to start with, (A*D, E). Paper silent: we take rotated channels of the
+    deepest level, as the projector reads it, and none of the others.
+
+    Heads on the same feature take other channels: CLIP-L's 12 for each of four have 768 of 1,024.
+    A square matrix of small random numbers mixes all levels, and has to be learned first.
+    """
+    C, own = sizes.level_width, max(1, sizes.feature_side // sizes.side)**2
+    rotation = nn.init.orthogonal_(torch.empty(C, C))
+    which = torch.arange(heads).unsqueeze(1) // own                      # (A, 1) of a feature's
+    channels = (which * head_width + torch.arange(head_width)) % C       # (A, D)
+    weight = torch.zeros(heads * head_width, sizes.levels * C)
+    weight[:, -C:] = sizes.levels**0.5 * rotation[channels.flatten()]
+    return weight
 
 
 class Join(nn.Linear):

@@ -105,11 +105,11 @@ RECIPES = {
 }
 
 # What drawn presets change: small batches, for many steps in minutes, the higher rates that a
-# decoder of 256 channels bears, and one tile a picture.
-DRAWN = {"1": {"batch": 16, "micro": 16, "lr": 2e-3},
-         "2": {"batch": 16, "micro": 16, "lr": 1e-3, "mode": "square"},
-         "si": {"batch": 16, "micro": 16, "lr": 1e-3, "vision_lr": 2e-4}}
-DRAWN_LIMIT = 4000                   # samples a phase, for some minutes on a laptop; more are drawn
+# decoder of 256 channels bears (but at 1e-3 it soon forgets what it knew), and one tile a picture.
+DRAWN = {"1": {"batch": 16, "micro": 16, "lr": 2e-3, "remember_lr": 1e-3},
+         "2": {"batch": 16, "micro": 16, "lr": 3e-4, "remember_lr": 1e-3, "mode": "square"},
+         "si": {"batch": 16, "micro": 16, "lr": 3e-4, "remember_lr": 1e-3, "vision_lr": 1e-4}}
+DRAWN_LIMITS = {"1": 9600, "2": 3200, "si": 3200}    # samples, for minutes; more are drawn
 
 
 def recipe_of(preset, phase):
@@ -183,12 +183,6 @@ def build_model(run):
     freeze(model, trains)
     if flags.lora and "language_model" in trains:
         lora.add(model, flags.lora)
-    if flags.recompute:
-        blocks = [*model.language_model.model.layers, *model.vision_remember.values()]
-        if "vision_tower" in trains:
-            blocks += model.vision_tower.encoder.layers
-        for block in blocks:                                        # keep only what enters each
-            block.forward = partial(recomputed, block.forward)
     return model.train()
 
 
@@ -238,10 +232,14 @@ def touch_every_parameter(model):
 def distribute(model, run):
     """-> the module to call, on the device. DDP averages gradients over the ranks. FSDP2 (--shard)
     also divides the weights among them, and gathers them one decoder layer at a time."""
-    layers = model.language_model.model.layers
+    layers, vit = model.language_model.model.layers, model.vision_tower.encoder.layers
     if run.flags.compile:
-        for block in [*layers, *model.vision_tower.encoder.layers]:
-            block.compile()
+        for block in [*layers, *vit]:
+            block.forward = torch.compile(block.forward)
+    if run.flags.recompute:                                         # around what is compiled
+        trained_vit = vit if "vision_tower" in run.recipe.trains else []
+        for block in [*layers, *model.vision_remember.values(), *trained_vit]:
+            block.forward = partial(recomputed, block.forward)      # keep only what enters it
     if run.flags.shard:
         divide(model, run)
         return model
@@ -300,10 +298,13 @@ def open_data(run, model):
     lengths, tiles = data.planned(index, form)
     tile_bytes = 3 * form.tile**2                                   # they travel as uint8
     check_shared_memory(flags.workers, tile_bytes, recipe, tiles)
+    limit = flags.limit
+    if flags.draws and limit is None:
+        limit = DRAWN_LIMITS[run.phase]
     held_out = np.random.default_rng(flags.seed).permutation(len(source))[:flags.validate]
     order = data.Order(starts=getattr(source, "starts", [0]), batch=recipe.batch,
                        lengths=lengths.clip(max=recipe.max_length), tiles=tiles, seed=flags.seed,
-                       epochs=recipe.epochs, limit=flags.limit, held_out=held_out)
+                       epochs=recipe.epochs, limit=limit, held_out=held_out)
     return Samples(source, model.tokenizer, form), order
 
 
@@ -616,7 +617,7 @@ def arguments(argv=None):
     add("--remember-lr", type=float)
     add("--epochs", type=int)
     add("--limit", type=int, help="train on the first N samples of the shuffled order; default: "
-                                  f"all, of drawn ones {DRAWN_LIMIT}")
+                                  "all, of drawn ones what takes some minutes")
     add("--validate", type=int, default=0, metavar="N", help="hold N back, log the loss on them")
     add("--validate-every", type=int, default=500, metavar="STEPS")
     add("--labels", choices=("answer", "llava"), default="answer",
@@ -638,8 +639,6 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     choices.complete(args, argv)
     args.draws = PRESETS[args.preset].drawn and not args.data       # by main
-    if args.draws and args.limit is None:
-        args.limit = DRAWN_LIMIT
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if value == "" and name != "typed":                         # of a variable that is not set

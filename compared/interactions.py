@@ -25,7 +25,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from compared.projectors import Blocks, DeformableAttention, token_places, two_layers
-from sela import Insertions, Join, VisionRemember, Windows, flat_index, own_features
+from sela import (
+    Insertions, Join, VisionRemember, Windows, deepest_level, flat_index, own_features,
+    width_of_heads)
 
 
 def heads_of(width, head_width):
@@ -77,12 +79,13 @@ class Global(VisionRemember):
     is ignored. 52,705,024 and 56,638,464 parameters.
     """
 
-    def __init__(self, sizes, window=None, join="residual", head_width=64):
+    def __init__(self, sizes, window=None, join="residual", head_width=None):
         p, g = sizes.side, sizes.feature_side
         # VisionRemember makes windows and a bias, which are replaced below: the smallest that tile
         smallest = p // math.gcd(p, g)
         super().__init__(sizes, smallest, join, head_width)
         self.position_bias = None
+        head_width = head_width or width_of_heads(sizes.level_width)
         self.token_windows = Windows(p, p, head_width)
         self.feature_windows = Windows(g, g, head_width)
 
@@ -131,12 +134,14 @@ class Deformable(nn.Module):
 class WindowKeys(nn.Module):
     """Keys and values of all windows, from all levels, C wide. ValueError: see `reach_of`."""
 
-    def __init__(self, sizes, window, head_width=64):
+    def __init__(self, sizes, window, head_width=None):
         super().__init__()
         C, L = sizes.level_width, sizes.levels
+        head_width = head_width or width_of_heads(C)
         self.level_norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(L))
         self.k_proj = nn.Linear(L * C, C, bias=False)
         self.v_proj = nn.Linear(L * C, C, bias=False)
+        self.v_proj.weight = nn.Parameter(deepest_level(sizes, C // head_width, head_width))
         self.windows = Windows(sizes.feature_side, sizes.reach(window), head_width)
 
     def forward(self, features, saliency=None):
@@ -158,12 +163,15 @@ class WindowAttention(nn.Module):
     Raises ValueError where windows do not tile the tile, or heads do not divide C.
     """
 
-    def __init__(self, sizes, window, head_width=64):
+    def __init__(self, sizes, window, head_width=None):
         super().__init__()
-        C, heads = sizes.level_width, heads_of(sizes.level_width, head_width)
+        C = sizes.level_width
+        head_width = head_width or width_of_heads(C)
+        heads = heads_of(C, head_width)
         self.side, self.window = sizes.side, window                      # p, s
         self.q_proj = nn.Linear(C, C, bias=False)
         self.o_proj = nn.Linear(C, C, bias=False)
+        nn.init.normal_(self.o_proj.weight, std=C**-0.5)
         self.windows = Windows(sizes.side, window, head_width)
         self.position_bias = nn.Parameter(own_features(sizes, window, heads))    # (A, s*s, r*r)
 
@@ -184,7 +192,7 @@ class Narrow(nn.Module):
     6,297,600 parameters, without what is shared.
     """
 
-    def __init__(self, sizes, window=2, join="residual", head_width=64):
+    def __init__(self, sizes, window=2, join="residual", head_width=None):
         super().__init__()
         d, C = sizes.width, sizes.level_width
         self.norm = nn.RMSNorm(d, eps=1e-6)
@@ -206,7 +214,7 @@ class NarrowInsertions(Insertions):
     attention instead of two, it would be 14.2 M and 4.8 GMAC.
     """
 
-    def __init__(self, layers, sizes, window=2, join="residual", head_width=64):
+    def __init__(self, layers, sizes, window=2, join="residual", head_width=None):
         super().__init__(Narrow, layers, sizes, window, join, head_width)
         if layers:
             self["shared"] = WindowKeys(sizes, window, head_width)
@@ -387,7 +395,7 @@ class Bidirectional(nn.Module):
     only looked at; and SELA's zero start. 16,400,128 and 18,367,488 parameters.
     """
 
-    def __init__(self, sizes, window=2, join="residual", head_width=64):
+    def __init__(self, sizes, window=2, join="residual", head_width=None):
         super().__init__()
         d, C = sizes.width, sizes.level_width
         self.norm = nn.RMSNorm(d, eps=1e-6)

@@ -139,6 +139,21 @@ def test_a_compiled_layer_serves_any_number_of_samples(monkeypatch):
     assert counter.frame_count <= 3
 
 
+def test_a_compiled_layer_without_such_a_kernel_serves_any_number_of_samples():
+    """One by one lies outside of the graphs: with them inside, --recompute ended in a CheckpointError when torch gave up."""
+    from torch._dynamo.testing import CompileCounter
+    torch.compiler.reset()
+    config, counter = qwen2.Qwen2Config(64, 32, 48, 2, 4, 2), CompileCounter()
+    layer = qwen2.Layer(config)
+    compiled = torch.compile(layer.forward, backend=counter)
+    for count in range(2, 14):
+        packing = qwen2.Packing.of([5 + count] * count, (5 + count) * count, "cpu")
+        x = torch.randn(1, (5 + count) * count, 32)
+        cos, sin = qwen2.rotary(packing.positions, 8, 1e4)
+        torch.testing.assert_close(recomputed(compiled, x, cos, sin, packing), layer(x, cos, sin, packing))
+    assert 0 < counter.frame_count <= 8, "a piece before and one behind, for one length and for any"
+
+
 @pytest.mark.gpu
 def test_packed_attention_on_a_gpu_equals_sample_by_sample():
     """bfloat16, also backward: whichever kernel this machine has, against float32 one by one."""

@@ -290,6 +290,15 @@ def test_compiling_takes_the_same_steps(world, straight, tmp_path):
     check_same(tmp_path, straight, tolerance=5e-4)
 
 
+@pytest.mark.slow
+def test_compiled_shards_that_recompute_take_the_same_steps(world, straight, tmp_path):
+    """Two ranks, two samples in each forward, of which no two hold as many tokens."""
+    command = flags(world, tmp_path, "--micro", "2", "--compile", "--shard", "--recompute")
+    run = subprocess.run([*TORCHRUN, "2", str(ROOT / "train.py"), *command], capture_output=True, text=True, timeout=1500)
+    assert run.returncode == 0, run.stderr[-3000:]
+    check_same(tmp_path, straight, tolerance=5e-4)
+
+
 def test_phase_si_trains_the_vit_at_its_own_rate_and_answers_as_it_was_taught(world, straight, tmp_path):
     """Table 3's recipe: everything trains, AnyRes up to 6 x 6 tiles."""
     (tmp_path / "tiny").mkdir()

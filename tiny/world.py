@@ -46,7 +46,7 @@ HALVES = {"fine": tuple(FINE), "coarse": tuple(COARSE)}
 # here twice. The coarse kinds are equally frequent, so that none can be guessed.
 KINDS = 3 * (*FINE, "list", "table") + 4 * tuple(COARSE)
 
-PRETRAIN, FINETUNE = 8000, 16000                # captions and conversations to train on
+PRETRAIN, FINETUNE = 24000, 4800                # captions and conversations to train on
 VERSION = 8                                     # to be raised whenever other pictures are drawn
 
 INSTRUCTIONS = (SHORT, PHRASE)                  # of short answers, as benchmarks have them

@@ -217,7 +217,8 @@ def trainings(args, job):
     if args.equal_time:
         phases = zip(("1", "2"), args.records[job.flags, job.seed])
         return [[*words, "--phase", phase, *records] for phase, records in phases]
-    return [[*words, "--limit", str(args.limit or world.FINETUNE)]]       # which are all
+    everything = max(world.PRETRAIN, world.FINETUNE)
+    return [[*words, "--limit", str(args.limit or everything)]]
 
 
 def eval_words(args, model, out, ask="", blind=False):

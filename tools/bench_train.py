@@ -103,7 +103,8 @@ def step_flops(config, samples, recipe):
 def whole_step(args, compiled):
     """-> (a function that takes one step of phase 2, tokens of it, FLOPs of it by formula)."""
     model, recipe = build(args), train.recipe_of(args.preset, "2")
-    flags = SimpleNamespace(precision=args.precision, compile=compiled, shard=False)
+    flags = SimpleNamespace(precision=args.precision, compile=compiled, shard=False,
+                            recompute=False)
     run = SimpleNamespace(flags=flags, recipe=recipe, rank=0, world=1, device=args.device)
     train.freeze(model, recipe.trains)
     train.cast_frozen_to_bf16(model, run)
