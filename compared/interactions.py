@@ -405,7 +405,7 @@ class Bidirectional(nn.Module):
         self.cross_attention = WindowAttention(sizes, window, head_width)
         self.guide = nn.Linear(d, C)
         self.self_norm = nn.LayerNorm(C)
-        self.self_attention = SampleAttention(C, head_width)
+        self.self_attention = SampleAttention(C, head_width or width_of_heads(C))
         self.down = Join(C, d, join)
 
     def forward(self, x, memory):

@@ -101,7 +101,7 @@ def test_the_table_has_each_system_beside_formula_and_paper(capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("change, says", (({"systems": "mlp,mpl"}, "'mpl' is unknown"), ({"tiles": 7}, "--tiles 7: the canvases"),
-                                          ({"layers": 4}, "stands before layers 1, 4")))
+                                          ({"layers": 1}, "stands before layers 0, 1")))
 def test_what_cannot_be_measured_is_one_line(change, says):
     with pytest.raises(ValueError, match=says):
         bench_ttft.ttft(asked(**{"systems": "aap+vr", **change}))

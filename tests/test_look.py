@@ -78,7 +78,7 @@ def test_weights_are_the_equation_written_out_for_one_token():
     module, x, memory, _ = remembered(model)
     shown = page_of(model).data["insertions"][0]
     assert shown["layer"] == 1 and len(shown["heads"]) == len(x)
-    token, D = len(x) - 3, 64
+    token, D = len(x) - 3, 16
     tile, row, column = memory.cells[token].tolist()
     q = module.q_proj(module.up(module.norm(x[token])))
     scores = []
@@ -100,7 +100,7 @@ def test_weights_of_every_token_layer_and_head_sum_to_one():
     assert [insertion["layer"] for insertion in shown] == [1, 2]
     for insertion in shown:
         heads = torch.tensor(insertion["heads"])                     # (n, A, r*r)
-        assert heads.shape[1:] == (2, 16)
+        assert heads.shape[1:] == (8, 16)
         assert torch.allclose(heads.sum(2), torch.ones(heads.shape[:2]), atol=16 * 5e-5)
         assert torch.allclose(heads.mean(1), torch.tensor(insertion["mean"]), atol=1.01e-4)
 

@@ -115,7 +115,7 @@ def test_tables_are_chosen_by_name_in_the_order_of_the_plan():
     assert list(plan.chosen(["5,2", "1"])) == ["1", "2", "5"]
     assert plan.chosen(["all"]) == plan.TABLES and plan.chosen([]) == {}
     assert plan.chosen(["1"], ["--window 4"])["own"] == [plan.Row("--window 4", "--window 4")]
-    with pytest.raises(ValueError, match="^--table 7: there are fig1a, 1, 2, 4a, 4b, 4c, 5, beyond, recipe and all$"):
+    with pytest.raises(ValueError, match="^--table 7: there are fig1a, 1, 2, 4a, 4b, 4c, 5, beyond and all$"):
         plan.chosen(["1,7"])
 
 

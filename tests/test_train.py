@@ -157,7 +157,7 @@ def test_a_run_logs_every_step_and_leaves_a_whole_model(straight):
     for phase, skipped in ((1, 2), (2, 1)):
         weights, log = result(straight, phase)
         assert [line["step"] for line in log] == [0, 1, 2] and log[-1]["skipped"] == skipped
-        assert set(log[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "skipped"}
+        assert set(log[0]) == {"step", "loss", "lr", "lr_1", "grad_norm", "tokens", "trained_tokens", "skipped"}
         assert set(json.loads((straight / f"tiny/phase{phase}/log.jsonl").read_text().splitlines()[0])) == {*log[0], *CLOCK}
         assert {path.name for path in (straight / f"tiny/phase{phase}").iterdir()} == \
                {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl", "choices.json"}
@@ -308,7 +308,7 @@ def test_phase_si_trains_the_vit_at_its_own_rate_and_answers_as_it_was_taught(wo
     moved = {key.split(".")[0] for key, tensor in model.state_dict().items() if not torch.equal(before[key], tensor)}
     assert moved == {*train.ALL, "vision_tower"} and model.config.image_mode == "max9"
     line = json.loads((tmp_path / "tiny/si/log.jsonl").read_text().splitlines()[0])
-    assert sorted((line["lr"], line["lr_1"])) == [2e-4, 1e-3]
+    assert sorted((line["lr"], line["lr_1"], line["lr_2"])) == [1e-4, 3e-4, 1e-3]
 
 
 @pytest.mark.slow
@@ -841,12 +841,16 @@ def test_a_gradient_that_is_no_number_stops_before_the_step(world, tmp_path, mon
         train.main(flags(world, tmp_path, "--phase", "1"))
 
 
-def test_a_drawn_preset_trains_on_a_part_unless_told_otherwise():
+@pytest.mark.parametrize("more, samples", (([], 5), (["--limit", "3"], 3), (["--data", "own"], RECORDS)))
+def test_a_drawn_preset_trains_on_a_part_unless_told_otherwise(more, samples, world, tmp_path, monkeypatch):
     """Minutes on a laptop by default; data of one's own is never cut."""
-    def limit(*words):
-        return train.arguments(words).limit
-    assert limit("--preset", "tiny") == train.DRAWN_LIMIT and limit("--preset", "tiny", "--limit", "7") == 7
-    assert limit("--preset", "tiny", "--data", "mine.json") is None and limit("--preset", "0.5b") is None
+    monkeypatch.setitem(train.DRAWN_LIMITS, "1", 5)
+    args = train.arguments(flags(world, tmp_path, "--phase", "1", *more[:2 * ("--limit" in more)]))
+    args.draws = "--data" not in more
+    run = train.make_run(args, "1", 0, 1, torch.device("cpu"))
+    assert train.open_data(run, train.build_model(run))[1].samples == samples
+    assert train.arguments(["--preset", "tiny"]).draws and not args.draws == ("--data" in more)
+    assert set(train.DRAWN_LIMITS) == set(train.RECIPES)
 
 
 def test_labels_of_the_reference_are_a_flag_and_a_reason_to_refuse_a_checkpoint(world, straight, tmp_path):
@@ -862,7 +866,7 @@ def test_labels_of_the_reference_are_a_flag_and_a_reason_to_refuse_a_checkpoint(
 
 
 def test_vision_remember_learns_at_its_own_rate(world, tmp_path):
-    """--remember-lr is the peak of Vision Remember alone; without it all that trains has one rate."""
+    """--remember-lr is the peak of Vision Remember alone; drawn presets have one of their own."""
     def peaks(*more):
         args = train.arguments(flags(world, tmp_path, "--phase", "1", *more))
         run = train.make_run(args, "1", 0, 1, torch.device("cpu"))
@@ -870,7 +874,8 @@ def test_vision_remember_learns_at_its_own_rate(world, tmp_path):
         rates = {id(p): group["peak"] for group in train.build_optimizer(model, run.recipe).param_groups for p in group["params"]}
         return {train.part_of(name): rates[id(p)] for name, p in model.named_parameters() if id(p) in rates}
     assert peaks("--remember-lr", "5e-3") == {"mm_projector": 2e-3, "vision_remember": 5e-3}
-    assert peaks() == {"mm_projector": 2e-3, "vision_remember": 2e-3}
+    assert peaks() == {"mm_projector": 2e-3, "vision_remember": 1e-3}
+    assert train.recipe_of("0.5b", "1").peak("vision_remember") == 1e-3 == train.recipe_of("0.5b", "1").lr
 
 
 @pytest.mark.parametrize("ranks", (3, 5))

@@ -42,7 +42,7 @@ def arguments(*flags):
 @pytest.fixture
 def server():
     """A running server with a small random model; it ends with the test."""
-    with web.Server(wake(tiny_model()), arguments()) as running:
+    with web.Server(wake(tiny_model(), seed=5), arguments()) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         yield running
