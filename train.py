@@ -109,7 +109,8 @@ RECIPES = {
 DRAWN = {"1": {"batch": 16, "micro": 16, "lr": 2e-3, "remember_lr": 1e-3},
          "2": {"batch": 16, "micro": 16, "lr": 3e-4, "remember_lr": 1e-3, "mode": "square"},
          "si": {"batch": 16, "micro": 16, "lr": 3e-4, "remember_lr": 1e-3, "vision_lr": 1e-4}}
-DRAWN_LIMITS = {"1": 9600, "2": 3200, "si": 3200}    # samples, for minutes; more are drawn
+DRAWN_LIMITS = {"1": 11200}          # samples of a phase, for minutes on a laptop; more are drawn
+DRAWN_LIMIT = 2400                   # of a phase not listed
 
 
 def recipe_of(preset, phase):
@@ -300,7 +301,7 @@ def open_data(run, model):
     check_shared_memory(flags.workers, tile_bytes, recipe, tiles)
     limit = flags.limit
     if flags.draws and limit is None:
-        limit = DRAWN_LIMITS[run.phase]
+        limit = DRAWN_LIMITS.get(run.phase, DRAWN_LIMIT)
     held_out = np.random.default_rng(flags.seed).permutation(len(source))[:flags.validate]
     order = data.Order(starts=getattr(source, "starts", [0]), batch=recipe.batch,
                        lengths=lengths.clip(max=recipe.max_length), tiles=tiles, seed=flags.seed,

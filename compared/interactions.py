@@ -38,14 +38,18 @@ def heads_of(width, head_width):
     return width // head_width
 
 
-STARTS = ("own", "even", "small")
+STARTS = ("own", "even", "mixed", "small")
 
 
 @torch.no_grad()
 def start(insertions, way):
-    """How fresh modules start. own: as they are built, each head on a feature of its own, and the
-    last linear at zero. even: as own, but heads look at all features alike. small: as own, but the
-    last linear is drawn from N(0, 0.02).
+    """How fresh modules start.
+
+    own: as they are built: each head on a feature of its own, values of the deepest level, and the
+        last linear at zero
+    even: as own, but heads look at all features alike
+    mixed: as own, but values are small random mixtures of all levels, as torch starts a linear
+    small: as own, but the last linear is drawn from N(0, 0.02)
 
     Raises ValueError for another word.
     """
@@ -54,6 +58,8 @@ def start(insertions, way):
     for name, parameter in insertions.named_parameters():
         if way == "even" and name.endswith("position_bias"):
             parameter.zero_()
+        if way == "mixed" and name.endswith("v_proj.weight"):
+            nn.init.kaiming_uniform_(parameter, a=5**0.5)                # as nn.Linear does
         if way == "small" and name.endswith("down.weight"):
             parameter.normal_(std=0.02)
 

@@ -613,7 +613,12 @@ def test_how_fresh_modules_start(interaction):
     assert len(biases) == 2 and all(bias.max() == 8 for bias in biases) and not any(last.any() for last in lasts)
     start(made, "small")
     assert all(bias.max() == 8 for bias in biases) and all(0.015 < last.std() < 0.025 for last in lasts)
+    values = [value for name, value in made.named_parameters() if name.endswith("v_proj.weight") and "self_" not in name]
+    assert values and not any(value[:, :-64].any() for value in values), "the deepest level alone"
+    start(made, "mixed")
+    assert all(value.std().item() == pytest.approx((3 * value.shape[1])**-0.5, rel=0.1) for value in values)
+    assert all(value[:, :64].any() for value in values)
     start(made, "even")
     assert not any(bias.any() for bias in biases)
-    with pytest.raises(ValueError, match="start 'odd' is unknown: use one of own, even, small"):
+    with pytest.raises(ValueError, match="start 'odd' is unknown: use one of own, even, mixed, small"):
         start(made, "odd")

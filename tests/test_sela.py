@@ -11,7 +11,7 @@ import torch
 
 from data import plan_image
 from helpers import ROOT, randomise
-from sela import Memory, Sizes, VisionRemember, own_features
+from sela import Memory, Sizes, VisionRemember, deepest_level, own_features
 
 SIDE, FEATURES, WINDOW, WIDTH, LEVEL = 4, 8, 2, 12, 8               # p, g, s, d, C; so r = 4, two levels, heads of 4
 
@@ -130,6 +130,21 @@ def test_heads_start_on_the_features_that_their_token_was_pooled_from(p, g, wind
             starts = bias[:, i * window + j] > 0                                            # (A, r*r)
             assert torch.equal(starts.any(0), reads) and starts.any(1).all()
             assert len(starts.sum(0)[reads].unique()) <= 2 and len(starts.sum(1).unique()) <= 2
+
+
+@pytest.mark.parametrize("p, g, L, D", [(4, 8, 3, 4), (2, 8, 3, 4), (8, 8, 2, 4), (4, 8, 1, 4), (4, 8, 3, 16)])
+def test_values_start_as_channels_of_the_deepest_level(p, g, L, D):
+    """Rotated; heads on the same feature take different ones while there are any, in sum as strong as all levels together."""
+    C, heads, own = 16, L * 16 // D, (g // p)**2
+    weight = deepest_level(Sizes(WIDTH, C, L, p, g), heads, D)
+    assert weight.shape == (L * C, L * C) and not weight[:, :-C].any()
+    by_head = weight[:, -C:].unflatten(0, (heads, D))                                        # (A, D, C)
+    for feature in range(min(own, heads)):
+        rows = by_head[feature::own].flatten(0, 1)[:C]
+        assert torch.allclose(rows @ rows.T, L * torch.eye(len(rows)), atol=1e-5)
+        assert torch.equal(by_head[feature], by_head[0]), "each feature is told in the same way"
+    with torch.device("meta"):
+        assert deepest_level(Sizes(WIDTH, C, L, p, g), heads, D).is_meta
 
 
 @torch.no_grad()

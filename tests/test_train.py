@@ -850,7 +850,6 @@ def test_a_drawn_preset_trains_on_a_part_unless_told_otherwise(more, samples, wo
     run = train.make_run(args, "1", 0, 1, torch.device("cpu"))
     assert train.open_data(run, train.build_model(run))[1].samples == samples
     assert train.arguments(["--preset", "tiny"]).draws and not args.draws == ("--data" in more)
-    assert set(train.DRAWN_LIMITS) == set(train.RECIPES)
 
 
 def test_labels_of_the_reference_are_a_flag_and_a_reason_to_refuse_a_checkpoint(world, straight, tmp_path):

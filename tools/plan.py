@@ -120,6 +120,7 @@ TABLES = {
         Row("saliency: softmax", f"{SELA} --saliency softmax"),
         Row("heads start evenly", EVEN),
         Row("heads start evenly, 1/16", f"{EVEN} --side 2 --window 1"),
+        Row("values start as mixtures of all levels", "--start mixed"),
         Row("last linear starts small, not at zero", "--start small"),
         Row("Vision Remember at rate 2e-3", f"{SELA} --remember-lr 2e-3"),
         Row("Vision Remember at rate 3e-4", f"{SELA} --remember-lr 3e-4"),
