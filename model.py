@@ -149,8 +149,8 @@ class Preset:
 
 # The one list of presets: another size is one more entry here.
 PRESETS = {
-    # six decoder layers: the paper's 1 and 4 of 24 are its 0 and 1. Its ViT has never learned what
-    # CLS should look at, and sigmoids of its scores lie near 0 for most features
+    # Six decoder layers: the paper's 1 and 4, of 24, times 6/24 and rounded. The ViT has never
+    # learned what CLS should look at: half of its plain sigmoids are below 0.12
     "tiny": Preset(LLaVAVRConfig(CLIP_TINY, QWEN2_TINY, levels=(2, 4, 6), side=4, remember=(0, 1),
                                  saliency="standardised"),
                    clip="tiny/clip", llm="tiny/qwen2", drawn=True),
@@ -364,6 +364,7 @@ class LLaVAVR(nn.Module):
         with torch.device("meta"):                                       # shapes only
             vision = CLIPVision(config.vision, config.levels, config.saliency).to(dtype)
             text = Qwen2(config.text).to(dtype)
+        # on the CPU, or under torch.device("meta") nowhere: see train.build_model
         vision.to_empty(device=torch.get_default_device())
         text.to_empty(device=torch.get_default_device()).tie()
         model = cls(config, vision, text).to(dtype)

@@ -144,7 +144,7 @@ class KVCache:
 
 class Packing(NamedTuple):
     """Samples laid end to end in one row, each as if it were alone: no padding is computed."""
-    lengths: torch.Tensor        # (samples,) tokens of each, on the CPU
+    lengths: torch.Tensor        # (samples,) tokens of each, on the CPU; see `of`
     longest: int
     starts: torch.Tensor         # (samples + 1,) int32, where each begins, and the end
     positions: torch.Tensor      # (T,) counted from 0 within each sample
@@ -156,9 +156,9 @@ class Packing(NamedTuple):
             raise ValueError(f"lengths {list(lengths)} add up to {sum(lengths)}, but the row has "
                              f"{size} tokens")
         starts = torch.tensor([0, *lengths]).cumsum(0)                   # (samples + 1,)
-        sizes = starts.diff()                # no list: --compile would make a graph for each number
+        on_cpu = starts.diff()       # no list: torch.compile would make a graph for each length
         positions = torch.cat(list(map(torch.arange, lengths))).to(device, non_blocking=True)
-        return cls(sizes, max(lengths), starts.int().to(device, non_blocking=True), positions)
+        return cls(on_cpu, max(lengths), starts.int().to(device, non_blocking=True), positions)
 
 
 def attention(q, k, v, scope=None):
@@ -195,7 +195,7 @@ def packed_attention(q, k, v, packing):
     return out.transpose(0, 1).unsqueeze(0)                              # (1, A, T, D)
 
 
-@torch.compiler.disable         # as many calls as samples: a graph for each number of them
+@torch.compiler.disable         # it would make a graph for each number of samples
 def one_by_one(q, k, v, lengths):
     """As `packed_attention`, a call for each sample."""
     samples = zip(*(x.split(lengths.tolist(), 2) for x in (q, k, v)))

@@ -11,6 +11,7 @@ was pooled from.
     p   tokens along a side of a tile (12)                g   features along it (24), N = g*g
     s   tokens along a side of a window (2)               r   features along it (4), w windows
 """
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,8 +40,8 @@ class Sizes(NamedTuple):
 
 
 def width_of_heads(C):
-    """D. Paper silent: we take 64, as CLIP-L and Qwen2 have, and a quarter of a level where that is
-    less, so that there are heads enough for a token's features."""
+    """D, the width of a head. Paper silent: we take 64, as CLIP-L and Qwen2 have, and C/4 where
+    that is less: each of a token's four features needs a head."""
     return min(64, C // 4)
 
 
@@ -61,9 +62,10 @@ class VisionRemember(nn.Module):
         RMSNorm on tokens, as the decoder does, and LayerNorm on each ViT level: scales differ
         attention as wide as the features, which fits the paper's sizes (0.9B and 2.0B)
         windows of 2x2 tokens on 4x4 features, and heads as `width_of_heads` says
-        a learned bias for each pair of places in a window, so that each head starts on a feature
-        of its own, see `own_features`, and values that start with what the projector reads, too,
-        see `deepest_level`
+        a learned bias for each pair of places in a window: each head starts on a feature of its
+        own, see `own_features`
+        values that start from the deepest level, see `deepest_level`, and an o_proj that starts
+        by keeping their size, where torch's own would shrink it by 1.7
 
     join: "residual", or "replace": tokens are overwritten, and the last linear starts as torch's.
     Raises ValueError if windows do not tile tokens and features, or heads do not divide E.
@@ -126,18 +128,19 @@ def own_features(sizes, window, heads):
 
 
 def deepest_level(sizes, heads, head_width):
-    """The weights of v_proj to start with, (A*D, E). Paper silent: we take rotated channels of the
-    deepest level, as the projector reads it, and none of the others.
+    """The weights of v_proj to start with, (heads * D, E). Paper silent: we take channels of the
+    deepest level, the one that the projector reads, rotated, and none of the other levels.
 
-    Heads on the same feature take other channels: CLIP-L's 12 for each of four have 768 of 1,024.
-    A square matrix of small random numbers mixes all levels, and has to be learned first.
+    Heads that start on the same feature take different channels. With CLIP-L 12 heads of 64 share
+    each of a token's four features, and so tell 768 of its 1,024 channels.
     """
-    C, own = sizes.level_width, max(1, sizes.feature_side // sizes.side)**2
+    C, L = sizes.level_width, sizes.levels
+    features = math.ceil(sizes.feature_side / sizes.side)**2             # of a token
     rotation = nn.init.orthogonal_(torch.empty(C, C))
-    which = torch.arange(heads).unsqueeze(1) // own                      # (A, 1) of a feature's
-    channels = (which * head_width + torch.arange(head_width)) % C       # (A, D)
-    weight = torch.zeros(heads * head_width, sizes.levels * C)
-    weight[:, -C:] = sizes.levels**0.5 * rotation[channels.flatten()]
+    turn = torch.arange(heads).unsqueeze(1) // features                  # (A, 1) on its feature
+    channels = (turn * head_width + torch.arange(head_width)) % C        # (A, D)
+    weight = torch.zeros(heads * head_width, L * C)
+    weight[:, -C:] = L**0.5 * rotation[channels.flatten()]               # as strong as L levels
     return weight
 
 

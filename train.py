@@ -104,8 +104,8 @@ RECIPES = {
         max_length=32768, micro=2, most_tiles=40),
 }
 
-# What drawn presets change: small batches, for many steps in minutes, the higher rates that a
-# decoder of 256 channels bears (but at 1e-3 it soon forgets what it knew), and one tile a picture.
+# What drawn presets change: small batches, for many steps in minutes; higher rates, which a small
+# model bears (but in phase 2 its decoder forgets what it knew at 1e-3); one tile a picture.
 DRAWN = {"1": {"batch": 16, "micro": 16, "lr": 2e-3, "remember_lr": 1e-3},
          "2": {"batch": 16, "micro": 16, "lr": 3e-4, "remember_lr": 1e-3, "mode": "square"},
          "si": {"batch": 16, "micro": 16, "lr": 3e-4, "remember_lr": 1e-3, "vision_lr": 1e-4}}
@@ -140,8 +140,13 @@ class Run:
 def make_run(flags, phase, rank, world, device):
     """The command line -> the Run of one phase. Raises ValueError for a number of ranks that cannot
     share a batch, and for an architecture whose parts do not fit."""
+    if flags.draws and flags.limit is None:
+        limit = DRAWN_LIMITS.get(phase, DRAWN_LIMIT)
+        flags = argparse.Namespace(**{**vars(flags), "limit": limit})
     changes = ("batch", "micro", "lr", "vision_lr", "remember_lr", "epochs")
     changed = {name: value for name, value in vars(flags).items() if name in changes and value}
+    if "lr" in changed:
+        changed.setdefault("remember_lr", None)                     # it follows, in all presets
     recipe = replace(recipe_of(flags.preset, phase), **changed)
     if recipe.batch % world:
         raise ValueError(f"{world} ranks do not divide a global batch of {recipe.batch}: start a "
@@ -236,8 +241,8 @@ def distribute(model, run):
     layers, vit = model.language_model.model.layers, model.vision_tower.encoder.layers
     if run.flags.compile:
         for block in [*layers, *vit]:
-            block.forward = torch.compile(block.forward)
-    if run.flags.recompute:                                         # around what is compiled
+            block.forward = torch.compile(block.forward)            # compile() would also take in
+    if run.flags.recompute:                                         # what is put around it here
         trained_vit = vit if "vision_tower" in run.recipe.trains else []
         for block in [*layers, *model.vision_remember.values(), *trained_vit]:
             block.forward = partial(recomputed, block.forward)      # keep only what enters it
@@ -251,8 +256,9 @@ def distribute(model, run):
 
 
 def divide(model, run):
-    """Give each rank its shard of the weights that rank 0 has read, one tensor after another. So
-    neither a host nor a GPU ever holds more than that one model and the shards."""
+    """Give each rank its shard of the weights that rank 0 has read, one tensor after another. So a
+    host holds one whole model, in rank 0, and a GPU its shard and the tensor at hand."""
+    checkpoint.from_all(None)        # rank 0 may read for longer than other collectives wait
     state = model.state_dict() if run.rank == 0 else {}
     model.to("meta").language_model.tie()
     policy = MixedPrecisionPolicy(
@@ -298,14 +304,11 @@ def open_data(run, model):
     index = records.estimate(source) if index is None else index
     lengths, tiles = data.planned(index, form)
     tile_bytes = 3 * form.tile**2                                   # they travel as uint8
-    check_shared_memory(flags.workers, tile_bytes, recipe, tiles)
-    limit = flags.limit
-    if flags.draws and limit is None:
-        limit = DRAWN_LIMITS.get(run.phase, DRAWN_LIMIT)
+    check_shared_memory(flags.workers, tile_bytes, recipe, tiles, run.world)
     held_out = np.random.default_rng(flags.seed).permutation(len(source))[:flags.validate]
     order = data.Order(starts=getattr(source, "starts", [0]), batch=recipe.batch,
                        lengths=lengths.clip(max=recipe.max_length), tiles=tiles, seed=flags.seed,
-                       epochs=recipe.epochs, limit=limit, held_out=held_out)
+                       epochs=recipe.epochs, limit=flags.limit, held_out=held_out)
     return Samples(source, model.tokenizer, form), order
 
 
@@ -618,7 +621,8 @@ def arguments(argv=None):
     add("--remember-lr", type=float)
     add("--epochs", type=int)
     add("--limit", type=int, help="train on the first N samples of the shuffled order; default: "
-                                  "all, of drawn ones what takes some minutes")
+                                  f"all, of drawn ones {DRAWN_LIMITS['1']} in phase 1 "
+                                  f"and {DRAWN_LIMIT} in others")
     add("--validate", type=int, default=0, metavar="N", help="hold N back, log the loss on them")
     add("--validate-every", type=int, default=500, metavar="STEPS")
     add("--labels", choices=("answer", "llava"), default="answer",

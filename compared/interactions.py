@@ -94,6 +94,10 @@ class Global(VisionRemember):
         head_width = head_width or width_of_heads(sizes.level_width)
         self.token_windows = Windows(p, p, head_width)
         self.feature_windows = Windows(g, g, head_width)
+        # no head has a feature of its own, so all channels of the deepest level are told
+        heads = sizes.levels * sizes.level_width // head_width
+        alone = deepest_level(sizes._replace(side=g), heads, head_width)
+        self.v_proj.weight = nn.Parameter(alone)
 
 
 class Deformable(nn.Module):
@@ -138,7 +142,7 @@ class Deformable(nn.Module):
 # --------------------------------------------------------------- windows of attention C wide
 
 class WindowKeys(nn.Module):
-    """Keys and values of all windows, from all levels, C wide. ValueError: see `reach_of`."""
+    """Keys and values of all windows, from all levels, C wide. ValueError: see Sizes.reach."""
 
     def __init__(self, sizes, window, head_width=None):
         super().__init__()

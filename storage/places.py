@@ -1,4 +1,5 @@
-"""Where weights and training data lie by default, and the commands that fetch them."""
+"""Where weights and training data lie by default, the commands that fetch them, and what must be
+there before a run begins."""
 import os
 
 # Training data, by the phases of train.py.
@@ -38,16 +39,20 @@ def default_data(phase, drawn):
     return places.get(phase, places["2"])
 
 
-def check_shared_memory(workers, tile_bytes, recipe, tiles, place="/dev/shm"):
+def check_shared_memory(workers, tile_bytes, recipe, tiles, world=1, place="/dev/shm"):
     """Two micro-batches of each worker wait in shared memory; where it is full, a worker dies of a
-    bus error. tiles: (records,) planned for each. Raises ValueError if the largest would not fit,
-    with those of all processes on this machine. A system without the folder is not asked."""
+    bus error. tiles: (records,) planned for each. Raises ValueError if the largest micro-batches of
+    all workers of all processes here would not fit. Without the folder nothing is checked.
+
+    Not counted: without a GPU, those of the step at work lie there as well.
+    """
     if not workers or not os.path.isdir(place):
         return
-    largest = sorted(tiles.tolist())[-recipe.micro:]
-    most = min(sum(largest), max(recipe.most_tiles, largest[-1]))
+    samples = min(recipe.micro, recipe.batch // world)                  # of a micro-batch
+    largest = sorted(tiles.tolist())[-samples:]
+    most_tiles = min(sum(largest), max(recipe.most_tiles, largest[-1]))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed = 2 * workers * processes * most * tile_bytes
+    needed = 2 * workers * processes * most_tiles * tile_bytes
     disk = os.statvfs(place)
     free = disk.f_bavail * disk.f_frsize
     if needed > free:

@@ -53,7 +53,7 @@ def load_weights(module, folder, rename, skip=()):
 
     rename(key) -> the parameter's name, or None for a key that is knowingly ignored.
     skip: prefixes of parameter names that the folder need not hold (they keep their values).
-    Under torch.device("meta") all is checked and nothing read: only shapes are wanted then.
+    Under torch.device("meta") keys and shapes are checked and nothing is copied.
     Raises ValueError for an unknown, missing, repeated or mis-shaped key and for a damaged file.
     """
     parameters = dict(module.named_parameters())       # a tied one appears once, by its first name

@@ -132,10 +132,10 @@ def test_heads_start_on_the_features_that_their_token_was_pooled_from(p, g, wind
             assert len(starts.sum(0)[reads].unique()) <= 2 and len(starts.sum(1).unique()) <= 2
 
 
-@pytest.mark.parametrize("p, g, L, D", [(4, 8, 3, 4), (2, 8, 3, 4), (8, 8, 2, 4), (4, 8, 1, 4), (4, 8, 3, 16)])
+@pytest.mark.parametrize("p, g, L, D", [(4, 8, 3, 4), (2, 8, 3, 4), (8, 8, 2, 4), (4, 8, 1, 4), (4, 8, 3, 16), (6, 8, 3, 4)])
 def test_values_start_as_channels_of_the_deepest_level(p, g, L, D):
     """Rotated; heads on the same feature take different ones while there are any, in sum as strong as all levels together."""
-    C, heads, own = 16, L * 16 // D, (g // p)**2
+    C, heads, own = 16, L * 16 // D, math.ceil(g / p)**2
     weight = deepest_level(Sizes(WIDTH, C, L, p, g), heads, D)
     assert weight.shape == (L * C, L * C) and not weight[:, :-C].any()
     by_head = weight[:, -C:].unflatten(0, (heads, D))                                        # (A, D, C)

@@ -242,6 +242,7 @@ def test_shared_memory_must_hold_what_the_workers_read(monkeypatch):
         monkeypatch.setattr(os, "statvfs", lambda place: SimpleNamespace(f_bavail=42, f_frsize=10**6))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
         check(8, recipe=replace(recipe, most_tiles=8))
+    check(8, world=32)                                                               # one sample a rank: 27 MB
 
 
 @pytest.mark.slow
@@ -849,6 +850,8 @@ def test_a_drawn_preset_trains_on_a_part_unless_told_otherwise(more, samples, wo
     args.draws = "--data" not in more
     run = train.make_run(args, "1", 0, 1, torch.device("cpu"))
     assert train.open_data(run, train.build_model(run))[1].samples == samples
+    args.phase, run = "own", train.make_run(args, "2", 0, 1, torch.device("cpu"))
+    assert run.flags.limit == ((3 if "--limit" in more else train.DRAWN_LIMIT) if args.draws else None)
     assert train.arguments(["--preset", "tiny"]).draws and not args.draws == ("--data" in more)
 
 
@@ -874,6 +877,7 @@ def test_vision_remember_learns_at_its_own_rate(world, tmp_path):
         return {train.part_of(name): rates[id(p)] for name, p in model.named_parameters() if id(p) in rates}
     assert peaks("--remember-lr", "5e-3") == {"mm_projector": 2e-3, "vision_remember": 5e-3}
     assert peaks() == {"mm_projector": 2e-3, "vision_remember": 1e-3}
+    assert peaks("--lr", "1e-4") == {"mm_projector": 1e-4, "vision_remember": 1e-4}, "one rate, as in other presets"
     assert train.recipe_of("0.5b", "1").peak("vision_remember") == 1e-3 == train.recipe_of("0.5b", "1").lr
 
 

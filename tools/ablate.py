@@ -3,7 +3,7 @@
     python -m tools.ablate --table fig1a --quick      # minutes: does the whole path run?
     python -m tools.ablate --list                     # what there is to do, and what is done
     python -m tools.ablate --table 1 2 --seeds 3      # hours; Ctrl-C stops it, the same goes on
-    python -m tools.ablate --table 2 --curve 250      # ask also after 250, 500 ... steps
+    python -m tools.ablate --table 2 --curve 50       # ask also after 50, 100 ... steps
     python -m tools.ablate --table 2 --equal-time     # then again, each for as long as the paper's
     python -m tools.ablate --set "--window 4 --lr 1e-3" --time      # a row of your own
     python -m tools.ablate --table all --print        # tables as Markdown, from the results alone

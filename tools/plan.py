@@ -4,8 +4,9 @@ TABLES holds a Row for each line of a table: the flags that train its model, tho
 the paper's numbers. Rows with the same flags share one model, also across tables: see `jobs_of`.
 
 The sizes are those of `--preset tiny`: features of 8x8 a tile, 4x4 vision tokens where a quarter is
-kept, six decoder layers, ViT levels 2, 4 and 6. docs/paper.md has the same rows for 0.5B and 1.5B.
-The paper's decoder has 24 layers: before its layers 1, 4 and 7 is before 0, 1 and 2 here, rounded.
+kept, six decoder layers, ViT levels 2, 4 and 6. docs/paper.md has the paper's own rows for 0.5B and
+1.5B. The paper's decoder has 24 layers: times 6/24 and rounded, its layers 1, 4 and 7 are 0, 1 and
+2 here.
 
 The paper is silent on where heads look at first, and the preset's choice may change. So rows whose
 modules have a learned position bias name it: then a line says what it is of, whenever it was made.
