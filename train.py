@@ -241,8 +241,8 @@ def distribute(model, run):
     layers, vit = model.language_model.model.layers, model.vision_tower.encoder.layers
     if run.flags.compile:
         for block in [*layers, *vit]:
-            block.forward = torch.compile(block.forward)            # compile() would also take in
-    if run.flags.recompute:                                         # what is put around it here
+            block.forward = torch.compile(block.forward)
+    if run.flags.recompute:              # around what is compiled, so that it runs the same twice
         trained_vit = vit if "vision_tower" in run.recipe.trains else []
         for block in [*layers, *model.vision_remember.values(), *trained_vit]:
             block.forward = partial(recomputed, block.forward)      # keep only what enters it
