@@ -155,10 +155,10 @@ class Packing(NamedTuple):
         if sum(lengths) != size:
             raise ValueError(f"lengths {list(lengths)} add up to {sum(lengths)}, but the row has "
                              f"{size} tokens")
-        starts = torch.tensor([0, *lengths]).cumsum(0)                   # (samples + 1,)
-        on_cpu = starts.diff()       # no list: torch.compile would make a graph for each length
+        sizes = torch.tensor(lengths)    # as a list each number of them would be a graph of its own
+        starts = F.pad(sizes.cumsum(0), (1, 0)).int().to(device, non_blocking=True)
         positions = torch.cat(list(map(torch.arange, lengths))).to(device, non_blocking=True)
-        return cls(on_cpu, max(lengths), starts.int().to(device, non_blocking=True), positions)
+        return cls(sizes, max(lengths), starts, positions)
 
 
 def attention(q, k, v, scope=None):

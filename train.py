@@ -141,8 +141,8 @@ def make_run(flags, phase, rank, world, device):
     """The command line -> the Run of one phase. Raises ValueError for a number of ranks that cannot
     share a batch, and for an architecture whose parts do not fit."""
     if flags.draws and flags.limit is None:
-        limit = DRAWN_LIMITS.get(phase, DRAWN_LIMIT)
-        flags = argparse.Namespace(**{**vars(flags), "limit": limit})
+        drawn = {"limit": DRAWN_LIMITS.get(phase, DRAWN_LIMIT)}
+        flags = argparse.Namespace(**vars(flags) | drawn)
     changes = ("batch", "micro", "lr", "vision_lr", "remember_lr", "epochs")
     changed = {name: value for name, value in vars(flags).items() if name in changes and value}
     if "lr" in changed:
@@ -303,8 +303,8 @@ def open_data(run, model):
     index = records.load_index(source)
     index = records.estimate(source) if index is None else index
     lengths, tiles = data.planned(index, form)
-    tile_bytes = 3 * form.tile**2                                   # they travel as uint8
-    check_shared_memory(flags.workers, tile_bytes, recipe, tiles, run.world)
+    # tiles travel as uint8
+    check_shared_memory(flags.workers, 3 * form.tile**2, recipe, tiles, run.world)
     held_out = np.random.default_rng(flags.seed).permutation(len(source))[:flags.validate]
     order = data.Order(starts=getattr(source, "starts", [0]), batch=recipe.batch,
                        lengths=lengths.clip(max=recipe.max_length), tiles=tiles, seed=flags.seed,
