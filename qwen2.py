@@ -125,7 +125,7 @@ class KVCache:
         Prefill has no mask. Raises ValueError when the cache is full.
         """
         prefill = self.used == 0
-        self.used = int(self.lengths.max()) + length
+        self.used += length       # with padding: to read self.lengths would wait for a GPU
         if self.used > self.max_len:
             raise ValueError(f"the cache has room for {self.max_len} tokens, {self.used} needed")
         self.positions = self.lengths[:, None] + self.places[:length]    # (B, T)
@@ -177,8 +177,9 @@ def attention(q, k, v, scope=None):
     if scope is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared > 1)
     folded = q.unflatten(1, (-1, shared)).flatten(2, 3)                  # (B, G, A/G * T, D)
-    mask = scope.repeat(1, 1, shared, 1)                                 # (B, 1, A/G * T, M)
-    return F.scaled_dot_product_attention(folded, k, v, mask).view_as(q)
+    if q.shape[2] > 1:
+        scope = scope.repeat(1, 1, shared, 1)                            # (B, 1, A/G * T, M)
+    return F.scaled_dot_product_attention(folded, k, v, scope).view_as(q)
 
 
 def packed_attention(q, k, v, packing):

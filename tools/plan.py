@@ -119,6 +119,7 @@ TABLES = {
         Row("saliency: none", f"{SELA} --saliency none"),
         Row("saliency: sigmoid", f"{SELA} --saliency sigmoid"),
         Row("saliency: softmax", f"{SELA} --saliency softmax"),
+        Row("saliency: none, before layer 0 alone", f"{SELA} --remember 0 --saliency none"),
         Row("heads start evenly", EVEN),
         Row("heads start evenly, 1/16", f"{EVEN} --side 2 --window 1"),
         Row("values start as mixtures of all levels", "--start mixed"),
