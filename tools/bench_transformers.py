@@ -114,7 +114,8 @@ def inputs_of_transformers(model, padded, pictures, config):
 
 def answer(args):
     """From a picture of --tiles tiles and a question to --tokens tokens of an answer: ours in
-    float32, bfloat16 and int8, and the uncompressed LLaVA-NeXT in float32, here and there."""
+    float32, bfloat16 and int8, and the uncompressed LLaVA-NeXT here and there. What a token more
+    costs is the difference between two runs, such as with --tokens 1 and 33, over 32."""
     refuse_without_transformers(args.what)
     plain = uncompressed(args).eval()
     plain.read_tokenizer(args.tokenizer)
@@ -129,7 +130,9 @@ def answer(args):
               "uncompressed here, fp32": plain}
     ways = {name: partial(answer_here, model, picture, args.tokens)
             for name, model in models.items()}
-    ways["transformers, fp32"] = partial(answer_there, theirs, plain, picture, args.tokens)
+    their_half = copy.deepcopy(theirs).to(torch.bfloat16)
+    for name, model in (("transformers, bf16", their_half), ("transformers, fp32", theirs)):
+        ways[name] = partial(answer_there, model, plain, picture, args.tokens)
     seconds = timed(ways, args.rounds, args.device)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     print(f"a picture of {args.tiles} tiles, {args.tokens} tokens of an answer")
@@ -159,6 +162,7 @@ def answer_there(theirs, plain, picture, tokens):
     """The same by transformers, with the prompt of the uncompressed model here -> ids."""
     prompt = data.collate([plain.encode_prompt(picture, QUESTION)], 0).to(theirs.device)
     inputs = inputs_of_transformers(theirs, prompt, [picture], plain.config)
+    inputs["pixel_values"] = inputs["pixel_values"].to(theirs.dtype)
     ends = [plain.tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
     del inputs["labels"]
     found = theirs.generate(**inputs, do_sample=False, max_new_tokens=tokens, eos_token_id=None,
