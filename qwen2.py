@@ -113,7 +113,7 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.max_len = max_len
         self.places = torch.arange(max_len, device=device)
-        self.used = 0                                                    # M
+        self.used = 0           # M, padding counts; may be set where the longest row is known
 
     def select_rows(self, rows):
         """Go on with these rows (B,), some several times: for prompts that begin alike."""
@@ -125,14 +125,14 @@ class KVCache:
         Prefill has no mask. Raises ValueError when the cache is full.
         """
         prefill = self.used == 0
-        self.used += length       # with padding: to read self.lengths would wait for a GPU
-        if self.used > self.max_len:
-            raise ValueError(f"the cache has room for {self.max_len} tokens, {self.used} needed")
+        needed = self.used + length     # with padding: to read self.lengths would wait for a GPU
+        if needed > self.max_len:
+            raise ValueError(f"the cache has room for {self.max_len} tokens, {needed} needed")
+        self.used = needed
         self.positions = self.lengths[:, None] + self.places[:length]    # (B, T)
         self.lengths = self.lengths + length
-        if prefill:
-            return self.positions, None
-        return self.positions, self.places[:self.used] <= self.positions[:, None, :, None]
+        mask = None if prefill else self.places[:self.used] <= self.positions[:, None, :, None]
+        return self.positions, mask
 
     def write(self, layer, k, v):
         """k v (B, G, T, D) to the reserved places of a layer -> k v of all (B, G, M, D), a view."""
@@ -177,9 +177,8 @@ def attention(q, k, v, scope=None):
     if scope is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared > 1)
     folded = q.unflatten(1, (-1, shared)).flatten(2, 3)                  # (B, G, A/G * T, D)
-    if q.shape[2] > 1:
-        scope = scope.repeat(1, 1, shared, 1)                            # (B, 1, A/G * T, M)
-    return F.scaled_dot_product_attention(folded, k, v, scope).view_as(q)
+    mask = scope.repeat(1, 1, shared, 1)                                 # (B, 1, A/G * T, M)
+    return F.scaled_dot_product_attention(folded, k, v, mask).view_as(q)
 
 
 def packed_attention(q, k, v, packing):

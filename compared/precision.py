@@ -93,8 +93,8 @@ class FewRowsLinear(nn.Linear):
     does, as (w @ x.T).T, and a single row as two that are the same. (..., d) -> (..., out).
 
     In bfloat16 on a CPU with AMX the usual way reads 8 to 10 GB/s of weights for one row, this one
-    10 to 17, with the same bits: oneDNN has a faster kernel for two rows than for one. In float32
-    the bits differ. Many rows gain nothing: they go the usual way.
+    10 to 17, but for a rare rounding with the same bits: oneDNN has a faster kernel for two rows
+    than for one. In float32 the bits differ. Many rows gain nothing: they go the usual way.
     """
 
     def __init__(self, linear):
@@ -118,10 +118,11 @@ class FewRowsLinear(nn.Linear):
 
 def for_few_rows(model):
     """Let every linear layer of the decoder of a LLaVAVR, or of a Qwen2, be a FewRowsLinear, if it
-    computes in bfloat16 on a CPU. Names and weights stay. Returns the model."""
+    computes in bfloat16 on a CPU that is good at it. Names and weights stay. Returns the model."""
     decoder = getattr(model, "language_model", model)
     weight = decoder.lm_head.weight
-    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+    on_cpu = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    if on_cpu and bf16_gain(128, weight.shape[1], 1024) >= LEAST_GAIN:
         replace_linears(decoder, FewRowsLinear)
     return model
 

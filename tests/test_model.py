@@ -643,3 +643,16 @@ def test_a_trained_vit_also_gets_gradients_from_text_alone():
     train.touch_every_parameter(model)
     model(batch_of(model, sample(model))).backward()
     assert all(p.grad is not None for p in model.vision_tower.parameters())
+
+
+@torch.inference_mode()
+def test_decoding_looks_at_no_more_places_than_the_longest_prompt_has():
+    """A long picture beside a long text: padding of both would stand in the cache for every step."""
+    model = wake(tiny_model()).eval()
+    samples = [model.encode_prompt(picture(300, 300), "What?"), model.encode_prompt(None, "Why? " * 40)]
+    lengths = [len(one["input_ids"]) for one in samples]
+    logits, decode = model.prefill(samples, 0, 4)
+    cache = decode.keywords["cache"]
+    assert cache.used == max(lengths) and cache.lengths.tolist() == lengths
+    alone = torch.cat([model.prefill([one], 0, 4)[0] for one in samples])
+    torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)

@@ -174,10 +174,14 @@ def test_a_few_rows_in_bf16_are_multiplied_rows_last(shape, bias, monkeypatch):
     torch.testing.assert_close(found, usual(x, linear.weight, linear.bias), rtol=1e-2, atol=1e-2)
 
 
-def test_rows_last_is_for_bf16_alone():
+def test_rows_last_is_for_bf16_alone(monkeypatch):
     """In float32 the order of sums would change greedy answers; the lm_head stays tied, and int8 can still follow."""
+    gains = iter((1.9, 2))
+    monkeypatch.setattr(precision, "bf16_gain", lambda *sizes: next(gains))
     model = tiny_model()
     assert precision.for_few_rows(model) is model
+    slow = precision.for_few_rows(tiny_model().bfloat16())
+    assert not any(isinstance(module, precision.FewRowsLinear) for module in slow.modules())
     assert not any(isinstance(module, precision.FewRowsLinear) for module in model.modules())
     names = list(precision.for_few_rows(model.bfloat16()).state_dict())
     decoder = model.language_model

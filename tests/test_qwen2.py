@@ -253,6 +253,15 @@ def test_under_a_mask_heads_that_share_a_key_are_more_queries_of_it(monkeypatch)
     assert asked == [((2, 2, 9, 4), False)]
 
 
+def test_a_refused_step_leaves_the_cache_as_it_was():
+    cache = KVCache(SHAPE, 1, 6)
+    cache.reserve(4)
+    with pytest.raises(ValueError, match="room for 6 tokens, 7 needed"):
+        cache.reserve(3)
+    places, mask = cache.reserve(2)
+    assert places.tolist() == [[4, 5]] and mask.shape == (1, 1, 2, 6)
+
+
 def test_the_cache_is_read_without_a_copy():
     """A step of decoding reads all of it, so a copy would double what the step reads there."""
     cache = KVCache(SHAPE, 2, 6)

@@ -66,7 +66,7 @@ def test_columns_may_have_other_names_and_one_question_may_do(table, tmp_path):
     (["image,text,answer", "0.png,a,b"], "has no column 'question', only image, text, answer: say which .*--question.*--ask"),
     (["image,question,answer", "0.png,a,b", "0.png,a"], "meters.csv:3: another number of cells"),
     (["image,question,answer", "0.png,a,b,c"], "meters.csv:2: another number of cells"),
-    (["image,question,answer", "0.png,a,b", "0.png, ,b", "0.png,a,"], r"meters.csv:3: nothing in question \(and 1 more such"),
+    (["image,question,answer", "0.png,a,b", "0.png, ,b", "0.png,a,"], r"meters.csv:3: nothing in question \(and 1 more bad"),
     (["image,question,answer", "no.png,a,b"], "meters.csv:2: picture .*photos/no.png does not exist"),
     (["image,question,answer", "bad.png,a,b"], "meters.csv:2: picture .*photos/bad.png cannot be decoded"),
     (["image,question,answer", "0.png,a,b", "0.png,c,d"], "1 pictures are too few to hold 1 back"),

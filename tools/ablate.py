@@ -601,6 +601,8 @@ def main(argv=None):
         return
     tables = plan.chosen(args.table or ([] if args.set else ["all"]), args.set)
     jobs = plan.jobs_of(tables, range(1, args.seeds + 1))
+    if args.print and not args.out.exists():
+        raise ValueError(f"{args.out} does not exist: run the same without --print first")
     if args.print:
         args.world = last_world(args.out)
         print(*markdown(args, tables), sep="\n")

@@ -6,6 +6,7 @@ results/gpu.partial.md, which says in its first line that it is not whole.
 """
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -99,12 +100,19 @@ def run_part(part, quick):
     if part.needs and importlib.util.find_spec(part.needs) is None:
         return "\n".join([*lines, f"Not measured: {part.needs} is not installed."]), True
     started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, text=True,
+                               encoding="utf-8", errors="replace", start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, timeout=LIMIT, text=True,
-                              encoding="utf-8", errors="replace", capture_output=True)
-        said, errors, code = done.stdout, done.stderr, done.returncode
+        said, errors = process.communicate(timeout=LIMIT)
+        code = process.returncode
     except subprocess.TimeoutExpired:
-        said, errors, code = "", f"stopped after {LIMIT} s", 1
+        os.killpg(process.pid, signal.SIGKILL)           # its children, too
+        said, errors = process.communicate()
+        errors, code = f"{errors}\nstopped after {LIMIT} s", 1
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     lines += ["```", f"$ python -m {' '.join(words)}"]
     # what a program reads stays on the screen: a line of JSON
     lines += [line for line in said.rstrip().splitlines() if not line.startswith("{")]

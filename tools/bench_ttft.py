@@ -132,6 +132,8 @@ def ttft(args):
             if number > 0:                               # the first round warms up
                 runs[name].append(parts)
     rows = [ttft_row(name, models[name], picture, runs[name], args.tiles) for name in names]
+    if args.layers:                                      # the paper has no such decoder
+        rows = [row | {"paper": None} for row in rows]
     print(f"one picture of {args.tiles} tiles, {args.precision}; a matrix product reaches "
           f"{cost.short(peak, 'FLOP/s')}. In brackets: the share of it")
     print(*ttft_table(rows, peak), sep="\n")
@@ -154,8 +156,8 @@ def ttft_table(rows, peak):
     """Lines of a table: milliseconds, each with its FLOPs by formula over that time as a share of
     the peak; ratios to the first system, measured and by formula; the paper's to its uncompressed
     one."""
-    heads = ["system", "tokens", "ms", "of", *TTFT_PARTS, "GFLOP", "ratio", "formula", "paper ms",
-             "paper"]
+    heads = ["system", "tokens", "ms", "fastest to slowest", *TTFT_PARTS, "GFLOP", "ratio",
+             "formula", "paper ms", "paper"]
     lines = [cost.row_of(heads), cost.row_of(["---", *["---:"] * (len(heads) - 1)])]
     flop = [sum(row["flop"].values()) for row in rows]
     for row, total in zip(rows, flop):

@@ -100,7 +100,7 @@ def read_questions(args):
         cells["image"] = Path(os.path.relpath(path.resolve(), place)).as_posix()
         questions.append({"id": f"line {line}", **cells})
     if wrong:
-        more = f" (and {len(wrong) - 1} more such rows)" if len(wrong) > 1 else ""
+        more = f" (and {len(wrong) - 1} more bad rows)" if len(wrong) > 1 else ""
         raise ValueError(wrong[0] + more + ": mend or remove it")
     return questions
 
