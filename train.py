@@ -381,13 +381,16 @@ def ignore_signals_in_worker(worker):
 
 @contextlib.contextmanager
 def stop_on_signal():
-    """-> an event that SIGTERM or Ctrl-C sets: the run then saves after the step it is in. A second
-    signal ends it at once."""
-    asked = threading.Event()
+    """-> an event that SIGTERM or Ctrl-C sets: the run then saves after the step it is in. Another
+    signal, a second later, ends it at once: torchrun may pass on what the rank has had already."""
+    asked, times = threading.Event(), []
 
     def ask(number, frame):
         asked.set()
-        signal.signal(number, before[number])
+        times.append(time.monotonic())
+        if times[-1] > times[0] + 1:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

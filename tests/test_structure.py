@@ -122,16 +122,16 @@ def test_what_train_py_reaches_stays_an_afternoon():
     """Tokens of train.py and all it imports, and lines of the six story files. The aim is 24,000 and 2,300; what has been
     granted since: the compared systems as flags, heads that start on features of their own, a CPU in bf16, going on from any
     model, a run on many GPUs that ends when one rank fails and whose batches are fair samples, saving beside training,
-    batches that know what a GPU would have to be asked for, shards that one rank reads, and values that start with what the
-    projector reads. Not counted are compared/ and what reads other people's
+    batches that know what a GPU would have to be asked for, shards that one rank reads, values that start with what the
+    projector reads, and a signal that comes twice. Not counted are compared/ and what reads other people's
     records: nobody needs them to follow the paper's own."""
     others = ("compared", "storage.formats", "storage.columns")
     tokens = {module: tokens_of(module) for module in reachable("train") if not module.startswith(others)}
     lines = {module: len(lines_of(module)) for module in STORY}
     print(f"tokens {sum(tokens.values()):,} {tokens}\nlines of the story {sum(lines.values()):,} {lines}")
     assert {"train", "model", "data", "storage.weights"} <= tokens.keys()
-    assert sum(tokens.values()) <= 26_350
-    assert sum(lines.values()) <= 2_510
+    assert sum(tokens.values()) <= 26_360
+    assert sum(lines.values()) <= 2_513
 
 
 @pytest.mark.parametrize("module", PATHS)

@@ -493,6 +493,22 @@ def test_a_model_that_is_no_number_is_never_called_done(world, tmp_path, monkeyp
     assert not (tmp_path / "tiny/phase1").exists()
 
 
+def test_a_signal_that_torchrun_passes_on_is_the_same_and_a_later_one_ends_the_run(monkeypatch):
+    """Where a signal goes to torchrun and its ranks, a rank gets it twice; it must save all the same."""
+    ended, now = [], iter((10.0, 10.2, 12.0))
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(now))
+    before = signal.signal(signal.SIGTERM, lambda *call: ended.append(call))
+    try:
+        with train.stop_on_signal() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.is_set() and not ended
+            signal.raise_signal(signal.SIGTERM)
+            assert len(ended) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_signal_to_the_whole_group_saves_as_one_to_the_process_does(world, tmp_path):
     """torchrun, systemd and Slurm send SIGTERM to all, and a DataLoader's worker that heeded it would take the run with it."""
     command = [*flags(world, tmp_path, "--phase", "1", "--epochs", "2000", "--micro", "4"), "--workers", "1"]
