@@ -458,3 +458,9 @@ def test_rows_that_could_not_be_asked_stop_a_line(tmp_path):
     entry["errors"] = [{"index": 3, "error": "no picture"}]
     with pytest.raises(ValueError, match="gqa: 1 rows could not be asked, the first: no picture"):
         ablate.examined(silent, words, tmp_path / "log")
+
+
+def test_tables_of_a_file_that_is_not_there_are_refused(tmp_path):
+    """Empty tables would look like results that nobody has made yet."""
+    with pytest.raises(ValueError, match="no.jsonl does not exist"):
+        ablate.main(["--print", "--out", str(tmp_path / "no.jsonl")])
