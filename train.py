@@ -382,7 +382,7 @@ def ignore_signals_in_worker(worker):
 @contextlib.contextmanager
 def stop_on_signal():
     """-> an event that SIGTERM or Ctrl-C sets: the run then saves after the step it is in. Another
-    signal, a second later, ends it at once: torchrun may pass on what the rank has had already."""
+    signal, more than a second later, ends it at once: within it torchrun may pass on the same."""
     asked, times = threading.Event(), []
 
     def ask(number, frame):
@@ -619,7 +619,7 @@ def arguments(argv=None):
     add("--accept-changes", action="store_true", help="resume though recipe or data differ")
     add("--batch", type=int, help="global batch, whatever the number of ranks")
     add("--micro", type=int, help="samples per forward on one device")
-    add("--lr", type=float, help="peak; of the ViT and Vision Remember by the two below")
+    add("--lr", type=float, help="peak; Vision Remember follows it, the ViT does not")
     add("--vision-lr", type=float)
     add("--remember-lr", type=float)
     add("--epochs", type=int)

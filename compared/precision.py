@@ -6,8 +6,8 @@
 
     rows   of a product (tokens)     d  its input channels     out  its output channels
 
-Decoding one token reads every weight of the decoder once, and little else takes time. So halving
-their bytes nearly halves the time, and --int8 halves them again.
+Decoding one token reads every weight of the decoder once, and little else takes time. So fewer
+bytes can take less time. How much less was measured: results/bench.md.
 """
 import os
 import sys
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LEAST_GAIN = 2      # of a product in bfloat16; other steps gain nothing, and some lose
+LEAST_GAIN = 2      # so much faster a product must be in bfloat16; some other steps are slower
 LEAST_WIDTH = 512   # channels of a decoder; below it products are not what takes the time
 LANES = 32          # the int8 kernel reads so many channels at a time, also beyond the last one
 MOST_ROWS = 8       # up to which a product in bfloat16 was faster with the rows last
@@ -89,12 +89,12 @@ def usual_precision():
 # ----------------------------------------------------------------------- a few rows in bfloat16
 
 class FewRowsLinear(nn.Linear):
-    """A linear layer with the weights of another that multiplies up to MOST_ROWS rows, as decoding
-    does, as (w @ x.T).T, and a single row as two that are the same. (..., d) -> (..., out).
+    """A linear layer with the weights of another, for few rows, as decoding has. Up to MOST_ROWS
+    are multiplied as (w @ x.T).T. A single row is doubled first. (..., d) -> (..., out).
 
-    In bfloat16 on a CPU with AMX the usual way reads 8 to 10 GB/s of weights for one row, this one
-    10 to 17, but for a rare rounding with the same bits: oneDNN has a faster kernel for two rows
-    than for one. In float32 the bits differ. Many rows gain nothing: they go the usual way.
+    In bfloat16 on a CPU with AMX a product of one row alone reads 8 to 10 GB/s of weights the usual
+    way and 10 to 17 so: oneDNN has a faster kernel for two rows. The bits are the same, except for
+    a rare rounding; in float32 they differ. Many rows gain nothing: they go the usual way.
     """
 
     def __init__(self, linear):
