@@ -314,7 +314,7 @@ class LLaVAVR(nn.Module):
         last = F.one_hot(rest.lengths - 1, rest.input_ids.shape[1]).bool()       # (B, T)
         logits = self.language_model(rest.input_ids, cache=cache, keep=last)     # (B, V)
         cache.lengths += rest.lengths - rest.input_ids.shape[1]          # without the padding
-        cache.used = max(len(sample["input_ids"]) for sample in samples)
+        cache.used = max(len(sample["input_ids"]) for sample in samples)         # nor here
         return logits, partial(self.language_model, cache=cache)
 
     def encode_prompt(self, images, prompt):

@@ -138,7 +138,7 @@ def answer(args):
     print(f"a picture of {args.tiles} tiles, {args.tokens} tokens of an answer")
     for name, times in seconds.items():
         print(f"  {name:28}{medians[name] * 1000:10.0f} ms ({min(times) * 1000:.0f} to "
-              f"{max(times) * 1000:.0f}), transformers takes "
+              f"{max(times) * 1000:.0f}), transformers in fp32 takes "
               f"{medians['transformers, fp32'] / medians[name]:.2f} times as long")
     print(json.dumps({"answer": medians, "tiles": args.tiles, "tokens": args.tokens,
                       **conditions(args)}))
