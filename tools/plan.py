@@ -134,6 +134,10 @@ TABLES = {
         Row("spatial vision aggregator (Cambrian)", "--interaction sva"),
         Row("the paper's second version", f"{SELA} --interaction bidirectional"),
         Row("tokens overwritten", f"{SELA} --join replace"),
+        Row("no compression, twice the steps", f"{MLP} --epochs 2"),
+        Row("A.A.P, twice the steps", f"{AAP} --epochs 2"),
+        Row("ours, twice the steps", f"{SELA} --epochs 2"),
+        Row("ours before layer 0 alone, twice the steps", f"{SELA} --remember 0 --epochs 2"),
     ],
 }
 
