@@ -24,7 +24,8 @@ LEAST_GAIN = 2      # so much faster a product must be in bfloat16; some other s
 LEAST_WIDTH = 512   # channels of a decoder; below it products are not what takes the time
 LANES = 32          # the int8 kernel reads so many channels at a time, also beyond the last one
 MOST_ROWS = 8       # up to which a product in bfloat16 was faster with the rows last
-FEW = 4             # rows up to which the int8 kernel was faster than a product in bfloat16
+AT_ONCE = 4         # rows of a call of the int8 kernel: more take longer than several calls
+FEW = 16            # rows up to which calls of it were faster than a product in bfloat16
 
 
 # ------------------------------------------------------------------------------ float32 or bfloat16
@@ -174,9 +175,10 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         rows = x.flatten(0, -2)                                          # (rows, d)
         whole = x.shape[-1] % LANES == 0
-        if whole and len(rows) <= FEW and x.device.type == "cpu" and kernel_works():
+        if whole and 1 <= len(rows) <= FEW and x.device.type == "cpu" and kernel_works():
             # it is fast in bfloat16 alone; the scale comes after, in float32
-            out = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.one)
+            out = torch.cat([torch._weight_int8pack_mm(part, self.weight, self.one)
+                             for part in rows.bfloat16().split(AT_ONCE)])
         else:
             out = F.linear(rows, self.weight.to(x.dtype))
         out = out * self.scale                                           # (rows, out) in float32

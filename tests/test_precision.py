@@ -87,7 +87,7 @@ def test_answers_of_another_precision_are_another_models(monkeypatch):
 
 
 @pytest.mark.parametrize("width", (24, 64))
-@pytest.mark.parametrize("rows", (1, 4, 5, 40))
+@pytest.mark.parametrize("rows", (0, 1, 4, 5, 16, 40))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_an_int8_layer_is_off_by_half_a_step_at_most(rows, dtype, width):
     """Of its row's scale, for each input: also by the kernel for few rows, which rounds its result to bfloat16, and would
@@ -140,6 +140,20 @@ def test_the_kernel_is_checked_once(monkeypatch):
     for _ in range(3):
         layer(torch.ones(1, 64))
     assert calls == [(2, precision.LANES), (1, 64), (1, 64), (1, 64)]
+
+
+def test_a_call_of_the_kernel_has_four_rows_at_most(monkeypatch):
+    """Five would take it longer than four and one; from some number on, a product in bfloat16 is faster than many calls."""
+    calls, real = [], torch._weight_int8pack_mm
+    assert precision.kernel_works()
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: calls.append(len(args[0])) or real(*args))
+    layer, x = Int8Linear(nn.Linear(64, 10)), torch.randn(2, 5, 64)
+    alone = torch.cat([layer(row) for row in x.flatten(0, 1).split(1)])
+    calls.clear()
+    torch.testing.assert_close(layer(x).flatten(0, 1), alone)
+    assert calls == [4, 4, 2] and layer(x).shape == (2, 5, 10)
+    calls.clear()
+    assert layer(torch.ones(precision.FEW + 1, 64)).shape == (17, 10) and not calls
 
 
 def test_a_row_of_zeros_stays_zero():
