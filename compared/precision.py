@@ -171,11 +171,11 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("one", torch.ones_like(scale, dtype=torch.bfloat16))
         self.bias = linear.bias
+        self.by_kernel = linear.in_features % LANES == 0 and kernel_works()
 
     def forward(self, x):
         rows = x.flatten(0, -2)                                          # (rows, d)
-        whole = x.shape[-1] % LANES == 0
-        if whole and 1 <= len(rows) <= FEW and x.device.type == "cpu" and kernel_works():
+        if self.by_kernel and 1 <= len(rows) <= FEW and x.device.type == "cpu":
             # it is fast in bfloat16 alone; the scale comes after, in float32
             out = torch.cat([torch._weight_int8pack_mm(part, self.weight, self.one)
                              for part in rows.bfloat16().split(AT_ONCE)])

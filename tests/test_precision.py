@@ -113,7 +113,8 @@ def test_an_int8_layer_does_without_the_kernel_where_it_is_not_to_be_trusted(mon
     """It is private to torch, so a release may lack it, have none for a CPU, compute otherwise or take other arguments:
     one row is then multiplied as many rows are."""
     torch.manual_seed(0)
-    layer, x = Int8Linear(nn.Linear(64, 10)), torch.randn(1, 64)
+    linear, x = nn.Linear(64, 10), torch.randn(1, 64)
+    layer = Int8Linear(linear)
     many = layer(x.expand(precision.FEW + 1, -1))[:1]
     assert precision.kernel_works() and not torch.equal(layer(x), many), "by the kernel, which rounds"
     if kernel is None:
@@ -122,7 +123,7 @@ def test_an_int8_layer_does_without_the_kernel_where_it_is_not_to_be_trusted(mon
         monkeypatch.setattr(torch, "_weight_int8pack_mm", kernel)
     precision.kernel_works.cache_clear()
     assert not precision.kernel_works()
-    torch.testing.assert_close(layer(x), many, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(Int8Linear(linear)(x), many, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(autouse=True)
