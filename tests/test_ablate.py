@@ -142,12 +142,14 @@ def test_an_exam_that_was_half_drawn_is_drawn_anew(stub):
     assert Path("data/tiny/exam-w-7").is_dir() and not Path("data/tiny/exam-w-7/GQA").exists() and not left.exists()
 
 
-def test_what_is_done_is_not_done_again(stub):
+def test_what_is_done_is_not_done_again(stub, capsys):
     """Neither a line that is there, nor a finished model of which a line is missing; another table shares both."""
     ablate.main(["--table", "4b", "--seeds", "1"])
     before = lines()
     stub.called.clear()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("all is done")
     ablate.main(["--table", "4b", "--seeds", "1"])
+    assert "nothing is left to do" in capsys.readouterr().out
     assert stub.of("train.py") == stub.of("eval.py") == [] and lines() == before
     Path("results/ablation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before[1:]))
     ablate.main(["--table", "4a", "4b", "--seeds", "1"])

@@ -12,7 +12,7 @@ from helpers import randomise, tiny_model
 from model import PRESETS
 from qwen2 import Qwen2
 from tiny import standins
-from tools import bench_decode, bench_train, bench_transformers, bench_ttft, timing
+from tools import bench, bench_decode, bench_train, bench_transformers, bench_ttft, timing
 
 
 def test_the_mix_has_the_lengths_that_are_planned():
@@ -172,11 +172,26 @@ def test_a_step_of_training_has_an_mfu_in_each_way(capsys, monkeypatch):
         assert not bench_train.qwen2.fits_flash(torch.ones(1))
 
 
-def test_without_transformers_its_benches_end_in_one_line(monkeypatch):
+def test_without_transformers_a_comparison_ends_in_one_line(monkeypatch):
     monkeypatch.setattr(bench_transformers.importlib.util, "find_spec", lambda name: None)
-    for way in (bench_transformers.answer, bench_transformers.transformers):
-        with pytest.raises(ValueError, match="not installed: pip install transformers"):
-            way(asked())
+    with pytest.raises(ValueError, match="not installed: pip install transformers"):
+        bench_transformers.transformers(asked())
+
+
+def test_without_transformers_our_own_answers_are_timed(monkeypatch, capsys):
+    """Beside the uncompressed model here."""
+    monkeypatch.setattr(bench_transformers.importlib.util, "find_spec", lambda name: None)
+    bench_transformers.answer(asked(rounds=1))
+    *shown, last = capsys.readouterr().out.splitlines()
+    assert len(json.loads(last)["answer"]) == 4 and "left out: pip install transformers" in shown[-1]
+    assert shown[-2].endswith("uncompressed here, fp32 takes 1.00 times as long")
+
+
+@pytest.mark.parametrize("flag", ("--rounds", "--tokens", "--count", "--each", "--prompt", "--layers"))
+def test_a_number_below_one_is_refused(flag):
+    """Before anything is built."""
+    with pytest.raises(ValueError, match=f"^{flag} 0: must be at least 1$"):
+        bench.main(["decode", flag, "0"])
 
 
 def test_a_whole_answer_is_the_same_by_transformers():

@@ -1,7 +1,6 @@
 """docs/evidence.md holds no number but those of results/ablation.jsonl, each line of which says how it is made again."""
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -122,6 +121,16 @@ def test_a_cell_is_a_number_inside_a_sentence(results):
         "SELA has 80.0 ± 0.0, and 0.75 (0.75 to 0.75) of it; global - [49.5]."
 
 
+def test_a_cell_may_be_of_one_seed(results):
+    """So a row of one seed can stand beside the same seed of a row that has several."""
+    tables.put(results, line(plan.SELA, 2, 90.0))
+    asked = "{}<!-- cell 5 | ours | fine half{} --><!-- end -->"
+    shown = [re.sub("<!--.*?-->", "", filled(asked.format("x ", of), results)) for of in ("", ", seed 2", ", seed 9")]
+    assert shown == ["x 85.0 ± 7.1", "x 90.0", "x -"]
+    with pytest.raises(ValueError, match="the columns are"):
+        filled(asked.format("x ", ", sed 2"), results)
+
+
 def test_equal_time_is_a_table_of_its_own(results):
     """Its rows are those of the plan, its lines those with a time."""
     page = "<!-- table 5, equal time --><!-- end -->"
@@ -183,5 +192,6 @@ def test_the_command_writes_the_page(results, capsys):
     """Given its path and that of the results."""
     page = results.with_name("page.md")
     page.write_text("<!-- table 5 --><!-- end -->\n")
-    evidence.main([str(page), "--results", str(results)])
-    assert "| ours | 2 |" in page.read_text() and Path(capsys.readouterr().out.strip()) == page
+    for said in ("written", "as it was"):
+        evidence.main([str(page), "--results", str(results)])
+        assert "| ours | 2 |" in page.read_text() and capsys.readouterr().out == f"{page}: {said}\n"

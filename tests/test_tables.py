@@ -156,7 +156,7 @@ def test_the_interval_is_that_of_students_t():
     assert tables.interval([1.0, 2.0, 3.0]) == "2.00 (-0.48 to 4.48)"
     assert tables.interval([0.7, 0.9]) == "0.80 (-0.47 to 2.07)"               # 12.706 * 0.1414 / 1.4142
     assert tables.interval([0.0, 1.0] * 10) == "0.50 (0.24 to 0.76)"           # 2.262 * 0.51299 / 4.4721
-    assert tables.interval([0.5]) == tables.interval([]) == "-"
+    assert tables.interval([0.5]) == "0.50" and tables.interval([]) == "-"
 
 
 # ---- what is shown
@@ -173,7 +173,7 @@ def test_tables_show_mean_and_spread_over_seeds_beside_the_papers_numbers(args):
     for seed, score in ((1, 50.0), (2, 54.0), (3, 52.0)):
         tables.put(args.out, line(ours, seed=seed, score=score, ttft=fresh | {"relative": 0.5 + seed / 10}))
     tables.put(args.out, line(plan.MLP, score=70.0, vision_tokens=64, vision_tokens_seen=64.0))
-    tables.put(args.out, line(plan.MLP, ask="--prune fastv", vision_tokens=64, vision_tokens_seen=42.7))
+    tables.put(args.out, line(plan.MLP, ask="--prune fastv", vision_tokens=64, vision_tokens_seen=42.7, commit="abc, def"))
     tables.put(args.out, line(plan.MLP, seed=2, score=0.0, questions=4))
     text = tables.markdown(args, plan.chosen(["1"]))
     rows, groups = rows_of(text, 9), rows_of(text, 6)
@@ -184,11 +184,11 @@ def test_tables_show_mean_and_spread_over_seeds_beside_the_papers_numbers(args):
     assert groups["FastV"][0] == "50.0 [51.0]" and rows["FastV"][4] == "64 (42.7 in the mean)"
     assert rows["DeCo"] == ["0", *["-"] * 6, "- [0.58]"] and groups["DeCo"] == ["- [50.4]", *["-"] * 4]
     assert text[-1] == ("Seeds 1; 2; 3; 1300 questions, the same for every model; 225 + 275 steps of the two phases. Machine: a "
-                        f"CPU. Commit: abc. World: w. Each line of {args.out} has the commands that make it again.")
+                        f"CPU. Commits: abc, def. World: w. Each line of {args.out} has the commands that make it again.")
 
 
 def test_the_share_stands_in_the_table(args):
-    """Of two seeds at least."""
+    """With its interval from two seeds on."""
     for seed, scores in ((1, (90.0, 50.0, 80.0)), (2, (90.0, 50.0, 82.0))):
         for flags, score, tokens in zip((plan.MLP, plan.AAP, plan.SELA), scores, (64, 16, 16)):
             tables.put(args.out, result(flags, seed, score, vision_tokens=tokens))

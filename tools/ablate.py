@@ -265,15 +265,17 @@ def lacks(args, job, ask, line):
             args.time and not (line and line["ttft"]))
 
 
+def wanting_of(args, job):
+    """{ask: its line, or None} of the ways to ask a job's model in which something is to do."""
+    lines = lines_of(args, args.equal_time)
+    found = {ask: lines.get((job.flags, ask, job.seed)) for ask in job.asks}
+    return {ask: line for ask, line in found.items() if any(lacks(args, job, ask, line))}
+
+
 def train_and_ask(args, programs, job):
     """Train a job's model, and ask it in every way of which there is no line yet. -> None, or the
     line that tells what went wrong."""
-    lines, log = lines_of(args, args.equal_time), args.runs / f"logs/{job.name}.log"
-    wanting = {}
-    for ask in job.asks:
-        line = lines.get((job.flags, ask, job.seed))
-        if any(lacks(args, job, ask, line)):
-            wanting[ask] = line
+    log, wanting = args.runs / f"logs/{job.name}.log", wanting_of(args, job)
     try:
         if args.equal_time and job.flags == REFERENCE:
             copy_reference(args, job, wanting)
@@ -510,6 +512,10 @@ def work(args, jobs):
         prepare(args, programs)
         if args.equal_time:
             args.records = equal_time(args, jobs)
+        if not any(wanting_of(args, job) for job in jobs):
+            tell(f"nothing is left to do, {args.out} has every line; to make lines again give "
+                 "--out another file and --runs another folder")
+            return
         run = functools.partial(train_and_ask, args, programs)
         with ThreadPoolExecutor(args.jobs) as pool:
             failures = list(filter(None, pool.map(run, jobs)))

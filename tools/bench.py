@@ -16,9 +16,9 @@
     python -m tools.bench packing --preset 0.5b --count 8     # one GPU, bf16
 
 Random weights, pictures and text, but with --model: nothing is downloaded. `transformers` has to be
-installed for its two comparisons; `data` does without. The ways are timed in turn, round by round,
-so that a machine that slows down slows all of them. Printed are the median, the fastest and the
-slowest time of each, and the ratio of the medians.
+installed for the way of that name; `answer` and `data` do without. The ways are timed in turn,
+round by round, so that a machine that slows down slows all of them. Printed are the median, the
+fastest and the slowest time of each, and the ratio of the medians.
 
 What floor, parts and MFU are, tools/bench_decode.py, bench_ttft.py and bench_train.py tell. These,
 and answer, end in a line of JSON.
@@ -132,6 +132,10 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)    # gpu, in tests
     parser.add_argument("--out", default="results/gpu.md", help="gpu: where the report goes")
     args = parser.parse_args(argv)
+    for name in ("layers", "count", "each", "tokens", "rounds", "prompt"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
     if args.what == "gpu":
         return gpu(args.out, args.quick)
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,8 +4,9 @@ The memory floor: the bytes that a token needs, which are the weights of decoder
 keys and values of all rows, over the speed at which this machine reads memory.
 
 --compile adds the same steps behind torch.compile, with its graphs made before the clock runs. It
-needs a compiler and a minute or two. Expected, not measured yet: it pays for many answers on a GPU,
-where starting some 2,000 operations takes longer than reading a small decoder's weights.
+needs a compiler and a minute or two. On the one CPU measured it does not pay (results/bench.md).
+Expected, not measured yet: it pays for many answers on a GPU, where starting some 2,000 operations
+takes longer than reading a small decoder's weights.
 """
 import copy
 import json

@@ -45,9 +45,14 @@ def transformers(args):
     compare(args, ways, sum(packed.packed), "tokens")
 
 
+def installed():
+    """Whether transformers is."""
+    return importlib.util.find_spec("transformers") is not None
+
+
 def refuse_without_transformers(what):
     """ValueError in one line where transformers is not installed."""
-    if importlib.util.find_spec("transformers") is None:
+    if not installed():
         raise ValueError(f"{what} compares with transformers, which is not installed: "
                          "pip install transformers")
 
@@ -114,12 +119,11 @@ def inputs_of_transformers(model, padded, pictures, config):
 
 def answer(args):
     """From a picture of --tiles tiles and a question to --tokens tokens of an answer: ours in
-    float32, bfloat16 and int8, and the uncompressed LLaVA-NeXT here and there. What a token more
-    costs is the difference between two runs, such as with --tokens 1 and 33, over 32."""
-    refuse_without_transformers(args.what)
+    float32, bfloat16 and int8, and the uncompressed LLaVA-NeXT here, and in transformers where
+    that is installed. What a token more costs is the difference between two runs, such as with
+    --tokens 1 and 33, over 32."""
     plain = uncompressed(args).eval()
     plain.read_tokenizer(args.tokenizer)
-    theirs = in_transformers(plain, args.device).eval()
     ours = build(args).eval()
     ours.read_tokenizer(args.tokenizer)
     half = copy.deepcopy(ours).to(torch.bfloat16)
@@ -130,16 +134,21 @@ def answer(args):
               "uncompressed here, fp32": plain}
     ways = {name: partial(answer_here, model, picture, args.tokens)
             for name, model in models.items()}
-    their_half = copy.deepcopy(theirs).to(torch.bfloat16)
-    for name, model in (("transformers, bf16", their_half), ("transformers, fp32", theirs)):
-        ways[name] = partial(answer_there, model, plain, picture, args.tokens)
+    if installed():
+        theirs = in_transformers(plain, args.device).eval()
+        their_half = copy.deepcopy(theirs).to(torch.bfloat16)
+        for name, model in (("transformers, bf16", their_half), ("transformers, fp32", theirs)):
+            ways[name] = partial(answer_there, model, plain, picture, args.tokens)
+    reference = list(ways)[-1]
     seconds = timed(ways, args.rounds, args.device)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     print(f"a picture of {args.tiles} tiles, {args.tokens} tokens of an answer")
     for name, times in seconds.items():
         print(f"  {name:28}{medians[name] * 1000:10.0f} ms ({min(times) * 1000:.0f} to "
-              f"{max(times) * 1000:.0f}), transformers in fp32 takes "
-              f"{medians['transformers, fp32'] / medians[name]:.2f} times as long")
+              f"{max(times) * 1000:.0f}), {reference} takes "
+              f"{medians[reference] / medians[name]:.2f} times as long")
+    if not installed():
+        print("transformers is not installed, and left out: pip install transformers")
     print(json.dumps({"answer": medians, "tiles": args.tiles, "tokens": args.tokens,
                       **conditions(args)}))
 

@@ -8,7 +8,8 @@
 The page is written by hand but for what stands between two comments, which says what belongs there:
 
     <!-- table 4b -->                       a table of tools/plan.py; "table 4b, equal time" too
-    <!-- cell 4b | SELA | fine half -->     one cell of it, inside a sentence: table, row, column
+    <!-- cell 4b | SELA | fine half -->     one cell of it, inside a sentence: table, row, column;
+                                            "fine half, seed 1" is of that seed alone
     <!-- figure PATH: DESCRIPTION -->       a picture that tools.plot drew, if it is there
     <!-- runs -->                           how many runs, on what machine, of which seeds
     <!-- blind -->                          what models score that see a grey picture
@@ -85,9 +86,12 @@ def table(what, lines):
 
 
 def cell(what, lines):
-    """"4b | SELA | fine half" -> what stands there in the table."""
+    """"4b | SELA | fine half" -> what stands there in the table, or would with one seed alone."""
     name, label, column = (what.split(" | ") + ["", ""])[:3]
     rows, mine = named(name, lines)
+    column, _, seed = column.partition(", seed ")
+    if seed:
+        mine = {key: line for key, line in mine.items() if str(line["seed"]) == seed}
     labels = [row.label for row in rows]
     if label not in labels:
         raise ValueError(f"<!-- cell {what} -->: the rows of table {name} are {labels}")
@@ -150,8 +154,9 @@ def main(argv=None):
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default {RESULTS}")
     args = parser.parse_args(argv)
     text = args.page.read_text(encoding="utf-8")
-    write(args.page, filled(text, args.results, args.page.parent))
-    print(args.page)
+    new = filled(text, args.results, args.page.parent)
+    write(args.page, new)
+    print(f"{args.page}: {'as it was' if new == text else 'written'}")
 
 
 if __name__ == "__main__":

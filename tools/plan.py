@@ -126,6 +126,9 @@ TABLES = {
         Row("last linear starts small, not at zero", "--start small"),
         Row("Vision Remember at rate 2e-3", f"{SELA} --remember-lr 2e-3"),
         Row("Vision Remember at rate 3e-4", f"{SELA} --remember-lr 3e-4"),
+        Row("before layer 0 alone, windows of 1", f"{SELA} --remember 0 --window 1"),
+        Row("before layer 0 alone, at rate 2e-3", f"{SELA} --remember 0 --remember-lr 2e-3"),
+        Row("before layer 0 alone, the deepest level", f"{SELA} --remember 0 --levels 6"),
         Row("windows of 1", f"{SELA} --window 1"),
         Row("windows of 4", f"{SELA} --window 4"),
         Row("the deepest level alone", f"{SELA} --levels 6"),
@@ -138,6 +141,8 @@ TABLES = {
         Row("A.A.P, twice the steps", f"{AAP} --epochs 2"),
         Row("ours, twice the steps", f"{SELA} --epochs 2"),
         Row("ours before layer 0 alone, twice the steps", f"{SELA} --remember 0 --epochs 2"),
+        Row("heads start evenly, twice the steps", f"{EVEN} --epochs 2"),
+        Row("deformable attention, twice the steps", "--interaction deformable-multi --epochs 2"),
     ],
 }
 

@@ -180,8 +180,9 @@ LEGEND = (
     "Mean of the seeds ± their standard deviation; in square brackets the paper's own number. "
     f"Fine half: {FINE}. Coarse half: the mean of the other groups. Recovered: of what pooling "
     "lost on the fine half, so 0 is A.A.P with as many tokens a tile and 1 is no compression; in "
-    "brackets the 95 % confidence interval of the mean over seeds. GFLOP: of a picture of "
-    f"{TILES} tiles and {TEXT} tokens of text, forward. TTFT: that of no compression is 1.")
+    "brackets the 95 % confidence interval of the mean, where there are several seeds. GFLOP: of a "
+    f"picture of {TILES} tiles and {TEXT} tokens of text, forward. TTFT: that of no compression is "
+    "1.")
 
 
 def made_of(row, lines):
@@ -286,15 +287,19 @@ def as_long(flags, line):
 
 
 def interval(values):
-    """Numbers -> "mean (low to high)", the 95 % confidence interval of the mean; "-" below two.
+    """Numbers -> "mean (low to high)", the 95 % confidence interval of the mean; of one number
+    itself, of none "-".
 
     It takes the numbers as drawn from a normal distribution: mean ± t s / sqrt(n).
     """
     count = len(values)
-    if count < 2:
+    if not values:
         return "-"
+    mean = statistics.mean(values)
+    if count == 1:
+        return f"{mean:.2f}"
     t = T_95[min(count - 1, len(T_95)) - 1]
-    mean, reach = statistics.mean(values), t * statistics.stdev(values) / math.sqrt(count)
+    reach = t * statistics.stdev(values) / math.sqrt(count)
     return f"{mean:.2f} ({mean - reach:.2f} to {mean + reach:.2f})"
 
 
@@ -316,11 +321,12 @@ def note(args, lines):
     if not lines:
         return f"No line of {args.out} belongs to these rows."
     said = {name: "; ".join(sorted({str(line[name]) for line in lines}))
-            for name in ("seed", "machine", "commit", "world")}
+            for name in ("seed", "machine", "world")}
+    commits = sorted({name for line in lines for name in line["commit"].split(", ") if name})
     counts = sorted({line["scores"]["Avg"]["n"] for line in lines})
     steps = sorted({" + ".join(map(str, line["steps"])) for line in lines})
     limit = f" on {args.limit} records each" if args.limit else ""
     return (f"Seeds {said['seed']}; {' or '.join(map(str, counts))} questions, the same for every "
             f"model; {' or '.join(steps)} steps of the two phases{limit}. Machine: "
-            f"{said['machine']}. Commit: {said['commit']}. World: {said['world']}. Each line of "
-            f"{args.out} has the commands that make it again.")
+            f"{said['machine']}. Commits: {', '.join(commits)}. World: {said['world']}. Each line "
+            f"of {args.out} has the commands that make it again.")
