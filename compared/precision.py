@@ -25,7 +25,7 @@ LEAST_WIDTH = 512   # channels of a decoder; below it products are not what take
 LANES = 32          # the int8 kernel reads so many channels at a time, also beyond the last one
 MOST_ROWS = 8       # up to which a product in bfloat16 was faster with the rows last
 AT_ONCE = 4         # rows of a call of the int8 kernel: more take longer than several calls
-FEW = 16            # rows up to which calls of it were faster than a product in bfloat16
+FEW = 8             # rows up to which calls of it were faster than a product in bfloat16
 
 
 # ------------------------------------------------------------------------------ float32 or bfloat16
@@ -145,9 +145,9 @@ def kernel_works():
     The kernel is private to torch: another release may lack it, or want its arguments otherwise.
     All numbers here are small whole ones, so bfloat16 holds the product exactly.
     """
-    x = (torch.arange(2 * LANES) % 3 - 1).view(2, LANES)                 # (rows, d)
-    weight = (torch.arange(3 * LANES) % 5 - 2).view(3, LANES)            # (out, d)
-    one = torch.ones(3, dtype=torch.bfloat16)
+    x = torch.arange(AT_ONCE * LANES, device="cpu").view(AT_ONCE, LANES) % 3 - 1     # (rows, d)
+    weight = torch.arange(3 * LANES, device="cpu").view(3, LANES) % 5 - 2            # (out, d)
+    one = torch.ones(3, dtype=torch.bfloat16, device="cpu")
     try:
         found = torch._weight_int8pack_mm(x.bfloat16(), weight.to(torch.int8), one)
     except (AttributeError, RuntimeError, TypeError):
@@ -160,7 +160,8 @@ class Int8Linear(nn.Module):
 
     A row is divided by its largest absolute value over 127 and rounded. Inputs are not: products
     are taken in the input's precision, or for few rows on a CPU by a kernel that reads int8, if
-    torch has a working one.
+    torch has a working one. That takes inputs and products in bfloat16, also of a float32 model.
+    For answers alone: the kernel has no gradient, and a cast after this spoils scales and kernel.
     """
 
     def __init__(self, linear):
@@ -178,7 +179,7 @@ class Int8Linear(nn.Module):
         if self.by_kernel and 1 <= len(rows) <= FEW and x.device.type == "cpu":
             # it is fast in bfloat16 alone; the scale comes after, in float32
             out = torch.cat([torch._weight_int8pack_mm(part, self.weight, self.one)
-                             for part in rows.bfloat16().split(AT_ONCE)])
+                             for part in rows.bfloat16().contiguous().split(AT_ONCE)])
         else:
             out = F.linear(rows, self.weight.to(x.dtype))
         out = out * self.scale                                           # (rows, out) in float32

@@ -140,7 +140,7 @@ def test_the_kernel_is_checked_once(monkeypatch):
     layer = Int8Linear(nn.Linear(64, 10))
     for _ in range(3):
         layer(torch.ones(1, 64))
-    assert calls == [(2, precision.LANES), (1, 64), (1, 64), (1, 64)]
+    assert calls == [(precision.AT_ONCE, precision.LANES), (1, 64), (1, 64), (1, 64)]
 
 
 def test_a_call_of_the_kernel_has_four_rows_at_most(monkeypatch):
@@ -148,13 +148,22 @@ def test_a_call_of_the_kernel_has_four_rows_at_most(monkeypatch):
     calls, real = [], torch._weight_int8pack_mm
     assert precision.kernel_works()
     monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: calls.append(len(args[0])) or real(*args))
-    layer, x = Int8Linear(nn.Linear(64, 10)), torch.randn(2, 5, 64)
+    layer, x = Int8Linear(nn.Linear(64, 10)), torch.randn(2, 3, 64)
     alone = torch.cat([layer(row) for row in x.flatten(0, 1).split(1)])
     calls.clear()
     torch.testing.assert_close(layer(x).flatten(0, 1), alone)
-    assert calls == [4, 4, 2] and layer(x).shape == (2, 5, 10)
+    assert calls == [4, 2] and layer(x).shape == (2, 3, 10)
     calls.clear()
-    assert layer(torch.ones(precision.FEW + 1, 64)).shape == (17, 10) and not calls
+    assert layer(torch.ones(precision.FEW + 1, 64)).shape == (precision.FEW + 1, 10) and not calls
+
+
+def test_the_kernel_takes_rows_that_do_not_lie_end_to_end():
+    """It reads along the channels; and that it works is asked on the CPU, wherever a layer is made."""
+    layer, x = Int8Linear(nn.Linear(64, 3)), torch.randn(64, 8).bfloat16()
+    torch.testing.assert_close(layer(x.T), layer(x.T.contiguous()))
+    precision.kernel_works.cache_clear()
+    with torch.device("meta"):
+        assert Int8Linear(nn.Linear(64, 3)).by_kernel
 
 
 def test_a_row_of_zeros_stays_zero():
