@@ -23,7 +23,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LEAST_GAIN = 2      # so much faster a product must be in bfloat16; some other steps are slower
 LEAST_WIDTH = 512   # channels of a decoder; below it products are not what takes the time
 LANES = 32          # the int8 kernel reads so many channels at a time, also beyond the last one
-MOST_ROWS = 8       # up to which a product in bfloat16 was faster with the rows last
 AT_ONCE = 4         # rows of a call of the int8 kernel: more take longer than several calls
 FEW = 8             # rows up to which calls of it were faster than a product in bfloat16
 
@@ -87,52 +86,68 @@ def usual_precision():
     return "bf16" if torch.cuda.is_available() else "fp32"
 
 
-# ----------------------------------------------------------------------- a few rows in bfloat16
+# ----------------------------------------------------------------------------------- packed weights
 
-class FewRowsLinear(nn.Linear):
-    """A linear layer with the weights of another, for few rows, as decoding has. Up to MOST_ROWS
-    are multiplied as (w @ x.T).T. A single row is doubled first. (..., d) -> (..., out).
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies in the order in which a CPU's kernels read it.
+    (..., d) -> (..., out).
 
-    In bfloat16 on a CPU with AMX a product of one row alone reads 8 to 10 GB/s of weights the usual
-    way and 10 to 17 so: oneDNN has a faster kernel for two rows. The bits are the same, except for
-    a rare rounding; in float32 they differ. Many rows gain nothing: they go the usual way.
+    torch keeps a weight row by row. oneDNN, which multiplies on CPUs, has its fastest kernels for
+    weights in blocks, and else puts them in order for each product or takes a slower kernel: on the
+    CPU measured a product of 1 to 8 rows is 2 to 5 times faster so, and one of many rows 1.6 times
+    in bfloat16 and 2.2 times in float32 (results/bench.md). In bfloat16 the bits were the same, in
+    float32 sums are rounded otherwise.
+
+    For answers alone: it has no gradient, cannot be moved or cast, and state_dict lacks the weight.
     """
 
     def __init__(self, linear):
-        nn.Module.__init__(self)                                         # no weights of its own
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
 
     def forward(self, x):
-        rows = x.flatten(0, -2)                                          # (rows, d)
-        count = len(rows)
-        if not 1 <= count <= MOST_ROWS:
-            return super().forward(x)
-        if count == 1:
-            rows = torch.cat([rows, rows])
-        if self.bias is None:
-            out = self.weight @ rows.T                                   # (out, rows)
-        else:
-            out = torch.addmm(self.bias[:, None], self.weight, rows.T)
-        return out[:, :count].T.contiguous().unflatten(0, x.shape[:-1])
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def for_few_rows(model):
-    """Let every linear layer of the decoder of a LLaVAVR, or of a Qwen2, be a FewRowsLinear, if it
-    computes in bfloat16 on a CPU that is good at it. Names and weights stay. Returns the model."""
-    decoder = getattr(model, "language_model", model)
-    weight = decoder.lm_head.weight
-    on_cpu = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
-    if on_cpu and bf16_gain(128, weight.shape[1], 1024) >= LEAST_GAIN:
-        replace_linears(decoder, FewRowsLinear)
+@cache
+def packing_works(dtype):
+    """Whether torch can multiply by packed weights of a dtype, and one such product is right on
+    this CPU. Its operators are private: another release may lack them, or want other arguments.
+
+    All numbers here are small whole ones, so bfloat16 holds the product exactly.
+    """
+    with torch.device("cpu"):                                            # wherever models are made
+        x = (torch.arange(3 * 32).view(3, 32) % 3 - 1).to(dtype)                     # (rows, d)
+        linear = nn.Linear(32, 5).to(dtype)
+        linear.weight.data = (torch.arange(5 * 32).view(5, 32) % 5 - 2).to(dtype)    # (out, d)
+        linear.bias.data = torch.arange(5).to(dtype)
+    try:
+        with torch.inference_mode():
+            return torch.equal(PackedLinear(linear)(x), linear(x))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def pack(model):
+    """Let every linear layer of a LLaVAVR, or of a Qwen2, be a PackedLinear, where it lies on a CPU
+    that can. Layers that are more than nn.Linear stay. Returns the model.
+
+    Small models stay, too: nothing is to be gained, and their answers keep their bits.
+    """
+    weight = getattr(model, "language_model", model).model.embed_tokens.weight       # (V, d)
+    is_large = weight.shape[1] >= LEAST_WIDTH
+    if is_large and weight.device.type == "cpu" and packing_works(weight.dtype):
+        replace_linears(model, PackedLinear)
     return model
 
 
-def replace_linears(decoder, kind):
-    """Put kind(linear) in the place of every linear layer."""
-    for module in list(decoder.modules()):
+def replace_linears(model, kind):
+    """Put kind(linear) in the place of every nn.Linear, one after another, so that two copies of
+    all weights are never held."""
+    for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
+            if type(child) is nn.Linear:
                 setattr(module, name, kind(child))
 
 

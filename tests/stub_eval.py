@@ -85,6 +85,7 @@ def setup(tmp_path, monkeypatch):
     """A model folder, the data, and the arguments that name them."""
     Stub.calls = []
     monkeypatch.setattr(variants, "LLaVAVR", Stub)
+    monkeypatch.setattr(variants, "pack", lambda model: model)          # the stub has no layers
     monkeypatch.setattr(precision, "bf16_gain", lambda *sizes: 1.0)     # a busy machine measures now this, now that
     (tmp_path / "model").mkdir()
     write_origin(tmp_path / "model")

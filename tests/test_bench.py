@@ -60,7 +60,8 @@ def test_bytes_for_a_token_are_the_weights_once_and_the_used_cache():
         weights = sum(parameter.numel() for parameter in decoder.parameters())
         weights -= 0 if tied else config.vocab_size * config.hidden_size
         seen = config.num_hidden_layers * 2 * 3 * config.num_key_value_heads * 21 * config.head_dim
-        assert bench_decode.bytes_for_a_token(decoder, cache) == 4 * (weights + seen)
+        assert bench_decode.bytes_of_weights(decoder) == 4 * weights
+        assert bench_decode.bytes_of_cache(cache) == 4 * seen
 
 
 def test_decoding_is_timed_in_all_three_numbers_beside_the_floor(capsys, monkeypatch):

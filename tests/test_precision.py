@@ -1,5 +1,6 @@
 """In which numbers a model is asked: float32, bfloat16, int8."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,11 +8,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import eval as evaluation
+import sela
 from compared import precision
 from compared.precision import Int8Linear, bf16_gain, choose_precision, to_int8
 from compared.variants import load_model
 from helpers import picture, tiny_model
-from model import PRESETS
+from model import PRESETS, LLaVAVR
 
 SIZES = PRESETS["0.5b"].config
 
@@ -184,31 +186,86 @@ def test_int8_leaves_the_embedding_and_replaces_every_product_of_the_decoder():
     assert any(isinstance(module, nn.Linear) for module in model.vision_tower.modules())
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("bias", (True, False))
-@pytest.mark.parametrize("shape", ((1, 48), (3, 1, 48), (2, 4, 48), (40, 48)))
-def test_a_few_rows_in_bf16_are_multiplied_rows_last(shape, bias, monkeypatch):
-    """To a rounding of the usual product; many rows are that product."""
+@pytest.mark.parametrize("shape", ((48,), (1, 48), (3, 1, 48), (2, 4, 48), (40, 48), (0, 48)))
+def test_packed_weights_give_the_usual_product(shape, bias, dtype):
+    """To a rounding; in any number of rows, which need not lie end to end."""
+    if not precision.packing_works(dtype):
+        pytest.skip("torch packs no such weights on this CPU")
     torch.manual_seed(0)
-    linear, x = nn.Linear(48, 10, bias).bfloat16(), torch.randn(shape).bfloat16()
-    layer, asked, usual = precision.FewRowsLinear(linear), [], F.linear
-    assert layer.weight is linear.weight and layer.state_dict().keys() == linear.state_dict().keys()
-    monkeypatch.setattr(F, "linear", lambda *args: asked.append(1) or usual(*args))
-    found = layer(x)
-    assert len(asked) == (x[..., 0].numel() == 40) and found.is_contiguous()
-    torch.testing.assert_close(found, usual(x, linear.weight, linear.bias), rtol=1e-2, atol=1e-2)
+    linear, x = nn.Linear(48, 10, bias).to(dtype), torch.randn(shape).to(dtype)
+    close = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    with torch.inference_mode():
+        layer = precision.PackedLinear(linear)
+        torch.testing.assert_close(layer(x), linear(x), **close)
+        turned = torch.randn(48, 5).to(dtype).T
+        torch.testing.assert_close(layer(turned), linear(turned), **close)
 
 
-def test_rows_last_is_for_bf16_alone(monkeypatch):
-    """In float32 the order of sums would change greedy answers; the lm_head stays tied, and int8 can still follow."""
-    gains = iter((1.9, 2))
-    monkeypatch.setattr(precision, "bf16_gain", lambda *sizes: next(gains))
+def large(monkeypatch):
+    """Let tiny models count as large."""
+    monkeypatch.setattr(precision, "LEAST_WIDTH", 1)
+
+
+def kinds(model):
+    """The class of every module that has a weight of its own for products, with its name."""
+    return {name: type(module) for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, precision.PackedLinear, Int8Linear))}
+
+
+@pytest.mark.skipif(not precision.packing_works(torch.float32), reason="torch packs no weights on this CPU")
+def test_a_loaded_model_is_packed_and_answers_as_before(tmp_path, monkeypatch):
+    """ViT, projector, Vision Remember and decoder; what is more than a linear layer stays, and int8 stays int8. The
+    same logits to a rounding, and the same answer."""
+    tiny_model().save_pretrained(tmp_path)
+    plain = load_model(tmp_path)
+    assert set(kinds(plain).values()) <= {nn.Linear, sela.Join}, "a small model keeps its bits"
+    large(monkeypatch)
+    packed = load_model(tmp_path)
+    expected = {name: kind if kind is sela.Join else precision.PackedLinear for name, kind in kinds(plain).items()}
+    assert kinds(packed) == expected and sela.Join in expected.values()
+    asked = [picture(60, 60)], ["What?"], 8
+    assert plain.generate(*asked) == packed.generate(*asked)
+    seen = []
+    for model in (plain, packed):
+        model.generate(*asked, choose=lambda logits: seen.append(logits.clone()) or logits.argmax(-1))
+    half = len(seen) // 2
+    torch.testing.assert_close(torch.stack(seen[:half]), torch.stack(seen[half:]), rtol=1e-4, atol=1e-4)
+    both = kinds(load_model(tmp_path, int8=True))
+    assert {kind for name, kind in both.items() if "language_model" in name} == {Int8Linear}
+    assert precision.PackedLinear in both.values()
+
+
+def lacking_packing(*args):
+    """What torch does where it has the name, but no kernel for this CPU."""
+    raise RuntimeError("not compiled")
+
+
+@pytest.mark.parametrize("broken", ("raises", "wrong", "gone"))
+def test_a_model_does_without_packing_where_it_is_not_to_be_trusted(monkeypatch, broken):
+    """Its operators are private to torch."""
+    large(monkeypatch)
+    precision.packing_works.cache_clear()
+    if broken == "gone":
+        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    else:
+        product = lacking_packing if broken == "raises" else lambda x, weight, bias, *rest: x[:, :5]
+        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(
+            _reorder_linear_weight=lambda weight: weight, _linear_pointwise=product))
     model = tiny_model()
-    assert precision.for_few_rows(model) is model
-    slow = precision.for_few_rows(tiny_model().bfloat16())
-    assert not any(isinstance(module, precision.FewRowsLinear) for module in slow.modules())
-    assert not any(isinstance(module, precision.FewRowsLinear) for module in model.modules())
-    names = list(precision.for_few_rows(model.bfloat16()).state_dict())
-    decoder = model.language_model
-    assert names == list(tiny_model().state_dict()) and isinstance(decoder.lm_head, precision.FewRowsLinear)
-    assert decoder.lm_head.weight is decoder.model.embed_tokens.weight
-    assert not any(isinstance(module, precision.FewRowsLinear) for module in to_int8(model).modules())
+    assert precision.pack(model) is model
+    assert precision.PackedLinear not in kinds(model).values()
+    precision.packing_works.cache_clear()
+
+
+def test_packing_is_asked_for_on_the_cpu_alone(monkeypatch):
+    large(monkeypatch)
+    with torch.device("meta"):
+        model = precision.pack(LLaVAVR(tiny_model().config))
+    assert precision.PackedLinear not in kinds(model).values()
+    with torch.device("meta"):                                              # wherever tensors are made
+        precision.packing_works.cache_clear()
+        asked = precision.packing_works(torch.float32)
+    precision.packing_works.cache_clear()
+    assert asked == precision.packing_works(torch.float32)

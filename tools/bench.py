@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 import data
-from compared.precision import DTYPES, add_precision, announce, to_int8
+from compared.precision import DTYPES, add_precision, announce, pack, to_int8
 from model import PRESETS, LLaVAVRConfig
 from tiny import world
 from tools.bench_decode import decode
@@ -47,6 +47,7 @@ def answers(args, pictures=True):
     model = build(args).to(DTYPES[args.precision]).eval()
     if args.int8:
         to_int8(model)
+    pack(model)
     model.read_tokenizer(args.tokenizer)
     scale = model.config.vision.image_size / 112         # drawn for tiles of 112 pixels
     images, questions = [], []

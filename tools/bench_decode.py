@@ -3,8 +3,9 @@
 The memory floor: the bytes that a token needs, which are the weights of decoder and lm_head and the
 keys and values of all rows, over the speed at which this machine reads memory.
 
---compile adds the same steps behind torch.compile, with its graphs made before the clock runs. It
-needs a compiler and a minute or two. On the one CPU measured it does not pay (results/bench.md).
+--compile adds the same steps behind torch.compile, with its graphs made before the clock runs and
+without packed weights, which it cannot read. It needs a compiler and a minute or two. On the one
+CPU measured it does not pay (results/bench.md).
 Expected, not measured yet: it pays for many answers on a GPU, where starting some 2,000 operations
 takes longer than reading a small decoder's weights.
 """
@@ -16,7 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from compared.precision import DTYPES, for_few_rows, to_int8
+from compared.precision import DTYPES, pack, to_int8
 from qwen2 import KVCache, Qwen2
 from tools import cost
 from tools.timing import conditions, preset_config, timed
@@ -33,14 +34,17 @@ def read_speed(device, rounds=10):
     return x.numel() * x.element_size() / min(map(min, seconds.values()))
 
 
-def bytes_for_a_token(decoder, cache):
-    """Bytes that decoding one token of every row must read: the weights, and the used cache. The
-    embedding counts only where it is also the lm_head: a token needs one row of it."""
+def bytes_of_weights(decoder):
+    """Bytes of weights that decoding a token must read, before they are packed. The embedding
+    counts only where it is also the lm_head: a token needs one row of it."""
     held = {name: tensor for name, tensor in decoder.state_dict().items()
             if "embed_tokens" not in name}               # a tied one is listed as lm_head, too
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
-    seen = cache.kv[..., :cache.used, :]
-    return weights + seen.numel() * seen.element_size()
+    return sum(tensor.nbytes for tensor in held.values())
+
+
+def bytes_of_cache(cache):
+    """Bytes of the keys and values of all rows that decoding a token must read."""
+    return cache.kv[..., :cache.used, :].numel() * cache.kv.element_size()
 
 
 def decode_step(decoder, batch, prompt, room):
@@ -90,8 +94,12 @@ def decode(args):
             for compiled in ((False, True) if args.compile else (False,))]
     for name, dtype, int8, compiled in ways:
         decoder = copy.deepcopy(original).to(dtype)      # its lm_head stays tied
-        (to_int8 if int8 else for_few_rows)(decoder)
-        if compiled:
+        if int8:
+            to_int8(decoder)
+        weights = bytes_of_weights(decoder)
+        if not compiled:
+            pack(decoder)
+        else:
             torch._dynamo.reset()                        # graphs of the way before
             decoder.compile(dynamic=True)                # the used places grow with every token
             name += ", compiled"
@@ -106,7 +114,7 @@ def decode(args):
                     step()
             seconds = timed({"": tokens}, args.rounds, args.device)[""]
             milliseconds = [1000 * second / args.tokens for second in seconds]
-            floor = 1000 * bytes_for_a_token(decoder, cache) / speed
+            floor = 1000 * (weights + bytes_of_cache(cache)) / speed
             median = statistics.median(milliseconds)
             print(f"  {name:19} batch {batch}{median:9.1f} ms a token "
                   f"({min(milliseconds):.1f} to {max(milliseconds):.1f}), floor {floor:6.1f} ms, "

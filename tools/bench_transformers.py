@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import data
-from compared.precision import for_few_rows, to_int8
+from compared.precision import pack, to_int8
 from model import PRESETS
 from tools.bench_train import train_step
 from tools.bench_ttft import QUESTION
@@ -128,10 +128,12 @@ def answer(args):
     ours.read_tokenizer(args.tokenizer)
     half = copy.deepcopy(ours).to(torch.bfloat16)
     small = to_int8(copy.deepcopy(half))
-    for_few_rows(half)
+    plain_too = copy.deepcopy(plain)                     # transformers' is made of the plain one
     picture = full_picture(args.tiles, plain.config.vision.image_size, args.seed)
     models = {"ours, bf16 and int8": small, "ours, bf16": half, "ours, fp32": ours,
-              "uncompressed here, fp32": plain}
+              "uncompressed here, fp32": plain_too}
+    for model in models.values():
+        pack(model)
     ways = {name: partial(answer_here, model, picture, args.tokens)
             for name, model in models.items()}
     if installed():

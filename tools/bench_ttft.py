@@ -18,7 +18,7 @@ import torch
 from benchmarks import known
 from benchmarks.rows import count_rows, find_files, open_row, rows_of
 from clip import CLIPVision
-from compared.precision import DTYPES
+from compared.precision import DTYPES, pack
 from compared.pruning import PrunedLLaVAVR, parse_rule
 from compared.variants import load_model
 from model import LLaVAVR
@@ -78,6 +78,8 @@ def build_systems(args, names):
             model.prune_by(parse_rule(rule, config.text.num_hidden_layers))
         model.read_tokenizer(args.tokenizer)
         models[name] = model
+    for model in models.values():                        # only now: they share parts
+        pack(model)
     return models
 
 

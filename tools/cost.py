@@ -23,9 +23,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from compared import lora
 from compared.choices import FIELDS, add_choices, flags_of, given, typed, with_side
+from compared.precision import PackedLinear, packing_works
 from model import INTERACTIONS, PRESETS, PROJECTORS, LLaVAVR
 from storage.log import read
 from tools.shapes import added_parameters, kept_by_a_tile
@@ -89,21 +91,25 @@ def short(number, unit=""):
     return f"{number:.{digits}f} {prefix}{unit}".rstrip()
 
 
+@torch.inference_mode()
 def gemm_peak(device, dtype, seconds=0.5):
     """FLOP/s of a large square matrix product on this device, the best of several rounds: what a
     model can at most reach. float32 on CUDA means TF32 where torch.backends allows it."""
     cuda = torch.device(device).type == "cuda"
     size, rounds = (8192, 8) if cuda else (1024, 1)
     # random numbers, for zeros take less power and run faster
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    a @ b                                                         # the first picks its kernel
+    a = torch.randn(size, size, device=device).to(dtype)
+    linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype)
+    if not cuda and packing_works(dtype):
+        linear = PackedLinear(linear)                             # as models that answer have
+    linear(a)                                                     # the first picks its kernel
     best, end = 0, time.perf_counter() + seconds
     while not best or time.perf_counter() < end:
         if cuda:
             torch.cuda.synchronize(device)
         start = time.perf_counter()
         for _ in range(rounds):
-            a @ b
+            linear(a)
         if cuda:
             torch.cuda.synchronize(device)
         best = max(best, rounds * 2 * size ** 3 / (time.perf_counter() - start))
