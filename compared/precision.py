@@ -2,11 +2,11 @@
 
     python eval.py --task chartqa --preset 0.5b                       # measures, says what it took
     python eval.py --task chartqa --preset 0.5b --precision fp32
-    python sample.py --preset 0.5b --int8 --image photo.jpg "Where?"  # weights of a quarter
+    python sample.py --preset 0.5b --int8 --image photo.jpg "Where?"  # decoder in int8
 
     rows   of a product (tokens)     d  its input channels     out  its output channels
 
-Decoding one token reads every weight of the decoder once, and little else takes time. So fewer
+Decoding one token reads every weight of the decoder once, which takes most of its time. So fewer
 bytes can take less time. How much less was measured: results/bench.md.
 """
 import os
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 
 PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LEAST_GAIN = 2      # so much faster a product must be in bfloat16; some other steps are slower
+LEAST_GAIN = 1.5    # so much faster a product must be in bfloat16; some other steps are slower
 LEAST_WIDTH = 512   # channels of a decoder; below it products are not what takes the time
 LANES = 32          # the int8 kernel reads so many channels at a time, also beyond the last one
 AT_ONCE = 4         # rows of a call of the int8 kernel: more take longer than several calls
-FEW = 8             # rows up to which calls of it were faster than a product in bfloat16
+FEW = 8             # rows up to which calls of it were faster than a cast and a product
 
 
 # ------------------------------------------------------------------------------ float32 or bfloat16
@@ -32,23 +32,27 @@ FEW = 8             # rows up to which calls of it were faster than a product in
 def add_precision(parser):
     """Give a command line --precision and --int8."""
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
-                        help="auto: bf16 on a GPU; on a CPU what it measures to be faster")
+                        help="auto: bf16 on an NVIDIA GPU; on a CPU what it measures to be faster")
     parser.add_argument("--int8", action="store_true",
                         help="decoder weights in int8: fewer bytes to read for a token")
 
 
-def bf16_gain(rows, d, out, rounds=4):
+@torch.inference_mode()
+def bf16_gain(rows, d, out, packed=False, rounds=4):
     """How many times faster than in float32 this CPU multiplies (rows, d) by (d, out) in bfloat16.
 
-    The fastest of several rounds counts, as other programs may run.
+    packed: as models that answer do. The fastest of several rounds counts, as other programs may
+    run.
     """
     seconds = []
     for dtype in DTYPES.values():
-        x, weight = torch.ones(rows, d, dtype=dtype), torch.ones(out, d, dtype=dtype)
+        x, linear = torch.ones(rows, d, dtype=dtype), nn.Linear(d, out, bias=False, dtype=dtype)
+        if packed and packing_works(dtype):
+            linear = PackedLinear(linear)
         times = []
         for _ in range(rounds + 1):                                      # the first picks a kernel
             began = time.perf_counter()
-            F.linear(x, weight)
+            linear(x)
             times.append(time.perf_counter() - began)
         seconds.append(min(times[1:]))
     return seconds[0] / seconds[1]
@@ -69,7 +73,8 @@ def choose_precision(asked, config):
         return "fp32", "the model is small"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                         # as torchrun says
         return "fp32", "several processes on a CPU might measure different things"
-    gain = min(bf16_gain(128, part.hidden_size, 1024) for part in (config.vision, config.text))
+    gain = min(bf16_gain(128, part.hidden_size, 1024, packed=True)
+               for part in (config.vision, config.text))
     taken = "bf16" if gain >= LEAST_GAIN else "fp32"
     return taken, f"this CPU multiplies {gain:.1f} times as fast in bf16 as in fp32"
 
@@ -93,18 +98,18 @@ class PackedLinear(nn.Module):
     (..., d) -> (..., out).
 
     torch keeps a weight row by row. oneDNN, which multiplies on CPUs, has its fastest kernels for
-    weights in blocks, and else puts them in order for each product or takes a slower kernel: on the
-    CPU measured a product of 1 to 8 rows is 2 to 5 times faster so, and one of many rows 1.6 times
-    in bfloat16 and 2.2 times in float32 (results/bench.md). In bfloat16 the bits were the same, in
-    float32 sums are rounded otherwise.
+    weights in blocks. How much faster they are was measured: results/bench.md. Sums may be rounded
+    otherwise.
 
-    For answers alone: it has no gradient, cannot be moved or cast, and state_dict lacks the weight.
+    For answers alone: it has no gradient, must not be moved or cast, and state_dict lacks the
+    weight.
     """
 
     def __init__(self, linear):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
+        bias = linear.bias                                               # read without its strides
+        self.bias = None if bias is None else bias.detach().contiguous()
 
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -119,7 +124,7 @@ def packing_works(dtype):
     """
     with torch.device("cpu"):                                            # wherever models are made
         x = (torch.arange(3 * 32).view(3, 32) % 3 - 1).to(dtype)                     # (rows, d)
-        linear = nn.Linear(32, 5).to(dtype)
+        linear = nn.utils.skip_init(nn.Linear, 32, 5)                    # draws no random numbers
         linear.weight.data = (torch.arange(5 * 32).view(5, 32) % 5 - 2).to(dtype)    # (out, d)
         linear.bias.data = torch.arange(5).to(dtype)
     try:
@@ -133,7 +138,8 @@ def pack(model):
     """Let every linear layer of a LLaVAVR, or of a Qwen2, be a PackedLinear, where it lies on a CPU
     that can. Layers that are more than nn.Linear stay. Returns the model.
 
-    Small models stay, too: nothing is to be gained, and their answers keep their bits.
+    Small models stay, too: nothing is to be gained, and their answers keep their bits. A tied
+    lm_head is held twice then, packed and as the embedding.
     """
     weight = getattr(model, "language_model", model).model.embed_tokens.weight       # (V, d)
     is_large = weight.shape[1] >= LEAST_WIDTH
@@ -143,12 +149,11 @@ def pack(model):
 
 
 def replace_linears(model, kind):
-    """Put kind(linear) in the place of every nn.Linear, one after another, so that two copies of
-    all weights are never held."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, kind(child))
+    """Put kind(linear) in the place of every nn.Linear, one after another: each weight is freed
+    before the next is made anew."""
+    for module in [module for module in model.modules() if type(module) is not nn.Linear]:
+        for name in [name for name, child in module.named_children() if type(child) is nn.Linear]:
+            setattr(module, name, kind(getattr(module, name)))
 
 
 # --------------------------------------------------------------------------------------------- int8

@@ -86,7 +86,7 @@ def setup(tmp_path, monkeypatch):
     Stub.calls = []
     monkeypatch.setattr(variants, "LLaVAVR", Stub)
     monkeypatch.setattr(variants, "pack", lambda model: model)          # the stub has no layers
-    monkeypatch.setattr(precision, "bf16_gain", lambda *sizes: 1.0)     # a busy machine measures now this, now that
+    monkeypatch.setattr(precision, "bf16_gain", lambda *sizes, packed: 1.0)     # a busy machine measures now this, now that
     (tmp_path / "model").mkdir()
     write_origin(tmp_path / "model")
     (tmp_path / "model/model.safetensors").write_bytes(b"weights")

@@ -1,5 +1,7 @@
 """In which numbers a model is asked: float32, bfloat16, int8."""
+import weakref
 from dataclasses import replace
+from functools import partialmethod
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +28,7 @@ def cpu(monkeypatch):
 
     def set_gains(*gains):
         left = list(gains)
-        monkeypatch.setattr(precision, "bf16_gain", lambda *sizes: left.pop())
+        monkeypatch.setattr(precision, "bf16_gain", lambda *sizes, packed: left.pop())
     return set_gains
 
 
@@ -34,7 +36,7 @@ def test_the_gain_is_a_ratio_of_times(monkeypatch):
     """float32 takes 4 s a product and bfloat16 1 s: the clock says so, whatever this machine does."""
     now, asked = [0.0], []
 
-    def product(x, weight):
+    def product(x, weight, bias=None):
         asked.append((tuple(x.shape), tuple(weight.shape)))
         now[0] += 4 if x.dtype == torch.float32 else 1
     monkeypatch.setattr(precision.time, "perf_counter", lambda: now[0])
@@ -269,3 +271,30 @@ def test_packing_is_asked_for_on_the_cpu_alone(monkeypatch):
         asked = precision.packing_works(torch.float32)
     precision.packing_works.cache_clear()
     assert asked == precision.packing_works(torch.float32)
+
+
+@pytest.mark.parametrize("change", (precision.pack, to_int8))
+def test_weights_are_freed_as_they_are_replaced(change, monkeypatch):
+    """Two copies of a large model would not fit. The lm_head is first, and its weight stays, as the embedding."""
+    large(monkeypatch)
+    decoder = tiny_model().language_model
+    old = [weakref.ref(module.weight) for module in decoder.modules() if type(module) is nn.Linear]
+    alive = []
+
+    def watched(layer, linear, real):
+        alive.append(sum(weight() is not None for weight in old))
+        real(layer, linear)
+    for kind in (precision.PackedLinear, Int8Linear):
+        monkeypatch.setattr(kind, "__init__", partialmethod(watched, real=kind.__init__))
+    change(decoder)
+    assert alive == [len(old), *range(len(old), 1, -1)]
+
+
+def test_a_bias_may_lie_anywhere():
+    """The kernel reads it end to end."""
+    if not precision.packing_works(torch.float32):
+        pytest.skip("torch packs no such weights on this CPU")
+    linear, x = nn.Linear(64, 48), torch.randn(3, 64)
+    linear.bias = nn.Parameter(torch.randn(96)[::2])
+    with torch.inference_mode():
+        torch.testing.assert_close(precision.PackedLinear(linear)(x), linear(x))

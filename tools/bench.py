@@ -6,6 +6,7 @@
     python -m tools.bench decoding           # the same without pictures: mostly the answers' tokens
     python -m tools.bench data               # pictures to tiles, ours and transformers'
     python -m tools.bench decode --preset 0.5b    # ms a token beside the memory floor
+    python -m tools.bench products --preset 0.5b  # products by packed weights, on a CPU
     python -m tools.bench ttft --preset 1.5b --systems mlp,aap,aap+vr --tiles 5 --layers 4
                                              # time to first token of what the paper compares
     python -m tools.bench ttft --model runs/0.5b/phase2 --task realworldqa    # real prompts
@@ -34,7 +35,7 @@ import data
 from compared.precision import DTYPES, add_precision, announce, pack, to_int8
 from model import PRESETS, LLaVAVRConfig
 from tiny import world
-from tools.bench_decode import decode
+from tools.bench_decode import decode, products
 from tools.bench_gpu import gpu
 from tools.bench_train import packing, step
 from tools.bench_transformers import answer, image_processor, transformers
@@ -102,7 +103,7 @@ def reading(args):
     compare(args, ways, len(pictures), "pictures")
 
 
-WAYS = {"decode": decode, "ttft": ttft, "packing": packing, "step": step,
+WAYS = {"decode": decode, "products": products, "ttft": ttft, "packing": packing, "step": step,
         "transformers": transformers, "answer": answer, "answers": answers, "decoding": decoding,
         "data": reading}
 

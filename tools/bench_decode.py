@@ -15,13 +15,15 @@ import statistics
 from functools import partial
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-from compared.precision import DTYPES, pack, to_int8
+from compared.precision import DTYPES, PackedLinear, pack, packing_works, to_int8
 from qwen2 import KVCache, Qwen2
 from tools import cost
 from tools.timing import conditions, preset_config, timed
 
+WEIGHTS = 2**28     # bytes of weights: no cache holds them
 WARM = 10           # steps in which a compiled decoder may still make graphs
 
 
@@ -61,8 +63,9 @@ def decode_step(decoder, batch, prompt, room):
 
 
 def compile_all(step):
-    """Run a step of a compiled decoder until two in a row need no new graph, WARM times at most:
-    the second place that is looked at brings a graph for any number of places."""
+    """Run a step of a compiled decoder until two in a row need no new graph, WARM times at most.
+    The second step looks at one more place of the cache: torch then makes a graph for any number
+    of places."""
     graphs, unchanged = torch._dynamo.utils.counters["stats"], 0
     for _ in range(WARM):
         before = graphs["unique_graphs"]
@@ -121,3 +124,44 @@ def decode(args):
                   f"ratio {median / floor:5.2f}")
             found.append({"numbers": name, "batch": batch, "ms": median, "floor_ms": floor})
     print(json.dumps({"decode": found, "read_bytes_per_second": speed, **conditions(args)}))
+
+
+@torch.inference_mode()
+def products(args):
+    """Products of a few and of many rows by the decoder's weights, as torch has them and packed:
+    how fast the weights are read, and how fast is multiplied."""
+    text = preset_config(args, cost.PLAIN).text
+    d, inner = text.hidden_size, text.intermediate_size
+    found = []
+    print("  numbers  rows       weight  read, usual and packed    multiplied, usual and packed")
+    for name, dtype in DTYPES.items():
+        if not packing_works(dtype):
+            print(f"  {name}: this CPU packs no weights")
+            continue
+        for rows in (1, 8, args.prompt):
+            for wide, out in ((d, d), (d, inner), (inner, d), (d, text.vocab_size)):
+                row = timed_products(args, dtype, rows, wide, out)
+                found.append({"numbers": name, "rows": rows, "d": wide, "out": out, **row})
+                read = [cost.short(speed, "B/s") for speed in row["read"]]
+                multiplied = [cost.short(speed, "FLOP/s") for speed in row["multiplied"]]
+                print(f"  {name:7}{rows:6}{wide:6} x{out:7}{read[0]:>12}{read[1]:>12}"
+                      f"{multiplied[0]:>16}{multiplied[1]:>16}")
+    print(json.dumps({"products": found, **conditions(args)}))
+
+
+def timed_products(args, dtype, rows, d, out):
+    """-> {"read": bytes of weights a second, "multiplied": FLOP/s}, each for torch's way and for
+    packed weights. So many weights are multiplied one after another that no cache holds them."""
+    x = torch.randn(rows, d).to(dtype)
+    count = max(1, WEIGHTS // (d * out * dtype.itemsize))
+    usual = [nn.Linear(d, out, bias=False, dtype=dtype) for _ in range(count)]
+    packed = [PackedLinear(linear) for linear in usual]
+
+    def multiply(layers):
+        for layer in layers:
+            layer(x)
+    ways = {"usual": partial(multiply, usual), "packed": partial(multiply, packed)}
+    seconds = timed(ways, args.rounds, args.device).values()
+    medians = [statistics.median(times) / count for times in seconds]
+    return {"read": [d * out * dtype.itemsize / median for median in medians],
+            "multiplied": [2 * rows * d * out / median for median in medians]}

@@ -124,7 +124,7 @@ def ttft(args):
         return ttft_of_task(args)
     names = read_systems(args.systems)
     models = build_systems(args, names)
-    peak = cost.gemm_peak(args.device, DTYPES[args.precision])
+    peak = cost.gemm_peak(args.device, DTYPES[args.precision], packed=True)
     tile = next(iter(models.values())).config.vision.image_size
     picture = full_picture(args.tiles, tile, args.seed)
     runs = {name: [] for name in names}
@@ -216,7 +216,7 @@ def ttft_of_task(args):
     questions = questions_of(args.task, args.data, args.count)
     model = load_model(args.model, precision=args.precision, int8=args.int8)
     device = model.image_newline.device
-    peak = cost.gemm_peak(device, DTYPES[args.precision])
+    peak = cost.gemm_peak(device, DTYPES[args.precision], packed=True)
     asked = [(question.pictures, device, question.prompt) for question in questions]
     first_token(model, *asked[0])                        # warms up
     runs = [first_token(model, *one) for _ in range(args.rounds) for one in asked]
