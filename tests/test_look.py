@@ -105,6 +105,21 @@ def test_weights_of_every_token_layer_and_head_sum_to_one():
         assert torch.allclose(heads.mean(1), torch.tensor(insertion["mean"]), atol=1.01e-4)
 
 
+@pytest.mark.parametrize("window", (1, 2, 4))
+def test_the_share_of_own_features_is_that_of_the_weights_on_them(window):
+    """A token at row i, column j was pooled from the features at rows 2i, 2i+1 and columns 2j, 2j+1 of its tile."""
+    model = wake(tiny_model(window=window))
+    places = [place for place in page_of(model).data["places"] if len(place) == 5]
+    for insertion in page_of(model).data["insertions"]:
+        shares = []
+        for (_, row, column, top, left), heads in zip(places, insertion["heads"]):
+            weights = torch.tensor(heads).unflatten(1, (2 * window, 2 * window))             # (A, r, r)
+            i, j = 2 * row - top, 2 * column - left
+            shares.append(weights[:, i:i + 2, j:j + 2].sum((1, 2)))
+        assert abs(torch.stack(shares).mean().item() - insertion["own"]) < 1e-3
+        assert window == 1 or 0.3 / window**2 < insertion["own"] < 0.999
+
+
 @pytest.mark.parametrize("mode, size", KINDS)
 def test_the_window_that_is_outlined_is_what_the_token_depends_on(mode, size):
     """Its own window of its own tile, by the gradient of the module itself."""

@@ -35,7 +35,7 @@ from compared.choices import add_name, model_folder
 from compared.variants import load_model
 from eval import GREY
 from model import PRESETS
-from sela import Windows, flat_index
+from sela import Sizes, Windows, flat_index, own_features
 from tools.density import densities
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -50,6 +50,7 @@ class Insertion(NamedTuple):
     layer: int                  # of the decoder, that it stands before
     weights: torch.Tensor       # (n, A, r*r) of every token on the features of its window
     change: torch.Tensor        # (n,) |x_new - x| / |x|
+    own: float                  # share of the weights on features that their token was pooled from
 
 
 class Seen(NamedTuple):
@@ -109,7 +110,22 @@ def insertion_of(layer, module, calls):
     k = calls[module.feature_windows][0][1]                              # the second call is v's
     weights = weights_of(module, q, k, memory.cells)                     # (n, A, r*r)
     change = (new.float() - x.float()).norm(dim=-1) / x.float().norm(dim=-1)     # (n,)
-    return Insertion(layer, weights.cpu(), change.cpu())
+    own = (weights * own_of(module, memory.cells).unsqueeze(1)).sum(-1).mean()
+    return Insertion(layer, weights.cpu(), change.cpu(), own.item())
+
+
+def own_of(module, cells):
+    """Which features of its window each of the tokens at cells (n, 3) was pooled from.
+
+    -> (n, r*r), 1 or 0
+    """
+    s, r = module.token_windows.layout[1], module.feature_windows.layout[1]
+    sizes = Sizes(width=0, level_width=0, levels=0, side=module.side,
+                  feature_side=module.side // s * r)
+    one_each = own_features(sizes, s, heads=r * r)                       # (A, s*s, r*r)
+    own = (one_each > 0).any(0).float().to(cells.device)                 # (s*s, r*r)
+    _, row, column = cells.unbind(1)
+    return own[row % s * s + column % s]
 
 
 def weights_of(module, q, k, cells):
@@ -273,8 +289,9 @@ def shown_insertions(insertions):
         return x.double().round(decimals=4).tolist()
 
     return [{"layer": layer, "mean": rounded(weights.mean(1)), "change": rounded(change),
-             "heads": rounded(weights) if weights.numel() <= MOST_NUMBERS else []}
-            for layer, weights, change in insertions]
+             "heads": rounded(weights) if weights.numel() <= MOST_NUMBERS else [],
+             "own": round(own, 4)}
+            for layer, weights, change, own in insertions]
 
 
 def page(model, picture, question, name, limit):
