@@ -38,17 +38,17 @@ def add_precision(parser):
 
 
 @torch.inference_mode()
-def bf16_gain(rows, d, out, packed=False, rounds=4):
+def bf16_gain(rows, d, out, reordered=False, rounds=4):
     """How many times faster than in float32 this CPU multiplies (rows, d) by (d, out) in bfloat16.
 
-    packed: as models that answer do. The fastest of several rounds counts, as other programs may
+    reordered: as models that answer do. The fastest of several rounds counts, as other programs may
     run.
     """
     seconds = []
     for dtype in DTYPES.values():
         x, linear = torch.ones(rows, d, dtype=dtype), nn.Linear(d, out, bias=False, dtype=dtype)
-        if packed and packing_works(dtype):
-            linear = PackedLinear(linear)
+        if reordered and reordering_works(dtype):
+            linear = ReorderedLinear(linear)
         times = []
         for _ in range(rounds + 1):                                      # the first picks a kernel
             began = time.perf_counter()
@@ -73,7 +73,7 @@ def choose_precision(asked, config):
         return "fp32", "the model is small"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                         # as torchrun says
         return "fp32", "several processes on a CPU might measure different things"
-    gain = min(bf16_gain(128, part.hidden_size, 1024, packed=True)
+    gain = min(bf16_gain(128, part.hidden_size, 1024, reordered=True)
                for part in (config.vision, config.text))
     taken = "bf16" if gain >= LEAST_GAIN else "fp32"
     return taken, f"this CPU multiplies {gain:.1f} times as fast in bf16 as in fp32"
@@ -91,9 +91,9 @@ def usual_precision():
     return "bf16" if torch.cuda.is_available() else "fp32"
 
 
-# ----------------------------------------------------------------------------------- packed weights
+# -------------------------------------------------------------------------------- reordered weights
 
-class PackedLinear(nn.Module):
+class ReorderedLinear(nn.Module):
     """A linear layer whose weight lies in the order in which a CPU's kernels read it.
     (..., d) -> (..., out).
 
@@ -107,17 +107,17 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         bias = linear.bias                                               # read without its strides
         self.bias = None if bias is None else bias.detach().contiguous()
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 @cache
-def packing_works(dtype):
-    """Whether torch can multiply by packed weights of a dtype, and one such product is right on
+def reordering_works(dtype):
+    """Whether torch can multiply by reordered weights of a dtype, and one such product is right on
     this CPU. Its operators are private: another release may lack them, or want other arguments.
 
     All numbers here are small whole ones, so bfloat16 holds the product exactly.
@@ -129,22 +129,22 @@ def packing_works(dtype):
         linear.bias.data = torch.arange(5).to(dtype)
     try:
         with torch.inference_mode():
-            return torch.equal(PackedLinear(linear)(x), linear(x))
+            return torch.equal(ReorderedLinear(linear)(x), linear(x))
     except (AttributeError, RuntimeError, TypeError):
         return False
 
 
-def pack(model):
-    """Let every linear layer of a LLaVAVR, or of a Qwen2, be a PackedLinear, where it lies on a CPU
-    that can. Layers that are more than nn.Linear stay. Returns the model.
+def reorder(model):
+    """Let every linear layer of a LLaVAVR, or of a Qwen2, be a ReorderedLinear, where it lies on a
+    CPU that can. Layers that are more than nn.Linear stay. Returns the model.
 
     Small models stay, too: nothing is to be gained, and their answers keep their bits. A tied
-    lm_head is held twice then, packed and as the embedding.
+    lm_head is held twice then, reordered and as the embedding.
     """
     weight = getattr(model, "language_model", model).model.embed_tokens.weight       # (V, d)
     is_large = weight.shape[1] >= LEAST_WIDTH
-    if is_large and weight.device.type == "cpu" and packing_works(weight.dtype):
-        replace_linears(model, PackedLinear)
+    if is_large and weight.device.type == "cpu" and reordering_works(weight.dtype):
+        replace_linears(model, ReorderedLinear)
     return model
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import data
 from compared.choices import given, typed, with_side
 from compared.graft import graft
-from compared.precision import DTYPES, announce, pack, to_int8, usual_precision
+from compared.precision import DTYPES, announce, reorder, to_int8, usual_precision
 from compared.pruning import PrunedLLaVAVR, read_rule
 from model import LLaVAVR, LLaVAVRConfig
 
@@ -141,7 +141,7 @@ def load_model(folder, rule=None, choices=None, precision=None, int8=False):
     model = model.to(device_of_answers(), DTYPES[precision])
     if int8:
         to_int8(model)
-    return pack(model).eval()
+    return reorder(model).eval()
 
 
 def device_of_answers():

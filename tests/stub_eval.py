@@ -85,8 +85,8 @@ def setup(tmp_path, monkeypatch):
     """A model folder, the data, and the arguments that name them."""
     Stub.calls = []
     monkeypatch.setattr(variants, "LLaVAVR", Stub)
-    monkeypatch.setattr(variants, "pack", lambda model: model)          # the stub has no layers
-    monkeypatch.setattr(precision, "bf16_gain", lambda *sizes, packed: 1.0)     # a busy machine measures now this, now that
+    monkeypatch.setattr(variants, "reorder", lambda model: model)          # the stub has no layers
+    monkeypatch.setattr(precision, "bf16_gain", lambda *sizes, reordered: 1.0)     # a busy machine measures now this, now that
     (tmp_path / "model").mkdir()
     write_origin(tmp_path / "model")
     (tmp_path / "model/model.safetensors").write_bytes(b"weights")

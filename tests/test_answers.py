@@ -163,7 +163,7 @@ def test_killed_at_any_moment_and_resumed_the_result_is_the_same(setup, tmp_path
     driver.write_text(f"import sys, time\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
                       "from stub_eval import Stub, evaluate, variants\nquick = Stub.generate\n"
                       "Stub.generate = lambda *a, **k: (time.sleep(0.05), quick(*a, **k))[1]\n"
-                      "variants.LLaVAVR, variants.pack = Stub, lambda model: model\nevaluate.main()\n")
+                      "variants.LLaVAVR, variants.reorder = Stub, lambda model: model\nevaluate.main()\n")
     run = [sys.executable, str(driver), *setup, "--blind", "--batch", "1", "--out", str(tmp_path / "part")]
     log = tmp_path / "part/answers/chartqa_blind.0.jsonl"
     for kill in range(10):

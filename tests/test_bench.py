@@ -76,12 +76,12 @@ def test_decoding_is_timed_in_all_three_numbers_beside_the_floor(capsys, monkeyp
     assert floors["fp32"] > floors["bf16"] > floors["bf16 int8"] > 0
 
 
-def test_products_are_timed_usual_and_packed(capsys, monkeypatch):
-    """By a clock on which packed ones take half a second and usual ones a second for each weight."""
-    if not all(map(precision.packing_works, precision.DTYPES.values())):
-        pytest.skip("torch packs no weights on this CPU")
+def test_products_are_timed_usual_and_reordered(capsys, monkeypatch):
+    """By a clock on which reordered ones take half a second and usual ones a second for each weight."""
+    if not all(map(precision.reordering_works, precision.DTYPES.values())):
+        pytest.skip("torch reorders no weights on this CPU")
     monkeypatch.setattr(bench_decode, "WEIGHTS", 1)
-    monkeypatch.setattr(bench_decode, "timed", lambda ways, *_: {"usual": [1.0, 1.0], "packed": [0.5, 0.5]})
+    monkeypatch.setattr(bench_decode, "timed", lambda ways, *_: {"usual": [1.0, 1.0], "reordered": [0.5, 0.5]})
     bench_decode.products(asked(prompt=20))
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["products"]
     assert len(rows) == 2 * 3 * 4 and {row["rows"] for row in rows} == {1, 8, 20}
@@ -106,7 +106,7 @@ def test_parts_of_the_time_to_first_token_add_up_to_the_whole(monkeypatch):
 
 def test_the_table_has_each_system_beside_formula_and_paper(capsys, monkeypatch):
     """The ratio of FastV in the paper is 63.56 over 83.6 ms; one line of JSON ends it."""
-    monkeypatch.setattr(bench_ttft.cost, "gemm_peak", lambda *_, packed: 1e12)
+    monkeypatch.setattr(bench_ttft.cost, "gemm_peak", lambda *_, reordered: 1e12)
     bench_ttft.ttft(asked(rounds=1))
     lines = capsys.readouterr().out.splitlines()
     rows = {row["system"]: row for row in json.loads(lines[-1])["ttft"]}
@@ -126,7 +126,7 @@ def test_what_cannot_be_measured_is_one_line(change, says):
 
 def test_a_trained_model_is_timed_on_the_prompts_of_a_benchmark(tmp_path, capsys, monkeypatch):
     """Three of eight rows of RealWorldQA's stand-in: as many prompts and tokens as they have, and no paper's number."""
-    monkeypatch.setattr(bench_ttft.cost, "gemm_peak", lambda *_, packed: 1e12)
+    monkeypatch.setattr(bench_ttft.cost, "gemm_peak", lambda *_, reordered: 1e12)
     tiny_model().save_pretrained(tmp_path / "model")
     standins.write("realworldqa", tmp_path / "data", 8)
     bench_ttft.ttft(asked(rounds=1, model=tmp_path / "model", task="realworldqa", data=tmp_path / "data"))

@@ -149,8 +149,8 @@ def test_memory_falls_with_devices_and_recomputation():
 
 def test_the_measured_peak_is_of_a_plausible_scale():
     """Between a slow core that is shared and a GPU that is not built yet."""
-    for packed in (False, True):
-        assert 1e8 < cost.gemm_peak("cpu", torch.float32, 0.05, packed) < 1e16
+    for reordered in (False, True):
+        assert 1e8 < cost.gemm_peak("cpu", torch.float32, 0.05, reordered) < 1e16
 
 
 @pytest.mark.parametrize("number, text", [(0, "0 B"), (999, "999 B"), (1234, "1.2 KB"), (99_960, "100 KB"), (999_600, "1.0 MB"),

@@ -81,7 +81,7 @@ def test_two_ranks_give_the_numbers_of_one(setup, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
                       "from stub_eval import Stub, evaluate, variants\n"
-                      "variants.LLaVAVR, variants.pack = Stub, lambda model: model\nevaluate.main()\n")
+                      "variants.LLaVAVR, variants.reorder = Stub, lambda model: model\nevaluate.main()\n")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver)]
     subprocess.run(run + setup + ["--blind", "--out", str(tmp_path / "two")], check=True, capture_output=True)
     two = json.loads((tmp_path / "two/results.json").read_text())["chartqa"]

@@ -28,7 +28,7 @@ def cpu(monkeypatch):
 
     def set_gains(*gains):
         left = list(gains)
-        monkeypatch.setattr(precision, "bf16_gain", lambda *sizes, packed: left.pop())
+        monkeypatch.setattr(precision, "bf16_gain", lambda *sizes, reordered: left.pop())
     return set_gains
 
 
@@ -191,15 +191,15 @@ def test_int8_leaves_the_embedding_and_replaces_every_product_of_the_decoder():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("shape", ((48,), (1, 48), (3, 1, 48), (2, 4, 48), (40, 48), (0, 48)))
-def test_packed_weights_give_the_usual_product(shape, bias, dtype):
+def test_reordered_weights_give_the_usual_product(shape, bias, dtype):
     """To a rounding; in any number of rows, which need not lie end to end."""
-    if not precision.packing_works(dtype):
-        pytest.skip("torch packs no such weights on this CPU")
+    if not precision.reordering_works(dtype):
+        pytest.skip("torch reorders no such weights on this CPU")
     torch.manual_seed(0)
     linear, x = nn.Linear(48, 10, bias).to(dtype), torch.randn(shape).to(dtype)
     close = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
     with torch.inference_mode():
-        layer = precision.PackedLinear(linear)
+        layer = precision.ReorderedLinear(linear)
         torch.testing.assert_close(layer(x), linear(x), **close)
         turned = torch.randn(48, 5).to(dtype).T
         torch.testing.assert_close(layer(turned), linear(turned), **close)
@@ -213,67 +213,67 @@ def large(monkeypatch):
 def kinds(model):
     """The class of every module that has a weight of its own for products, with its name."""
     return {name: type(module) for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, precision.PackedLinear, Int8Linear))}
+            if isinstance(module, (nn.Linear, precision.ReorderedLinear, Int8Linear))}
 
 
-@pytest.mark.skipif(not precision.packing_works(torch.float32), reason="torch packs no weights on this CPU")
-def test_a_loaded_model_is_packed_and_answers_as_before(tmp_path, monkeypatch):
+@pytest.mark.skipif(not precision.reordering_works(torch.float32), reason="torch reorders no weights on this CPU")
+def test_a_loaded_model_is_reordered_and_answers_as_before(tmp_path, monkeypatch):
     """ViT, projector, Vision Remember and decoder; what is more than a linear layer stays, and int8 stays int8. The
     same logits to a rounding, and the same answer."""
     tiny_model().save_pretrained(tmp_path)
     plain = load_model(tmp_path)
     assert set(kinds(plain).values()) <= {nn.Linear, sela.Join}, "a small model keeps its bits"
     large(monkeypatch)
-    packed = load_model(tmp_path)
-    expected = {name: kind if kind is sela.Join else precision.PackedLinear for name, kind in kinds(plain).items()}
-    assert kinds(packed) == expected and sela.Join in expected.values()
+    reordered = load_model(tmp_path)
+    expected = {name: kind if kind is sela.Join else precision.ReorderedLinear for name, kind in kinds(plain).items()}
+    assert kinds(reordered) == expected and sela.Join in expected.values()
     asked = [picture(60, 60)], ["What?"], 8
-    assert plain.generate(*asked) == packed.generate(*asked)
+    assert plain.generate(*asked) == reordered.generate(*asked)
     seen = []
-    for model in (plain, packed):
+    for model in (plain, reordered):
         model.generate(*asked, choose=lambda logits: seen.append(logits.clone()) or logits.argmax(-1))
     half = len(seen) // 2
     torch.testing.assert_close(torch.stack(seen[:half]), torch.stack(seen[half:]), rtol=1e-4, atol=1e-4)
     both = kinds(load_model(tmp_path, int8=True))
     assert {kind for name, kind in both.items() if "language_model" in name} == {Int8Linear}
-    assert precision.PackedLinear in both.values()
+    assert precision.ReorderedLinear in both.values()
 
 
-def lacking_packing(*args):
+def lacking_order(*args):
     """What torch does where it has the name, but no kernel for this CPU."""
     raise RuntimeError("not compiled")
 
 
 @pytest.mark.parametrize("broken", ("raises", "wrong", "gone"))
-def test_a_model_does_without_packing_where_it_is_not_to_be_trusted(monkeypatch, broken):
+def test_a_model_does_without_reordering_where_it_is_not_to_be_trusted(monkeypatch, broken):
     """Its operators are private to torch."""
     large(monkeypatch)
-    precision.packing_works.cache_clear()
+    precision.reordering_works.cache_clear()
     if broken == "gone":
         monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
     else:
-        product = lacking_packing if broken == "raises" else lambda x, weight, bias, *rest: x[:, :5]
+        product = lacking_order if broken == "raises" else lambda x, weight, bias, *rest: x[:, :5]
         monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(
             _reorder_linear_weight=lambda weight: weight, _linear_pointwise=product))
     model = tiny_model()
-    assert precision.pack(model) is model
-    assert precision.PackedLinear not in kinds(model).values()
-    precision.packing_works.cache_clear()
+    assert precision.reorder(model) is model
+    assert precision.ReorderedLinear not in kinds(model).values()
+    precision.reordering_works.cache_clear()
 
 
-def test_packing_is_asked_for_on_the_cpu_alone(monkeypatch):
+def test_reordering_is_asked_for_on_the_cpu_alone(monkeypatch):
     large(monkeypatch)
     with torch.device("meta"):
-        model = precision.pack(LLaVAVR(tiny_model().config))
-    assert precision.PackedLinear not in kinds(model).values()
+        model = precision.reorder(LLaVAVR(tiny_model().config))
+    assert precision.ReorderedLinear not in kinds(model).values()
     with torch.device("meta"):                                              # wherever tensors are made
-        precision.packing_works.cache_clear()
-        asked = precision.packing_works(torch.float32)
-    precision.packing_works.cache_clear()
-    assert asked == precision.packing_works(torch.float32)
+        precision.reordering_works.cache_clear()
+        asked = precision.reordering_works(torch.float32)
+    precision.reordering_works.cache_clear()
+    assert asked == precision.reordering_works(torch.float32)
 
 
-@pytest.mark.parametrize("change", (precision.pack, to_int8))
+@pytest.mark.parametrize("change", (precision.reorder, to_int8))
 def test_weights_are_freed_as_they_are_replaced(change, monkeypatch):
     """Two copies of a large model would not fit. The lm_head is first, and its weight stays, as the embedding."""
     large(monkeypatch)
@@ -284,7 +284,7 @@ def test_weights_are_freed_as_they_are_replaced(change, monkeypatch):
     def watched(layer, linear, real):
         alive.append(sum(weight() is not None for weight in old))
         real(layer, linear)
-    for kind in (precision.PackedLinear, Int8Linear):
+    for kind in (precision.ReorderedLinear, Int8Linear):
         monkeypatch.setattr(kind, "__init__", partialmethod(watched, real=kind.__init__))
     change(decoder)
     assert alive == [len(old), *range(len(old), 1, -1)]
@@ -292,9 +292,9 @@ def test_weights_are_freed_as_they_are_replaced(change, monkeypatch):
 
 def test_a_bias_may_lie_anywhere():
     """The kernel reads it end to end."""
-    if not precision.packing_works(torch.float32):
-        pytest.skip("torch packs no such weights on this CPU")
+    if not precision.reordering_works(torch.float32):
+        pytest.skip("torch reorders no such weights on this CPU")
     linear, x = nn.Linear(64, 48), torch.randn(3, 64)
     linear.bias = nn.Parameter(torch.randn(96)[::2])
     with torch.inference_mode():
-        torch.testing.assert_close(precision.PackedLinear(linear)(x), linear(x))
+        torch.testing.assert_close(precision.ReorderedLinear(linear)(x), linear(x))

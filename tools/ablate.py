@@ -52,7 +52,7 @@ import torch
 import train
 from benchmarks import TASKS
 from benchmarks.answers import write
-from compared.precision import LEAST_GAIN, bf16_gain, pack
+from compared.precision import LEAST_GAIN, bf16_gain, reorder
 from compared.variants import load_model, read_variant
 from eval import arguments as ask_arguments
 from eval import folder_name
@@ -540,7 +540,7 @@ def first_token(folder, ask, rounds=101):
     model = load_model(folder, *asked(ask, folder)).eval()
     config, _ = LLaVAVRConfig.read(folder, {})
     plain = LLaVAVR(replace(config, projector="mlp", side=config.feature_side, remember=())).eval()
-    pack(plain).read_tokenizer(folder)                  # as load_model does
+    reorder(plain).read_tokenizer(folder)                  # as load_model does
     drawing = world.make_drawing(0, "test")
     pad_id = model.tokenizer.token_to_id("<|endoftext|>")
     ways = {}

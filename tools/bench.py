@@ -6,7 +6,7 @@
     python -m tools.bench decoding           # the same without pictures: mostly the answers' tokens
     python -m tools.bench data               # pictures to tiles, ours and transformers'
     python -m tools.bench decode --preset 0.5b    # ms a token beside the memory floor
-    python -m tools.bench products --preset 0.5b  # products by packed weights, on a CPU
+    python -m tools.bench products --preset 0.5b  # products by reordered weights, on a CPU
     python -m tools.bench ttft --preset 1.5b --systems mlp,aap,aap+vr --tiles 5 --layers 4
                                              # time to first token of what the paper compares
     python -m tools.bench ttft --model runs/0.5b/phase2 --task realworldqa    # real prompts
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 import data
-from compared.precision import DTYPES, add_precision, announce, pack, to_int8
+from compared.precision import DTYPES, add_precision, announce, reorder, to_int8
 from model import PRESETS, LLaVAVRConfig
 from tiny import world
 from tools.bench_decode import decode, products
@@ -48,7 +48,7 @@ def answers(args, pictures=True):
     model = build(args).to(DTYPES[args.precision]).eval()
     if args.int8:
         to_int8(model)
-    pack(model)
+    reorder(model)
     model.read_tokenizer(args.tokenizer)
     scale = model.config.vision.image_size / 112         # drawn for tiles of 112 pixels
     images, questions = [], []

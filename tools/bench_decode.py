@@ -4,7 +4,7 @@ The memory floor: the bytes that a token needs, which are the weights of decoder
 keys and values of all rows, over the speed at which this machine reads memory.
 
 --compile adds the same steps behind torch.compile, with its graphs made before the clock runs and
-without packed weights, which it cannot read. It needs a compiler and a minute or two. On the one
+without reordered weights, which it cannot read. It needs a compiler and a minute or two. On the one
 CPU measured it does not pay (results/bench.md).
 Expected, not measured yet: it pays for many answers on a GPU, where starting some 2,000 operations
 takes longer than reading a small decoder's weights.
@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from compared.precision import DTYPES, PackedLinear, pack, packing_works, to_int8
+from compared.precision import DTYPES, ReorderedLinear, reorder, reordering_works, to_int8
 from qwen2 import KVCache, Qwen2
 from tools import cost
 from tools.timing import conditions, preset_config, timed
@@ -37,7 +37,7 @@ def read_speed(device, rounds=10):
 
 
 def bytes_of_weights(decoder):
-    """Bytes of weights that decoding a token must read, before they are packed. The embedding
+    """Bytes of weights that decoding a token must read, before they are reordered. The embedding
     counts only where it is also the lm_head: a token needs one row of it."""
     held = {name: tensor for name, tensor in decoder.state_dict().items()
             if "embed_tokens" not in name}               # a tied one is listed as lm_head, too
@@ -101,7 +101,7 @@ def decode(args):
             to_int8(decoder)
         weights = bytes_of_weights(decoder)
         if not compiled:
-            pack(decoder)
+            reorder(decoder)
         else:
             torch._dynamo.reset()                        # graphs of the way before
             decoder.compile(dynamic=True)                # the used places grow with every token
@@ -128,15 +128,15 @@ def decode(args):
 
 @torch.inference_mode()
 def products(args):
-    """Products of a few and of many rows by the decoder's weights, as torch has them and packed:
+    """Products of a few and of many rows by the decoder's weights, as torch has them and reordered:
     how fast the weights are read, and how fast is multiplied."""
     text = preset_config(args, cost.PLAIN).text
     d, inner = text.hidden_size, text.intermediate_size
     found = []
-    print("  numbers  rows       weight  read, usual and packed    multiplied, usual and packed")
+    print("  numbers  rows       weight  read, usual and reordered multiplied, usual and reordered")
     for name, dtype in DTYPES.items():
-        if not packing_works(dtype):
-            print(f"  {name}: this CPU packs no weights")
+        if not reordering_works(dtype):
+            print(f"  {name}: this CPU reorders no weights")
             continue
         for rows in (1, 8, args.prompt):
             for wide, out in ((d, d), (d, inner), (inner, d), (d, text.vocab_size)):
@@ -151,16 +151,16 @@ def products(args):
 
 def timed_products(args, dtype, rows, d, out):
     """-> {"read": bytes of weights a second, "multiplied": FLOP/s}, each for torch's way and for
-    packed weights. So many weights are multiplied one after another that no cache holds them."""
+    reordered weights. So many weights are multiplied one after another that no cache holds them."""
     x = torch.randn(rows, d).to(dtype)
     count = max(1, WEIGHTS // (d * out * dtype.itemsize))
     usual = [nn.Linear(d, out, bias=False, dtype=dtype) for _ in range(count)]
-    packed = [PackedLinear(linear) for linear in usual]
+    reordered = [ReorderedLinear(linear) for linear in usual]
 
     def multiply(layers):
         for layer in layers:
             layer(x)
-    ways = {"usual": partial(multiply, usual), "packed": partial(multiply, packed)}
+    ways = {"usual": partial(multiply, usual), "reordered": partial(multiply, reordered)}
     seconds = timed(ways, args.rounds, args.device).values()
     medians = [statistics.median(times) / count for times in seconds]
     return {"read": [d * out * dtype.itemsize / median for median in medians],

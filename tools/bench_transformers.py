@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import data
-from compared.precision import pack, to_int8
+from compared.precision import reorder, to_int8
 from model import PRESETS
 from tools.bench_train import train_step
 from tools.bench_ttft import QUESTION
@@ -133,7 +133,7 @@ def answer(args):
     models = {"ours, bf16 and int8": small, "ours, bf16": half, "ours, fp32": ours,
               "uncompressed here, fp32": plain_too}
     for model in models.values():
-        pack(model)
+        reorder(model)
     ways = {name: partial(answer_here, model, picture, args.tokens)
             for name, model in models.items()}
     if installed():

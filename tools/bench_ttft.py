@@ -18,7 +18,7 @@ import torch
 from benchmarks import known
 from benchmarks.rows import count_rows, find_files, open_row, rows_of
 from clip import CLIPVision
-from compared.precision import DTYPES, pack
+from compared.precision import DTYPES, reorder
 from compared.pruning import PrunedLLaVAVR, parse_rule
 from compared.variants import load_model
 from model import LLaVAVR
@@ -79,7 +79,7 @@ def build_systems(args, names):
         model.read_tokenizer(args.tokenizer)
         models[name] = model
     for model in models.values():                        # only now: they share parts
-        pack(model)
+        reorder(model)
     return models
 
 
@@ -124,7 +124,7 @@ def ttft(args):
         return ttft_of_task(args)
     names = read_systems(args.systems)
     models = build_systems(args, names)
-    peak = cost.gemm_peak(args.device, DTYPES[args.precision], packed=True)
+    peak = cost.gemm_peak(args.device, DTYPES[args.precision], reordered=True)
     tile = next(iter(models.values())).config.vision.image_size
     picture = full_picture(args.tiles, tile, args.seed)
     runs = {name: [] for name in names}
@@ -216,7 +216,7 @@ def ttft_of_task(args):
     questions = questions_of(args.task, args.data, args.count)
     model = load_model(args.model, precision=args.precision, int8=args.int8)
     device = model.image_newline.device
-    peak = cost.gemm_peak(device, DTYPES[args.precision], packed=True)
+    peak = cost.gemm_peak(device, DTYPES[args.precision], reordered=True)
     asked = [(question.pictures, device, question.prompt) for question in questions]
     first_token(model, *asked[0])                        # warms up
     runs = [first_token(model, *one) for _ in range(args.rounds) for one in asked]

@@ -27,7 +27,7 @@ import torch.nn as nn
 
 from compared import lora
 from compared.choices import FIELDS, add_choices, flags_of, given, typed, with_side
-from compared.precision import PackedLinear, packing_works
+from compared.precision import ReorderedLinear, reordering_works
 from model import INTERACTIONS, PRESETS, PROJECTORS, LLaVAVR
 from storage.log import read
 from tools.shapes import added_parameters, kept_by_a_tile
@@ -92,17 +92,19 @@ def short(number, unit=""):
 
 
 @torch.inference_mode()
-def gemm_peak(device, dtype, seconds=0.5, packed=False):
+def gemm_peak(device, dtype, seconds=0.5, reordered=False):
     """FLOP/s of a large square matrix product on this device, the best of several rounds: what a
-    model can at most reach. float32 on CUDA means TF32 where torch.backends allows it. packed: by
-    weights as models that answer on a CPU have them."""
+    model can at most reach. float32 on CUDA means TF32 where torch.backends allows it.
+
+    reordered: by weights as models that answer on a CPU have them.
+    """
     cuda = torch.device(device).type == "cuda"
     size, rounds = (8192, 8) if cuda else (1024, 1)
     # random numbers, for zeros take less power and run faster
     a = torch.randn(size, size, device=device).to(dtype)
     linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype)
-    if packed and torch.device(device).type == "cpu" and packing_works(dtype):
-        linear = PackedLinear(linear)
+    if reordered and torch.device(device).type == "cpu" and reordering_works(dtype):
+        linear = ReorderedLinear(linear)
     linear(a)                                                     # the first picks its kernel
     best, end = 0, time.perf_counter() + seconds
     while not best or time.perf_counter() < end:
