@@ -122,6 +122,7 @@ TABLES = {
         Row("saliency: none, before layer 0 alone", f"{SELA} --remember 0 --saliency none"),
         Row("heads start evenly", EVEN),
         Row("heads start evenly, 1/16", f"{EVEN} --side 2 --window 1"),
+        Row("ours at 1/16, windows of 2", f"{SELA} --side 2"),
         Row("values start as mixtures of all levels", "--start mixed"),
         Row("last linear starts small, not at zero", "--start small"),
         Row("Vision Remember at rate 2e-3", f"{SELA} --remember-lr 2e-3"),
