@@ -44,6 +44,16 @@ def test_the_gain_is_a_ratio_of_times(monkeypatch):
     assert bf16_gain(3, 5, 7) == 4 and set(asked) == {((3, 5), (7, 5))}
 
 
+def test_the_gain_is_that_of_reordered_weights_where_it_is_to_be(monkeypatch):
+    """Answers multiply by these, training does not."""
+    if not all(map(precision.reordering_works, precision.DTYPES.values())):
+        pytest.skip("torch reorders no such weights on this CPU")
+    asked, usual = [], precision.ReorderedLinear.forward
+    monkeypatch.setattr(precision.ReorderedLinear, "forward", lambda layer, x: asked.append(x.dtype) or usual(layer, x))
+    assert bf16_gain(3, 64, 7) > 0 and not asked
+    assert bf16_gain(3, 64, 7, reordered=True) > 0 and set(asked) == {torch.float32, torch.bfloat16}
+
+
 def test_bf16_is_taken_only_if_it_is_clearly_faster_for_vit_and_decoder(cpu):
     """Norms and softmax gain nothing from it, so a small gain in products is none."""
     cpu(5.0, 3.0)

@@ -152,7 +152,7 @@ def products(args):
 def timed_products(args, dtype, rows, d, out):
     """-> {"read": bytes of weights a second, "multiplied": FLOP/s}, each for torch's way and for
     reordered weights. So many weights are multiplied one after another that no cache holds them."""
-    x = torch.randn(rows, d).to(dtype)
+    x = torch.randn(rows, d).to(dtype)                   # (rows, d)
     count = max(1, WEIGHTS // (d * out * dtype.itemsize))
     usual = [nn.Linear(d, out, bias=False, dtype=dtype) for _ in range(count)]
     reordered = [ReorderedLinear(linear) for linear in usual]

@@ -128,16 +128,15 @@ def answer(args):
     ours.read_tokenizer(args.tokenizer)
     half = copy.deepcopy(ours).to(torch.bfloat16)
     small = to_int8(copy.deepcopy(half))
-    plain_too = copy.deepcopy(plain)                     # transformers' is made of the plain one
+    theirs = in_transformers(plain, args.device).eval() if installed() else None
     picture = full_picture(args.tiles, plain.config.vision.image_size, args.seed)
     models = {"ours, bf16 and int8": small, "ours, bf16": half, "ours, fp32": ours,
-              "uncompressed here, fp32": plain_too}
-    for model in models.values():
+              "uncompressed here, fp32": plain}
+    for model in models.values():                        # only now: theirs is made of our weights
         reorder(model)
     ways = {name: partial(answer_here, model, picture, args.tokens)
             for name, model in models.items()}
-    if installed():
-        theirs = in_transformers(plain, args.device).eval()
+    if theirs:
         their_half = copy.deepcopy(theirs).to(torch.bfloat16)
         for name, model in (("transformers, bf16", their_half), ("transformers, fp32", theirs)):
             ways[name] = partial(answer_there, model, plain, picture, args.tokens)
@@ -149,7 +148,7 @@ def answer(args):
         print(f"  {name:28}{medians[name] * 1000:10.0f} ms ({min(times) * 1000:.0f} to "
               f"{max(times) * 1000:.0f}), {reference} takes "
               f"{medians[reference] / medians[name]:.2f} times as long")
-    if not installed():
+    if not theirs:
         print("transformers is not installed, and left out: pip install transformers")
     print(json.dumps({"answer": medians, "tiles": args.tiles, "tokens": args.tokens,
                       **conditions(args)}))
