@@ -151,6 +151,7 @@ def test_the_measured_peak_is_of_a_plausible_scale():
     """Between a slow core that is shared and a GPU that is not built yet."""
     for reordered in (False, True):
         assert 1e8 < cost.gemm_peak("cpu", torch.float32, 0.05, reordered) < 1e16
+    assert cost.gemm_peak("meta", torch.float32, 0.01, True) > 0             # as on Apple's GPU: it reorders nothing
 
 
 @pytest.mark.parametrize("number, text", [(0, "0 B"), (999, "999 B"), (1234, "1.2 KB"), (99_960, "100 KB"), (999_600, "1.0 MB"),
