@@ -15,7 +15,8 @@ def line(flags="", seed=1, score=50.0, ask="", **changes):
     """A made-up line of results; `score` is that of the fine half."""
     scores = {group: {"score": 80.0, "stderr": 1.0, "n": 100} for group in tables.COLUMNS}
     scores[tables.FINE] = {"score": score, "stderr": 1.0, "n": 100}
-    return {"flags": plan.normal(flags), "ask": ask, "seed": seed, "limit": None, "questions": 100, "world": "w",
+    benchmarks = {"chartqa": {"score": score - 10.0}, "gqa": {"score": 80.0}}
+    return {"flags": plan.normal(flags), "ask": ask, "benchmarks": benchmarks, "seed": seed, "limit": None, "questions": 100, "world": "w",
             "steps": [500, 1000], "scores": scores, "blind": None, "seconds": {"training": 600.0, "evaluation": 60.0},
             "parameters": {"projector": 33_000}, "vision_tokens": 16, "vision_tokens_seen": 16.0, "gflop": 1.2345,
             "ttft": None, "commit": "abc", "machine": "a CPU", "commands": ["python train.py"], "time": None, **changes}
@@ -111,6 +112,16 @@ def test_what_stands_between_comments_is_written_and_all_else_is_kept(results):
     assert ["ours", "2", "80.0 ± 0.0", "80.0 ± 0.0", "0.75 (0.75 to 0.75)", "16", "0.03", "1.23", "- [0.62]"] in rows
     assert ["ours", "80.0 ± 0.0 [47.1]", *["80.0 ± 0.0"] * 4] in rows
     assert filled(made, results) == made
+
+
+def test_the_benchmarks_of_the_fine_half_are_a_table_of_their_own(results):
+    """Those of the coarse half are left out, and one that was not asked is empty."""
+    made = filled("<!-- benchmarks 5 --><!-- end -->", results)
+    rows = [evidence.cells_of(row) for row in made.split("\n") if row.startswith("|")]
+    assert rows[0] == ["row", "ChartQA", "DocVQA", "TextVQA", "OCRBench"]
+    assert rows[-1] == ["ours", "70.0 ± 0.0", "-", "-", "-"]
+    assert re.sub("<!--.*?-->", "", filled("is <!-- cell 5 | baseline | ChartQA --><!-- end -->", results)) == "is 40.0 ± 0.0"
+    assert filled("<!-- benchmarks 2 --><!-- end -->", results.with_name("none.jsonl")).count(evidence.NO_RUN) == 1
 
 
 def test_a_cell_is_a_number_inside_a_sentence(results):

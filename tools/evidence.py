@@ -8,6 +8,7 @@
 The page is written by hand but for what stands between two comments, which says what belongs there:
 
     <!-- table 4b -->                       a table of tools/plan.py; "table 4b, equal time" too
+    <!-- benchmarks 5 -->                   the same rows, by benchmark of the fine half
     <!-- cell 4b | SELA | fine half -->     one cell of it, inside a sentence: table, row, column;
                                             "fine half, seed 1" is of that seed alone
     <!-- figure PATH: DESCRIPTION -->       a picture that tools.plot drew, if it is there
@@ -27,7 +28,8 @@ from benchmarks.answers import write
 from tools import plan, tables
 
 PAGE, RESULTS = Path("docs/evidence.md"), Path("results/ablation.jsonl")
-BLOCK = re.compile(r"<!-- (table|cell|figure|runs|blind)\b ?(.*?) ?-->(.*?)<!-- end -->", re.S)
+KINDS = "table|benchmarks|cell|figure|runs|blind"
+BLOCK = re.compile(rf"<!-- ({KINDS})\b ?(.*?) ?-->(.*?)<!-- end -->", re.S)
 NO_RUN = "*No run of this has been made yet.*"
 
 
@@ -38,10 +40,10 @@ def filled(text, results, folder):
     comment that asks for what is not there, or that nothing ends.
     """
     args = tables.latest(results)
-    opened = len(re.findall(r"<!-- (?:table|cell|figure|runs|blind)\b", text))
+    opened = len(re.findall(rf"<!-- (?:{KINDS})\b", text))
     if not opened == len(BLOCK.findall(text)) == text.count("<!-- end -->"):
-        raise ValueError("each comment table, cell, figure, runs or blind needs an <!-- end --> "
-                         "behind it, before the next one begins")
+        raise ValueError(f"each comment {KINDS.replace('|', ', ')} needs an <!-- end --> behind "
+                         "it, before the next one begins")
     lines = {equal: tables.lines_of(args, equal) if args else {} for equal in (False, True)}
     return BLOCK.sub(lambda match: block(match, lines, args, folder), text)
 
@@ -59,8 +61,8 @@ def block(match, lines, args, folder):
             raise ValueError(f"{begin} begins a line, where Markdown ends the paragraph: let a "
                              "word stand before it")
         return f"{begin}{cell(what, lines)}<!-- end -->"
-    if kind == "table":
-        shown = table(what, lines)
+    if kind in ("table", "benchmarks"):
+        shown = table(kind, what, lines)
     elif kind == "figure":
         shown = figure(what, args, folder)
     else:
@@ -77,11 +79,13 @@ def named(what, lines):
     return plan.TABLES[name], lines[bool(equal)]
 
 
-def table(what, lines):
-    """Both tables of some rows, or "" where none of them has a line."""
+def table(kind, what, lines):
+    """The tables of some rows, or "" where none of them has a line."""
     rows, mine = named(what, lines)
     if not any(tables.made_of(row, mine) for row in rows):
         return ""
+    if kind == "benchmarks":
+        return "\n".join(tables.benchmark_table(rows, mine))
     return "\n".join([*tables.result_table(rows, mine), "", *tables.group_table(rows, mine)])
 
 
@@ -98,7 +102,8 @@ def cell(what, lines):
     row = rows[labels.index(label)]
     shown = {}
     for heads, cells in (tables.result_table([row], mine)[::2],
-                         tables.group_table([row], mine)[::2]):
+                         tables.group_table([row], mine)[::2],
+                         tables.benchmark_table([row], mine)[::2]):
         shown |= dict(zip(cells_of(heads), cells_of(cells)))
     if column not in shown:
         raise ValueError(f"<!-- cell {what} -->: the columns are {list(shown)}")

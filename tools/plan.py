@@ -149,6 +149,8 @@ TABLES = {
         Row("no compression, four times the steps", f"{MLP} --epochs 4"),
         Row("A.A.P, four times the steps", f"{AAP} --epochs 4"),
         Row("ours before layer 0 alone, four times the steps", f"{SELA} --remember 0 --epochs 4"),
+        Row("ours before layer 0 alone, four levels, four times the steps",
+            f"{SELA} --remember 0 --levels 1,2,4,6 --epochs 4"),
         Row("heads start evenly, twice the steps", f"{EVEN} --epochs 2"),
         Row("deformable attention, twice the steps", "--interaction deformable-multi --epochs 2"),
     ],

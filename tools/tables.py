@@ -217,6 +217,20 @@ def group_table(rows, lines):
     return as_table(["row", *COLUMNS], found)
 
 
+def benchmark_table(rows, lines):
+    """Rows of the plan -> the score of each benchmark of the fine half, as lines of Markdown."""
+    tasks = [task for task, spec in TASKS.items() if spec.group == FINE]
+    found = []
+    for row in rows:
+        cells = [row.label]
+        for task in tasks:
+            values = [line["benchmarks"][task]["score"] for line in made_of(row, lines)
+                      if task in line["benchmarks"]]
+            cells.append(spread(values, 1))
+        found.append(cells)
+    return as_table(["row", *(TASKS[task].title for task in tasks)], found)
+
+
 def result_cells(row, mine, lines):
     """A row of the plan and its lines -> the cells under RESULT. lines: those of all rows."""
     halves = []
