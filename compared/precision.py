@@ -91,9 +91,18 @@ def usual_precision():
     return "bf16" if torch.cuda.is_available() else "fp32"
 
 
+class ForAnswers(nn.Module):
+    """A layer whose weight is no longer a checkpoint's. Saving its model is a ValueError: a folder
+    without these weights would look whole."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        raise ValueError(f"{prefix.rstrip('.')} was changed for answering, and cannot be saved: "
+                         "read the model anew, with LLaVAVR.from_pretrained")
+
+
 # -------------------------------------------------------------------------------- reordered weights
 
-class ReorderedLinear(nn.Module):
+class ReorderedLinear(ForAnswers):
     """A linear layer whose weight lies in the order in which a CPU's kernels read it.
     (..., d) -> (..., out).
 
@@ -101,8 +110,7 @@ class ReorderedLinear(nn.Module):
     weights in blocks. How much faster they are was measured: results/bench.md. Sums may be rounded
     otherwise.
 
-    For answers alone: it has no gradient, must not be moved or cast, and state_dict lacks the
-    weight.
+    It has no gradient, and must not be moved or cast.
     """
 
     def __init__(self, linear):
@@ -175,13 +183,13 @@ def kernel_works():
     return torch.equal(found.long(), x @ weight.T)
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(ForAnswers):
     """A linear layer whose weight is kept in int8, each row with a scale. (..., d) -> (..., out).
 
     A row is divided by its largest absolute value over 127 and rounded. Inputs are not: products
     are taken in the input's precision, or for few rows on a CPU by a kernel that reads int8, if
     torch has a working one. That takes inputs and products in bfloat16, also of a float32 model.
-    For answers alone: the kernel has no gradient, and a cast after this spoils scales and kernel.
+    The kernel has no gradient, and a cast after this spoils scales and kernel.
     """
 
     def __init__(self, linear):

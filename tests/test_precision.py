@@ -300,6 +300,18 @@ def test_weights_are_freed_as_they_are_replaced(change, monkeypatch):
     assert alive == [len(old), *range(len(old), 1, -1)]
 
 
+@pytest.mark.parametrize("change", (precision.reorder, to_int8))
+def test_a_model_that_was_changed_for_answering_is_not_saved(change, monkeypatch, tmp_path):
+    """Its folder would look whole, and lack most weights."""
+    large(monkeypatch)
+    model = change(tiny_model())
+    if not any(isinstance(module, precision.ForAnswers) for module in model.modules()):
+        pytest.skip("torch reorders no such weights on this CPU")
+    with pytest.raises(ValueError, match=r"proj was changed for answering.*read the model anew"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_bias_may_lie_anywhere():
     """The kernel reads it end to end."""
     if not precision.reordering_works(torch.float32):

@@ -39,9 +39,9 @@ def read_speed(device, rounds=10):
 def bytes_of_weights(decoder):
     """Bytes of weights that decoding a token must read, before they are reordered. The embedding
     counts only where it is also the lm_head: a token needs one row of it."""
-    held = {name: tensor for name, tensor in decoder.state_dict().items()
-            if "embed_tokens" not in name}               # a tied one is listed as lm_head, too
-    return sum(tensor.nbytes for tensor in held.values())
+    held = [*decoder.named_parameters(remove_duplicate=False), *decoder.named_buffers()]
+    return sum(tensor.nbytes for name, tensor in held
+               if "embed_tokens" not in name)            # a tied one is listed as lm_head, too
 
 
 def bytes_of_cache(cache):
