@@ -374,11 +374,11 @@ def encode_sample(record, tokenizer, form):
 def planned(index, form):
     """Rows of an index or estimate (storage/records.py) -> (tokens, tiles) of every sample, each
     (records,) int64, to balance and to bound work by. Vision tokens are exact, but an unknown size,
-    0 x 0, counts as 640x480 would with tiles of 336. Text is a token per four characters, and FRAME
-    is one round; the question counts, though plain drops it."""
+    0 x 0, counts as one that fills all tiles of its mode. Text is a token per four characters, and
+    FRAME is one round; the question counts, though plain drops it."""
     @functools.cache  # an epoch has far fewer sizes than records
     def of_pictures(pictures, width, height):
-        size = (width, height) if width else (2 * form.tile, 3 * form.tile // 2)
+        size = (width, height) if width else (6 * form.tile, 6 * form.tile)
         mode = "pad" if pictures > 1 else form.mode
         plan = plan_image(size, mode, form.side, form.tile)
         return pictures * plan.tokens, pictures * plan.tiles

@@ -65,7 +65,7 @@ class Recipe:
     warmup: float = 0.03             # share of the steps; LLaVA-NeXT's scripts
     clip: float = 1.0                # largest norm of the gradient. Paper silent: as LLaVA-NeXT
     betas: tuple = (0.9, 0.999)      # of AdamW, without weight decay. Paper silent: as LLaVA-NeXT
-    max_length: int = 8192           # tokens. Paper silent: we take LLaVA-NeXT's pretraining script
+    max_length: int = 32768          # tokens; LLaVA-NeXT's scripts. Paper silent
 
     @property
     def trains_parts(self):
@@ -83,25 +83,25 @@ ALL = (*ALIGN, "image_newline", "language_model")
 
 RECIPES = {
     "1": Recipe(
-        folder="phase1", start=None, micro=32,
-        batch=256,                   # paper, Sec. 5.1
-        lr=1e-3,                     # paper, Sec. 5.1
-        trains=ALIGN,                # paper, Sec. 5.1
+        folder="phase1", start=None, micro=32, max_length=8192,
+        batch=256,                   # paper, Sec. 5.2
+        lr=1e-3,                     # paper, Sec. 5.2
+        trains=ALIGN,                # paper, Sec. 5.2
         template="plain",            # LLaVA-NeXT: a picture and its caption
         mode="square"),              # LLaVA-NeXT: one tile, cut from the centre
     "2": Recipe(
         folder="phase2", start="phase1", micro=4,
-        batch=32,                    # paper, Sec. 5.1
-        lr=2e-5,                     # paper, Sec. 5.1
-        trains=ALL,                  # paper, Sec. 5.1: all but the ViT
+        batch=32,                    # paper, Sec. 5.2
+        lr=2e-5,                     # paper, Sec. 5.2
+        trains=ALL,                  # paper, Sec. 5.2: all but the ViT
         template="chat",             # LLaVA-NeXT: qwen_1_5
         mode="a4"),                  # LLaVA-NeXT: AnyRes, at most four tiles and the whole picture
-    # The recipe of Table 3. Paper, Sec. 5.1: as LLaVA-OneVision-SI, whose finetune_si.sh has these.
+    # Table 3's. Paper, Sec. 4.4: as LLaVA-OneVision-SI, whose finetune_si.sh has these numbers.
     "si": Recipe(
         folder="si", start="phase1", batch=256, lr=1e-5, vision_lr=2e-6,
         trains=(*ALL, "vision_tower"), template="chat",
         mode="max9",                 # AnyRes of up to 6x6 tiles, shrunk to the tokens of nine
-        max_length=32768, micro=2, most_tiles=40),
+        micro=2, most_tiles=40),
 }
 
 # What drawn presets change: small batches, for many steps in minutes; higher rates, which a small

@@ -13,7 +13,7 @@ from model import PRESETS, LLaVAVRConfig
 from storage import log
 
 # By the image mode that training leaves in config.json: what to add to a preset's name to have the
-# paper's row, the steps of that recipe, and its peak rate (paper, Sec. 5.1; train.RECIPES).
+# paper's row, the steps of that recipe, and its peak rate (paper, Sec. 5.2; train.RECIPES).
 RECIPES = {"a4": ("", 779_289 / 32, 2e-5),          # phase 2 on LLaVA-NeXT's 779K: Tables 1 and 2
            "max9": (" si", 3_200_000 / 256, 1e-5)}  # phase si on OneVision's single images: Table 3
 TABLES = {"0.5b": "Table 2, 0.5B", "1.5b": "Table 1, 1.5B",

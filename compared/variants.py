@@ -129,16 +129,16 @@ def load_model(folder, rule=None, choices=None, precision=None, int8=False):
     precision: of compared.precision.PRECISIONS; None is bfloat16 on a GPU and float32 elsewhere.
     int8: whether the decoder's weights are held in int8.
     """
-    if rule is None:
-        model = LLaVAVR.from_pretrained(folder, **(choices or {}))
-    elif rule.startswith("resize"):
-        model = ResizedLLaVAVR.from_pretrained(folder, rule)
-    else:
-        model = PrunedLLaVAVR.from_pretrained(folder, rule)
     if precision == "auto":
-        precision = announce(precision, model.config)
-    precision = precision or usual_precision()
-    model = model.to(device_of_answers(), DTYPES[precision])
+        precision = announce(precision, LLaVAVRConfig.read(folder, choices or {})[0])
+    dtype = DTYPES[precision or usual_precision()]
+    if rule is None:
+        model = LLaVAVR.from_pretrained(folder, dtype, **(choices or {}))
+    elif rule.startswith("resize"):
+        model = ResizedLLaVAVR.from_pretrained(folder, rule, dtype)
+    else:
+        model = PrunedLLaVAVR.from_pretrained(folder, rule, dtype)
+    model = model.to(device_of_answers())
     if int8:
         to_int8(model)
     return reorder(model).eval()

@@ -505,11 +505,19 @@ def test_planned_lengths_follow_the_planner():
     """No picture, one, several and an unknown one: vision tokens from `plan_image`, text as characters / 4 and a frame."""
     index = rows((40, 0, 0, 0), (8, 1, 64, 48), (0, 2, 64, 48), (3, 1, 0, 0))
     found, tiles = data.planned(index, data.SampleFormat("chat", "a4", 2, 32))
-    four_by_three = plan_image((64, 48), "a4", 2, 32).tokens
-    assert found.dtype == np.int64 and (found - data.FRAME["chat"]).tolist() == [10, four_by_three + 2, 2 * 5, four_by_three]
+    four_by_three, largest = (plan_image(size, "a4", 2, 32).tokens for size in ((64, 48), (64, 64)))
+    assert found.dtype == np.int64 and (found - data.FRAME["chat"]).tolist() == [10, four_by_three + 2, 2 * 5, largest]
     assert tiles.tolist() == [0, 5, 2, 5]
     assert data.planned(index, data.SampleFormat("plain", "square", 2, 32))[0].tolist() == [11, 4 + 3, 10 + 1, 4 + 1]
     assert [one.shape for one in data.planned(rows(), data.SampleFormat("chat", "a4", 2, 32))] == [(0,)] * 2
+
+
+@pytest.mark.parametrize("mode, most", [("square", 1), ("pad", 1), ("a4", 5), ("max9", 37)])
+def test_an_unknown_size_counts_as_the_most_tiles(mode, most):
+    """Or a bound on the tiles of a forward would not hold for a set without an index."""
+    assert data.planned(rows((0, 1, 0, 0)), data.SampleFormat("chat", mode, 12, 336))[1].tolist() == [most]
+    sizes = [(width, height) for width in (100, 700, 2100, 9000) for height in (90, 1400, 2016, 8000)]
+    assert max(plan_image(size, mode, 12, 336).tiles for size in sizes) == most
 
 
 def test_the_frame_of_a_round_is_counted(tokenizer):

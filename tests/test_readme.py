@@ -191,6 +191,12 @@ def test_the_recipes_of_the_docs_are_those_of_train_py():
         assert float(rate) == recipe.lr and [float(rate) for rate in of_vit] == [recipe.vision_lr] * len(of_vit)
 
 
+def test_the_docs_fetch_every_benchmark():
+    """All at once: before a model is trained, eval.py cannot say which are missing."""
+    loop = re.search(r"for set in (.*?); do", PAGES["docs/data.md"], re.S)[1].replace("\\\n", " ")
+    assert sorted(loop.split()) == sorted({task.repo for task in TASKS.values()})
+
+
 def test_the_docs_tell_where_every_preset_looks_for_weights():
     """A download that lands elsewhere is not found."""
     for preset in model.PRESETS.values():
