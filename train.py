@@ -577,6 +577,7 @@ def finish(run, model, originals, order, log):
     if the weights hold what is no number."""
     skipped = log.last.get("skipped", 0) if log else 0
     if skipped == order.samples * run.recipe.epochs:
+        checkpoint.remove(run.partial)                              # nothing to go on with
         raise ValueError(f"none of the {skipped} records could be used (the reasons stand above); "
                          f"is {run.paths['data']} the data of phase {run.phase}?")
     state = {name: checkpoint.gather(tensor, run.rank == 0)

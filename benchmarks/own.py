@@ -27,9 +27,9 @@ from pathlib import Path
 from benchmarks import TASKS
 from benchmarks.answers import entry_beside
 from benchmarks.ocr_chart import chartqa_score, docvqa_score
-from benchmarks.task import LETTER, LETTERS, Task, careful_letter, exact_match, lettered
+from benchmarks.task import LETTER, LETTERS, Task, careful_letter, lettered
 from storage.formats import (MARK, as_list, check_letters, is_path, printable, read_text, reason_of,
-                             roles_and_texts)
+                             refuse_misnamed, roles_and_texts)
 from storage.records import open_records
 
 PREFIX = "own-"                     # of a task's name; the rest is the file's
@@ -40,8 +40,20 @@ COLUMNS = ("id", "question", "options", "answers", "image", "sizes")
 # ----------------------------------------------------------------------------------------- metrics
 
 def exact_score(reply, row):
-    """1 if the reply is one of the answers but for case and ASCII punctuation: task.exact_match."""
-    return max(exact_match(reply, answer.strip()) for answer in row["answers"])
+    """1 if the reply is one of the answers but for case and ASCII punctuation.
+
+    Where that leaves nothing, and before a digit . : / and -, punctuation counts: "12.5" is not
+    "125", and "-5" not "5".
+    """
+    return float(any(plain(reply) == plain(answer) for answer in row["answers"]))
+
+
+def plain(text):
+    """A text in lower case, without the punctuation that `exact_score` overlooks."""
+    text = text.strip().lower()
+    removed = r"[.:/-](?!\d)|,(?=\d{3}(?!\d)|\D|$)|(?![.:/,-])[!-/:-@[-`{-~]"
+    kept = re.sub(removed, "", text)
+    return kept or text
 
 
 def relaxed_score(reply, row):
@@ -51,11 +63,12 @@ def relaxed_score(reply, row):
 
 
 def contains_score(reply, row):
-    """1 if an answer stands in the reply, but for case and spaces; "7" does not stand in "17"."""
-    reply = " ".join(reply.lower().split())
+    """1 if an answer stands in the reply, but for case and spaces; "7" does not stand in "17", nor
+    in "7.5", "2,7" or "-7"."""
+    reply = f" {' '.join(reply.lower().split())}"
     for answer in row["answers"]:
         answer = re.escape(" ".join(answer.lower().split()))
-        if re.search(rf"(?<!\w){answer}(?!\w)", reply):
+        if re.search(rf"(?<!\w)(?<!\d[.,])(?<! -){answer}(?!\w)(?![.,]\d)", reply):
             return 1.0
     return 0.0
 
@@ -217,6 +230,11 @@ class Questions:
         name = printable(len(self.rows) if entry.get("id") is None else entry["id"])
         where = f"{where}: question {name}"
         pictures = as_list(_one_of(entry, ("image", "images"), where))
+        if not pictures:
+            try:
+                refuse_misnamed(entry)
+            except ValueError as error:
+                raise ValueError(f"{where} {error}") from None
         for picture in pictures:
             if not isinstance(picture, str) or not picture:
                 raise ValueError(f"{where} has a picture that is no path: {str(picture)[:40]!r}")

@@ -185,16 +185,17 @@ def refuse_to_replace(args, out):
     left as it is. ValueError where the flags ask for another architecture than it has."""
     if not is_finished(args, out):
         return
-    if not args.resume:
-        kept, why = flags_of(out), ""
-        differ = [name for name in LEARN if kept.get(name) != getattr(args, name)]
-        if kept and differ:
-            name = differ[0]
-            then, now = flag(name, kept.get(name)), flag(name, getattr(args, name))
-            why = f", trained {then}, not {now}"
-        if not kept or differ or args.phase or args.data:
-            raise FileExistsError(f"{out} holds a finished model{why}: give another --name, or "
-                                  f"replace it with: train.py {args.typed} --overwrite")
+    kept, why = flags_of(out), ""
+    differ = kept and [name for name in LEARN if kept.get(name) != getattr(args, name)]
+    if differ:
+        name = differ[0]
+        then, now = flag(name, kept.get(name)), flag(name, getattr(args, name))
+        why = f", trained {then}, not {now}"
+    if differ or not args.resume and (not kept or args.phase or args.data):
+        scored = sorted(path.name for path in out.glob("eval*"))
+        also = f", which removes {' and '.join(scored)} in it, too" if scored else ""
+        raise FileExistsError(f"{out} holds a finished model{why}: give another --name, or "
+                              f"replace it with: train.py {args.typed} --overwrite{also}")
     refuse_another_architecture(args, out)
 
 

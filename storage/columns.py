@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 
-from storage.formats import COLUMNS, MARK, as_list, format_of, roles_and_texts, turns_of
+from storage.formats import (
+    COLUMNS, MARK, as_list, format_of, refuse_misnamed, roles_and_texts, turns_of)
 
 
 def column_of_turns(file, schema):
@@ -15,6 +16,8 @@ def column_of_turns(file, schema):
     columns = {field.name: str(field.type) for field in schema if str(field.type) != "null"}
     try:
         key = format_of(columns)
+        if not columns.keys() & {"image", "images"}:
+            refuse_misnamed(columns)
     except ValueError as error:
         raise ValueError(f"{file} {error}") from None
     if not re.search("(value|content|user): ", columns[key]):

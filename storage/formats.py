@@ -20,6 +20,9 @@ FORMATS = {"conversations": "LLaVA's conversations", "messages": "messages",
            "texts": "texts of FineVision or the Cauldron"}
 COLUMNS = ("id", *FORMATS, "image", "images", "system")
 NOT_READ = "video", "videos", "audio", "audios"
+# Where pictures are not: a record that has them under such a name would be read without.
+MISNAMED = ("Image", "Images", "image_path", "image_paths", "image_file", "image_url", "img",
+            "imgs", "picture", "pictures", "photo", "photos", "file_name")
 # Keys of a picture that is written as a dict, and of a part of a message. HF: bytes before path.
 PICTURE_KEYS = "bytes", "base64", "path", "url", "image", "image_url"
 # How base64 begins of JPEG, PNG, GIF, WebP and TIFF.
@@ -65,6 +68,8 @@ def one_form(record):
         raise ValueError(f"has {unread[0]}: only text and pictures are read")
     given = [picture for key in ("image", "images") for picture in as_list(record.get(key))]
     pictures = [picture for picture in map(reference, given) if picture is not None]
+    if not pictures and not in_parts:
+        refuse_misnamed(record)
     if record.get("image") and record.get("images"):
         raise ValueError("has image and images: keep one of them")
     own = [picture for picture in in_parts if picture is not None]
@@ -75,6 +80,13 @@ def one_form(record):
         raise ValueError(f"has {len(in_parts)} picture parts but {len(pictures)} pictures: "
                          "they must agree")
     return turns, own or pictures
+
+
+def refuse_misnamed(record):
+    """ValueError where a record without pictures has something under one of MISNAMED."""
+    for key in MISNAMED:
+        if record.get(key):
+            raise ValueError(f"has {key}, which is not read: call it image")
 
 
 def turns_of(record, key):
@@ -244,11 +256,35 @@ def reason_of(error):
     return getattr(error, "msg", "a number has too many digits")
 
 
-def json_files(path):
-    """The file itself, or all .json and .jsonl below a folder, in order of path."""
+def files_below(path, *suffixes):
+    """The file itself, or all with such a suffix below a folder, in order of path: but for hidden
+    ones, which are copies that programs keep. ValueError where some of several shards are missing,
+    or where a test split lies beside a train split."""
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*.json*") if file.suffix in (".json", ".jsonl"))
+    files = sorted(file for suffix in suffixes for file in path.rglob(f"*{suffix}")
+                   if not any(part.startswith(".") for part in file.relative_to(path).parts))
+    shards, splits = {}, {}
+    for file in files:
+        found = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})", file.stem)
+        if found:
+            shards.setdefault((file.parent, found[1], found[2]), []).append(file)
+            splits.setdefault(file.parent, set()).add(found[1])
+    for (folder, name, count), there in shards.items():
+        if len(there) < int(count):
+            raise ValueError(f"{folder} has {len(there)} of {int(count)} files "
+                             f"{name}-*-of-{count}: finish the download")
+    for folder, names in splits.items():
+        others = names & {"test", "validation", "val"}
+        if "train" in names and others:
+            raise ValueError(f"{folder} has the splits train and {' and '.join(sorted(others))}: "
+                             "keep one there, or name files, several in a .mix")
+    return files
+
+
+def json_files(path):
+    """The file itself, or all .json and .jsonl below a folder: see `files_below`."""
+    return files_below(path, ".json", ".jsonl")
 
 
 def scan_json(path):
@@ -256,6 +292,9 @@ def scan_json(path):
     one that is no object. ValueError, with file, line, number from 0 and column, for what is no
     JSON, and for a file that ends too early."""
     text = path.read_bytes().decode("latin-1")  # a character for each byte
+    if text[:2] in ("\xff\xfe", "\xfe\xff"):     # byte order marks of UTF-16
+        raise ValueError(f"{path}:1: not valid JSON in record 0, at line 1, column 1: it is "
+                         "UTF-16, save it as UTF-8")
     gap, decoder = re.compile("[ \t\r\n,]*"), json.JSONDecoder()
     head = re.match("(?:\xef\xbb\xbf)?[ \t\r\n,]*(\\[?)", text)  # byte order mark, start of a list
     is_list = head[1] == "["

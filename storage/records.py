@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from storage import columns
 from storage.formats import (FORMATS, MALFORMED, MARK, MISMATCH, UNMARKED, decode_text,
-                             format_of, is_path, json_files, one_form, printable,
+                             files_below, format_of, is_path, json_files, one_form, printable,
                              put_marks_first, read_text, record_problem, roles_and_texts,
                              scan_json)
 from storage.weights import sampled_hash
@@ -193,7 +193,8 @@ class JSONRecords(Reader):
         if problems is not None:
             problems += refused
         paths = [each for kind, each in shown if is_path(each) and (self.marks_first or not kind)]
-        if paths and not images and all(self.pictures.get(each) is None for each in paths):
+        asked = images is None or problems is None      # check_data names each that is missing
+        if paths and asked and all(self.pictures.get(each) is None for each in paths):
             raise FileNotFoundError(f"picture {paths[0]} of {path} is in none of {self.pictures}: "
                                     "name the folder or .zip with the pictures")
 
@@ -231,7 +232,7 @@ class ParquetShards(Reader):
 
     def __init__(self, path, images=None):
         self.path, self.pictures = path, Pictures(path, images)
-        self.files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        self.files = files_below(path, ".parquet")
         self.formats = dict.fromkeys(FORMATS, 0)
         self.keys, self.starts, self.groups, self.rows = [], [], [], 0
         with_pictures = False
@@ -425,8 +426,11 @@ def open_records(path, images=None, problems=None):
         raise FileNotFoundError(f"{path} does not exist: give a .json, .jsonl, .parquet or .mix, "
                                 "or a folder of one of the first three")
     if path.suffix == ".mix":
+        if images:
+            raise ValueError(f"--images {images}: {path} is a mixture; write images=PATH behind "
+                             "those of its lines that need it")
         return Mixture(path, problems)
-    if path.suffix == ".parquet" or path.is_dir() and any(path.rglob("*.parquet")):
+    if path.suffix == ".parquet" or path.is_dir() and files_below(path, ".parquet"):
         reader = ParquetShards(path, images)
     elif path.suffix in (".json", ".jsonl") or path.is_dir() and json_files(path):
         reader = JSONRecords(path, images, problems)

@@ -10,6 +10,8 @@ import time
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -91,9 +93,50 @@ def test_malformed_json_is_named_by_line(tmp_path):
 
 def test_a_missing_picture_names_record_and_place(tmp_path):
     """Found on reading, since asking for half a million files at the start takes minutes."""
+    (tmp_path / "here.png").write_bytes(b"a picture")
+    path = write_set(tmp_path, [{"id": name, "image": f"{name}.png", "conversations": ask("<image>")} for name in ("here", "gone")])
+    with pytest.raises(FileNotFoundError, match="record gone: picture gone.png is not in"):
+        open_records(path, tmp_path)[1]
+
+
+def test_a_folder_without_any_of_the_pictures_is_told_before_training(tmp_path):
+    """A mistyped --images would skip every record, a line each, to the end of the run."""
     path = write_set(tmp_path, [{"id": "r7", "image": "gone.png", "conversations": ask("<image>")}])
-    with pytest.raises(FileNotFoundError, match="record r7: picture gone.png is not in"):
-        open_records(path, tmp_path)[0]
+    for images in (None, tmp_path):
+        with pytest.raises(FileNotFoundError, match="picture gone.png of .* is in none of .*name the folder or .zip"):
+            open_records(path, images)
+    problems = []
+    assert len(open_records(path, tmp_path, problems)) == 1 and not problems        # check_data names each that is missing
+
+
+def test_pictures_under_another_name_are_not_dropped_in_silence(tmp_path):
+    """Training would go on from the text alone."""
+    path = write_set(tmp_path, [{"id": "r7", "image_path": "a.png", "conversations": ask("What?")}])
+    with pytest.raises(ValueError, match="id r7, has image_path, which is not read: call it image"):
+        open_records(path)
+    table = pa.table({"img": [b"1"], "conversations": [ask("What?")]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet has img, which is not read: call it image"):
+        open_records(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("names, complaint", [
+    (["train-00000-of-00002"], r"has 1 of 2 files train-\*-of-00002: finish the download"),
+    (["train-00000-of-00001", "test-00000-of-00001"], "has the splits train and test: keep one there"),
+    ([".train-00000-of-00001", "._a"], "no .parquet, .json or .jsonl file below")])
+def test_a_folder_is_one_whole_split_without_hidden_copies(tmp_path, names, complaint):
+    """Half a download, or test questions among the training's, would shift every number unseen."""
+    for name in names:
+        pq.write_table(pa.table({"conversations": [ask("What?")]}), tmp_path / f"{name}.parquet")
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+        open_records(tmp_path)
+
+
+def test_a_mixture_has_its_own_pictures(tmp_path):
+    """--images would be for which of its sets?"""
+    (tmp_path / "a.mix").write_text("set.json all\n")
+    with pytest.raises(ValueError, match="--images pics: .*a.mix is a mixture; write images=PATH behind"):
+        open_records(tmp_path / "a.mix", "pics")
 
 
 def test_open_records_says_what_it_takes(tmp_path):
