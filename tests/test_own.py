@@ -93,7 +93,7 @@ def test_beside_benchmarks_they_are_in_the_table_and_not_in_avg(setup, tmp_path,
     *(("exact", reply, [answer], right) for reply, answer, right in [
         ("125", "12.5", 0), ("5", "-5", 0), ("1030", "10:30", 0), ("12", "1/2", 0), ("", "-", 0), ("12.5.", "12.5", 1), ("-", "-", 1),
         ("1,234", "1234", 1), ("1,5", "15", 0), ("$5", "5", 1), ("Yes, sir.", "yes sir", 1)]),
-     ("contains", "the  Red\nbus", ["red bus"], 1)])
+    ("contains", "the  Red\nbus", ["red bus"], 1)])
 def test_the_metrics_are_those_of_the_benchmarks(tmp_path, metric, reply, answers, expected):
     """Any of several answers is right."""
     name = own.add_task(write(tmp_path / "m", [{"question": "?", "answers": answers}]), metric)
