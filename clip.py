@@ -1,7 +1,7 @@
 """CLIP's vision transformer: the hidden layers asked for, and how much CLS looks at each patch.
 
     t   tiles, of P pixels along a side           C   width (hidden_size)
-    N   patches of a tile (24*24 for ViT-L/14)    A   attention heads, D = C / A their width
+    N   g*g patches of a tile (g 24 for ViT-L)    A   attention heads, D = C / A their width
 
 Parameters carry the checkpoint's own names (openai/clip-vit-large-patch14-336), less the prefix
 "vision_model.".
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)         # (t, A, 1+N, D)
 
     def forward(self, x, want_cls_row):
-        """x (t, 1+N, C) -> (its like, scores of CLS (t, A, 1+N) if wanted, else None)."""
+        """x (t, 1+N, C) -> ((t, 1+N, C), scores of CLS (t, A, 1+N) if wanted, else None)."""
         q = self.split(self.q_proj(x))                                   # (t, A, 1+N, D)
         k = self.split(self.k_proj(x))                                   # (t, A, 1+N, D)
         v = self.split(self.v_proj(x))                                   # (t, A, 1+N, D)
@@ -135,26 +135,26 @@ class Block(nn.Module):
 class CLIPVision(nn.Module):
     """The vision tower up to its deepest tapped layer.
 
-    layers: which hidden states to return, counted as in Hugging Face: 0 is the input of the first
-        block (after pre_layrnorm), l the output of the l-th. The 23 of ViT-L is therefore block
-        index 22, LLaVA's "layer -2". Blocks above the deepest tap are not built: no time, no
+    levels: which hidden layers to return, counted as in Hugging Face: 0 is the input of the first
+        block (after pre_layrnorm), 1 the output of the first. The 23 of ViT-L is therefore block
+        index 22, LLaVA's "layer -2". Blocks above the deepest level are not built: no time, no
         memory, no parameter without a gradient.
     saliency: how the CLS scores of the deepest tapped block become a map, see `saliency_from`.
     Raises ValueError for a layer that is not there or an unknown saliency.
     """
 
-    def __init__(self, config, layers=(13, 18, 23), saliency="sigmoid"):
+    def __init__(self, config, levels=(13, 18, 23), saliency="sigmoid"):
         super().__init__()
-        self.config, self.layers, self.saliency = config, tuple(layers), saliency
+        self.config, self.levels, self.saliency = config, tuple(levels), saliency
         last = config.num_hidden_layers
         if saliency not in SALIENCY:
             raise ValueError(f"saliency {saliency!r}: choose one of {', '.join(SALIENCY)}")
-        for layer in self.layers:
+        for layer in self.levels:
             if not 0 <= layer <= last:
                 raise ValueError(f"layer {layer} is out of range: hidden layers are 0 to {last}")
-        deepest = max(self.layers, default=0)
+        deepest = max(self.levels, default=0)
         if deepest == 0:
-            raise ValueError(f"layers {self.layers} name no block to take a saliency from: the "
+            raise ValueError(f"levels {self.levels} name no block to take a saliency from: the "
                              f"deepest layer must be from 1 to {last}")
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)      # sic
@@ -164,10 +164,10 @@ class CLIPVision(nn.Module):
     def forward(self, pixels):
         """pixels (t, 3, P, P), normalised -> (features L x (t, N, C), saliency (t, N)).
 
-        Features come in the order of `layers`, without CLS. The saliency keeps its gradient.
+        Features come in the order of `levels`, without CLS. The saliency keeps its gradient.
         """
         hidden, cls_row = self.encode(pixels)
-        features = [hidden[layer][:, 1:] for layer in self.layers]       # L x (t, N, C)
+        features = [hidden[layer][:, 1:] for layer in self.levels]       # L x (t, N, C)
         return features, saliency_from(cls_row, self.saliency)           # (t, N)
 
     def encode(self, pixels):
@@ -176,16 +176,16 @@ class CLIPVision(nn.Module):
         hidden, deepest = {0: x}, len(self.encoder.layers)
         for layer, block in enumerate(self.encoder.layers, start=1):
             x, cls_row = block(x, layer == deepest)                      # (t, 1+N, C), (t, A, 1+N)
-            if layer in self.layers:
+            if layer in self.levels:
                 hidden[layer] = x
         return hidden, cls_row
 
     @classmethod
-    def from_pretrained(cls, folder, layers=(13, 18, 23), saliency="sigmoid", dtype=torch.float32):
+    def from_pretrained(cls, folder, levels=(13, 18, 23), saliency="sigmoid", dtype=torch.float32):
         """Read a whole CLIP or a vision tower, in `dtype`. Raises as storage/weights.py does."""
         config = read_config(folder, CLIPConfig.from_dict)
         with torch.device("meta"):       # shapes only: no time spent on numbers soon overwritten
-            model = cls(config, layers, saliency).to(dtype)
+            model = cls(config, levels, saliency).to(dtype)
         model.to_empty(device=torch.get_default_device())
         load_weights(model, folder, model.rename)
         return model
@@ -203,8 +203,8 @@ class CLIPVision(nn.Module):
 def saliency_from(cls_row, kind="sigmoid"):
     """Eq. 3: scores q_cls . k_j / sqrt(D) (t, A, 1+N) -> saliency S (t, N), float32 in (0, 1].
 
-    The paper names the symbols and the sigmoid, not what is under it nor the layer. Paper silent:
-    we take the deepest tapped layer, and under the sigmoid by `kind`
+    The paper gives the symbols and the sigmoid, but neither its argument nor the layer. Paper
+    silent: we take the deepest tapped layer, and as the argument, by `kind`,
         "sigmoid"       the mean over heads; our default
         "softmax"       the mean over heads of the attention weights; each is about 1/577, so that S
                         is 0.5004 nearly everywhere, a constant

@@ -235,15 +235,15 @@ def text_ids(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def read_turns(turns, has_image, spoken=False):
+def read_turns(turns, has_image, allow_empty=False):
     """A record's turns -> [(role, text)], with the roles of the template. As in LLaVA, an answer
     before the first question is dropped; and beside a picture, a turn's only mark moves to a line
-    of its own in front, unless it starts the turn. `spoken` answers come from a model and may be
-    empty. Raises ValueError for an unknown role, no text, an empty answer, or no turn."""
+    of its own in front, unless it starts the turn. Raises ValueError for an unknown role, no text,
+    no turn or, unless allow_empty (a model may have answered nothing), an empty answer."""
     pairs = roles_and_texts(turns)
     check_turns(pairs)
     roles = [role for role, _ in pairs]
-    first = roles[:1].count("system")  # where the conversation begins
+    first = int(roles[:1] == ["system"])  # where the conversation begins
     if roles[first:first + 1] == ["assistant"]:
         del pairs[first]
     if not pairs[first:]:
@@ -253,7 +253,7 @@ def read_turns(turns, has_image, spoken=False):
             if text.count(MARK) == 1 and not text.startswith(MARK):
                 text = f"{MARK}\n{text.replace(MARK, '').strip()}".strip()
             text = text.replace("QA_GT_caption_based_noisy", "")  # noise of LLaVA's own data
-        if role == "assistant" and not text.strip() and not spoken:
+        if role == "assistant" and not text.strip() and not allow_empty:
             raise ValueError(f"answer {(place - first) // 2 + 1} is empty: remove turn or record")
         pairs[place] = role, text
     return pairs
@@ -269,7 +269,7 @@ def encode_chat(tokenizer, turns, image_tokens, system="You are a helpful assist
     system        of turns that start without a system turn. None leaves the block out
     train         "answer": each answer and its <|im_end|>, our default. None: nothing.
                   "llava": the reference's mask: all of the assistant's turns, elsewhere every
-                  <|im_start|>, <|im_end|> and single newline. They are easy, so its loss is lower
+                  <|im_start|>, <|im_end|> and single newline: easy tokens, so its loss is lower
     generate      end with <|im_start|>assistant\\n, ready for an answer
 
     Frame and text are tokenised apart. Only text that starts with a line break, or with blanks
@@ -278,7 +278,7 @@ def encode_chat(tokenizer, turns, image_tokens, system="You are a helpful assist
     """
     if train not in ("answer", "llava", None):
         raise ValueError(f"train={train!r} is unknown: use 'answer', 'llava' or None")
-    messages = read_turns(turns, bool(image_tokens), spoken=generate)
+    messages = read_turns(turns, bool(image_tokens), allow_empty=generate)
     if generate and messages[-1][0] == "assistant":
         raise ValueError("the last turn is already an answer: generate=True needs a question last")
     marks = sum(text.count(MARK) for _, text in messages)
@@ -289,8 +289,8 @@ def encode_chat(tokenizer, turns, image_tokens, system="You are a helpful assist
         messages.insert(0, ("system", system))
     start, end, _ = map(tokenizer.token_to_id, SPECIALS)
     newline = text_ids(tokenizer, "\n")
-    llava = train == "llava"
-    easy = {start, end, *newline} if llava else ()
+    frame_too = train == "llava"
+    anywhere = {start, end, *newline} if frame_too else ()                   # trained in any turn
     counts = iter(image_tokens)
     ids, labels = [], []
     for role, text in messages:
@@ -299,11 +299,11 @@ def encode_chat(tokenizer, turns, image_tokens, system="You are a helpful assist
         body = text_ids(tokenizer, first)
         for part in others:
             body += [IMAGE] * next(counts) + text_ids(tokenizer, part)
-        for part, learned in ((frame, llava), (body + [end], train), (newline, llava)):
-            ids += part
-            for token in part:
-                learn = token in easy or (role == "assistant" and learned and token != IMAGE)
-                labels.append(token if learn else IGNORE)
+        for piece, trained in ((frame, frame_too), (body + [end], train), (newline, frame_too)):
+            ids += piece
+            for token in piece:
+                in_answer = role == "assistant" and trained and token != IMAGE
+                labels.append(token if in_answer or token in anywhere else IGNORE)
     if generate:
         ids += [start, *text_ids(tokenizer, "assistant\n")]
         labels += [IGNORE] * (len(ids) - len(labels))
@@ -355,7 +355,8 @@ def encode_sample(record, tokenizer, form):
             if len(turns) != 2 or len(plans) != 1:
                 raise ValueError(f"{len(turns)} turns and {len(plans)} pictures: "
                                  "the plain template takes 2 and 1")
-            ids, labels = encode_plain(tokenizer, roles_and_texts(turns)[1][1], counts[0])
+            _, (_, caption) = roles_and_texts(turns)
+            ids, labels = encode_plain(tokenizer, caption, counts[0])
         else:
             raise ValueError(f"template {form.template!r} is unknown: use plain or chat")
         if IMAGE in ids[form.max_length:]:
@@ -384,7 +385,7 @@ def planned(index, form):
         return pictures * plan.tokens, pictures * plan.tiles
 
     columns = (index[name].tolist() for name in ("pictures", "width", "height"))
-    vision = np.array(list(map(of_pictures, *columns)), np.int64).reshape(-1, 2)
+    vision = np.array(list(map(of_pictures, *columns)), np.int64).reshape(-1, 2)     # (records, 2)
     return vision[:, 0] + index["chars"] // 4 + FRAME[form.template], vision[:, 1]
 
 
@@ -400,11 +401,11 @@ class Batch:
     plans: list                   # ImagePlan of every picture, in order over the batch
     record_ids: list              # names of the records
     packed: list | None = None    # lengths of the samples that share the one row
-    # what the model would have to ask a GPU for, and wait; places count the rows end to end
+    # indices, found here so that the model need not wait for a GPU; places count rows end to end
     trained: torch.Tensor | None = None    # (R,) places of tokens whose next one is trained
-    images: torch.Tensor | None = None     # (I,) places of IMAGE
+    image_places: torch.Tensor | None = None    # (I,) places of IMAGE
     cells: torch.Tensor | None = None      # (I, 3) what stands there, see ImagePlan.cells
-    is_vision: torch.Tensor | None = None  # (n,) which of the I are vision tokens, not newlines
+    not_newlines: torch.Tensor | None = None    # (n,) which of the I are vision tokens
 
     def _changed(self, change):
         tensors = {name: change(value) for name, value in vars(self).items()
@@ -446,8 +447,8 @@ def cells_of(plans):
     return torch.from_numpy(np.concatenate([none, *cells]))
 
 
-def where(mask):
-    """The places of a mask (B, T), counted over its rows end to end."""
+def flatnonzero(mask):
+    """Where a mask is True, counted over its rows end to end: as numpy's, for tensors."""
     return mask.flatten().nonzero().squeeze(1)
 
 
@@ -455,12 +456,13 @@ def _batch(samples, input_ids, labels):
     tiles = [sample["tiles"] for sample in samples if len(sample["tiles"])]
     plans = [plan for sample in samples for plan in sample["plans"]]
     cells = cells_of(plans)                                              # (I, 3)
-    trained = where(pad(labels[:, 1:] != IGNORE, (0, 1)))                # (R,)
+    trained = flatnonzero(pad(labels[:, 1:] != IGNORE, (0, 1)))          # (R,)
     return Batch(input_ids, labels,
                  lengths=torch.tensor([len(sample["input_ids"]) for sample in samples]),
                  tiles=torch.from_numpy(np.concatenate(tiles)) if tiles else None,
                  plans=plans, record_ids=[sample["id"] for sample in samples], trained=trained,
-                 images=where(input_ids == IMAGE), cells=cells, is_vision=where(cells[:, 0] >= 0))
+                 image_places=flatnonzero(input_ids == IMAGE), cells=cells,
+                 not_newlines=flatnonzero(cells[:, 0] >= 0))
 
 
 # ------------------------------------------------------------- which sample when, on which rank
@@ -496,11 +498,11 @@ class Order:
         within_window = random.random(len(records))
         blocks = random.permutation(len(self.starts))
         block = np.searchsorted(self.starts, records, "right") - 1           # of every record
-        counts = np.bincount(block, minlength=len(blocks)) > 1               # of every block
-        window = np.empty(len(blocks))               # its start: how many that count come up to it
-        window[blocks] = np.cumsum(counts[blocks])
-        count = max(counts.sum(), 1)
-        order = np.argsort((window[block] + within_window * min(WINDOW, count)) % count)
+        several = np.bincount(block, minlength=len(blocks)) > 1              # records in a block
+        begin = np.empty(len(blocks))        # of a block's window, counted in blocks of several
+        begin[blocks] = np.cumsum(several[blocks])
+        count = max(several.sum(), 1)
+        order = np.argsort((begin[block] + within_window * min(WINDOW, count)) % count)
         text = self.tiles[order] == 0
         place = np.empty(len(records))               # 0 to 1, among the records of its kind
         for kind in (text, ~text):
@@ -523,7 +525,8 @@ class Order:
         shares = split_by_tokens(batch, self.lengths, world, fewest * micro)
         for count in itertools.count(fewest):
             lists = [split_by_tokens(share, self.lengths, count, micro) for share in shares]
-            if all(len(one) < 2 or self.tiles[one].sum() <= most_tiles for one in sum(lists, [])):
+            tiles = [self.tiles[one].sum() for one in sum(lists, []) if len(one) > 1]
+            if max(tiles, default=0) <= most_tiles:
                 return lists[rank]
 
 

@@ -110,8 +110,8 @@ def arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", nargs="+", help=f"of: {', '.join([*TASKS, *groups(), 'all'])}; or your own "
-                                  "questions, a .jsonl")
+    add("--task", nargs="+", action="extend",
+        help=f"of: {', '.join([*TASKS, *groups(), 'all'])}; or your own questions, a .jsonl")
     add("--metric", choices=own.METRICS, help="how replies to your own questions are scored")
     add("--images", type=Path, help="folder of their pictures (default: beside the file)")
     add("--preset", choices=PRESETS, help="sets the three defaults below")
@@ -195,15 +195,15 @@ def model_mark(folder, variant=""):
 
 
 def mark_of(run, precision):
-    """The mark of the run's model in a precision. Where it is another than usual, or with int8, it
-    is another model."""
+    """The mark of the run's model in a precision. In another precision than usual, or in int8, it
+    counts as another model."""
     other = "" if precision == usual_precision() else f" {precision}"
     return model_mark(run.model, run.variant + other + (" int8" if run.int8 else ""))
 
 
 def settled_precision(run):
-    """"fp32" or "bf16". auto is that of the answers which this model has given into --out. Only
-    else is it measured: where other programs run, the same CPU may look another way tomorrow."""
+    """"fp32" or "bf16". auto takes that of the answers of this model in --out. Without any it is
+    measured; that may turn out otherwise tomorrow, beside other programs on the same CPU."""
     if run.precision == "auto" and not run.fresh:
         files = [run.out / "results.json", *(run.out / "answers").glob("*.jsonl")]
         there = b"".join(file.read_bytes() for file in files if file.is_file())
@@ -451,3 +451,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("eval.py: stopped; the same command goes on")

@@ -1,8 +1,8 @@
 """LLaVA-VR: a picture becomes few vision tokens, and between decoder layers these look at it again.
 
-    B   rows of a batch (1 when packed)          t   tiles of all pictures of a batch
+    B   rows of a batch (1 when packed)          t   tiles of a batch, of P pixels along a side
     T   tokens of a row                          N   g*g ViT features of a tile, L levels of width C
-    R   rows that reach the lm_head              p   vision tokens along a side of a tile
+    R   tokens that reach the lm_head            p   vision tokens along a side of a tile
     d   width of the LLM                         n   vision tokens of a batch, without newlines
     V   vocabulary rows                          I   image places: vision tokens and newlines
 
@@ -46,7 +46,7 @@ class AAP(nn.Sequential):
         self.sizes = sizes
 
     def forward(self, levels):
-        grid = levels[-1].transpose(1, 2).unflatten(2, (self.sizes.feature_side, -1))
+        grid = levels[-1].mT.unflatten(2, (self.sizes.feature_side, -1))         # (t, C, g, g)
         pooled = F.adaptive_avg_pool2d(grid, self.sizes.side)            # (t, C, p, p)
         return self.project(pooled.flatten(2).transpose(1, 2))           # (t, p*p, d)
 
@@ -187,8 +187,8 @@ class LLaVAVR(nn.Module):
         denominator: trained tokens of the whole global batch, so that ranks and micro-batches add
         up to the same gradient however it is split. None: those of this batch.
         """
-        x, remember = self.embed(batch)                                  # (B, T, d)
-        hidden = self.language_model(inputs_embeds=x, hook=remember, packed=batch.packed,
+        x, hook = self.embed(batch)                                      # (B, T, d)
+        hidden = self.language_model(inputs_embeds=x, hook=hook, packed=batch.packed,
                                      logits=False)                       # (B, T, d)
         hidden = hidden.flatten(0, 1)[batch.trained]                     # (R, d)
         targets = batch.labels.flatten()[batch.trained + 1]              # (R,)
@@ -197,17 +197,18 @@ class LLaVAVR(nn.Module):
 
     def embed(self, batch):
         """Encode, compress, place -> (embeddings (B, T, d), the hook that remembers or None)."""
-        is_image = batch.input_ids == data.IMAGE                         # (B, T)
-        x = self.language_model.model.embed_tokens(batch.input_ids.masked_fill(is_image, 0))
+        ids = batch.input_ids.clamp(min=0)                               # (B, T)  IMAGE is below 0
+        x = self.language_model.model.embed_tokens(ids)                  # (B, T, d)
         if batch.tiles is None:
             return x, None
         pixels = data.normalise(batch.tiles)                             # (t, 3, P, P)
         features, saliency = self.vision_tower(pixels)                   # L x (t, N, C), (t, N)
         tokens = self.mm_projector(features)                             # (t, p*p, d)
         tokens = self.place(tokens, batch.cells, batch.plans)            # (I, d)
-        flat = x.flatten(0, 1).index_copy(0, batch.images, tokens.to(x.dtype))
+        flat = x.flatten(0, 1).index_copy(0, batch.image_places, tokens.to(x.dtype))
         x = flat.view_as(x)                                              # (B, T, d)
-        cells, places = batch.cells[batch.is_vision], batch.images[batch.is_vision]
+        cells = batch.cells[batch.not_newlines]                          # (n, 3)
+        places = batch.image_places[batch.not_newlines]                  # (n,)
         memory = Memory(features, saliency, cells, places, self.mm_projector)
         memory = self.vision_remember.prepare(memory, batch, x)
         return x, partial(self.remember, memory=memory)
@@ -234,24 +235,24 @@ class LLaVAVR(nn.Module):
         newline = self.image_newline.to(tokens.dtype)                    # (d,)
         x = torch.where(cells[:, :1] < 0, newline, tokens.flatten(0, 1)[index])  # (I, d)
         pieces = list(x.split([plan.tokens for plan in plans]))
-        pictures = tokens.split([plan.tiles for plan in plans])
+        tiles = tokens.split([plan.tiles for plan in plans])             # of each picture
         for i, plan in enumerate(plans):
             if plan.map != plan.crop[2:]:                                # anyres_max_9 over budget
                 base = pieces[i][:plan.side**2]                          # (p*p, d)
-                pieces[i] = torch.cat([base, self.shrink(pictures[i][1:], plan)])
+                pieces[i] = torch.cat([base, self.shrink(tiles[i][1:], plan)])
         return torch.cat(pieces)
 
-    def shrink(self, crops, plan):
-        """Crops (tiles, p*p, d) of a picture over its budget -> a smaller map, with newlines."""
+    def shrink(self, tokens, plan):
+        """Tokens (tiles, p*p, d) of a canvas over its budget -> of a smaller map, with newlines."""
         p, (across, down) = plan.side, plan.grid
-        top, left, height, width = plan.crop
-        grid = crops.view(down, across, p, p, -1).permute(4, 0, 2, 1, 3)  # (d, down, p, across, p)
-        grid = grid.reshape(-1, down * p, across * p)
-        grid = grid[:, top:top + height, left:left + width].float()
-        grid = F.interpolate(grid[None], size=plan.map, mode="bilinear")[0].to(crops.dtype)
-        grid = grid.permute(1, 2, 0)                                     # (rows, columns, d)
-        newline = self.image_newline.to(crops.dtype).expand(len(grid), 1, -1)    # (rows, 1, d)
-        return torch.cat([grid, newline], 1).flatten(0, 1)               # (rows * (columns + 1), d)
+        top, left, full_rows, full_columns = plan.crop
+        x = tokens.view(down, across, p, p, -1).permute(4, 0, 2, 1, 3)   # (d, down, p, across, p)
+        x = x.reshape(-1, down * p, across * p)                          # (d, down*p, across*p)
+        x = x[:, top:top + full_rows, left:left + full_columns].float()  # un-padded
+        x = F.interpolate(x[None], size=plan.map, mode="bilinear")[0]    # (d, rows, columns)
+        x = x.permute(1, 2, 0).to(tokens.dtype)                          # (rows, columns, d)
+        newline = self.image_newline.to(x.dtype).expand(len(x), 1, -1)   # (rows, 1, d)
+        return torch.cat([x, newline], 1).flatten(0, 1)                  # (rows * (columns + 1), d)
 
     @torch.inference_mode()
     def generate(self, images, prompts, max_new_tokens=64, on_token=None, choose=most_likely):
@@ -275,13 +276,13 @@ class LLaVAVR(nn.Module):
         if longest > limit:
             raise ValueError(f"prompt and answer may take {longest} tokens, but the decoder was "
                              f"made for {limit}: shorten the prompt or the answer")
-        ends = [self.tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
-        logits, decode = self.prefill(samples, ends[1], max_new_tokens)  # (B, V)
+        _, end, pad_id = map(self.tokenizer.token_to_id, data.SPECIALS)
+        logits, decode = self.prefill(samples, pad_id, max_new_tokens)   # (B, V)
         answers, texts, done = [[] for _ in prompts], [""] * len(prompts), set()
         for step in range(max_new_tokens):
             tokens = choose(logits)                                      # (B,)
             for row, token in enumerate(tokens.tolist()):
-                if token in ends:
+                if token in (end, pad_id):
                     done.add(row)
                 if row in done:
                     continue
@@ -299,22 +300,22 @@ class LLaVAVR(nn.Module):
     def prefill(self, samples, pad_id, max_new_tokens):
         """Read prompts -> (logits (B, V), decode: new tokens (B, 1) -> logits (B, 1, V)).
 
-        What ends with a picture is read first, once for all prompts that share it; then the rest.
+        What goes up to the last picture is read once for all prompts that share it; then the rest.
         """
-        prefixes, owners, rests = shared_prefixes(samples, self.vision_remember.reads_question)
+        prefixes, prefix_of, rests = shared_prefixes(samples, self.vision_remember.reads_question)
         device = self.image_newline.device
         prefix = data.collate(prefixes, pad_id).to(device)
         rest = data.collate(rests, pad_id).to(device)
         room = prefix.input_ids.shape[1] + rest.input_ids.shape[1] + max_new_tokens
-        x, remember = self.embed(prefix)                                 # (prefixes, T, d)
+        x, hook = self.embed(prefix)                                     # (prefixes, T, d)
         cache = KVCache(self.config.text, len(prefixes), room, x.dtype, device)
-        self.language_model(inputs_embeds=x, cache=cache, hook=remember, logits=False)
+        self.language_model(inputs_embeds=x, cache=cache, hook=hook, logits=False)
         cache.lengths = prefix.lengths                                   # without the padding
-        cache.select_rows(torch.tensor(owners, device=device))           # B rows from here on
+        cache.select_rows(torch.tensor(prefix_of, device=device))        # B rows from here on
         last = F.one_hot(rest.lengths - 1, rest.input_ids.shape[1]).bool()       # (B, T)
         logits = self.language_model(rest.input_ids, cache=cache, keep=last)     # (B, V)
         cache.lengths += rest.lengths - rest.input_ids.shape[1]          # without the padding
-        cache.used = max(len(sample["input_ids"]) for sample in samples)         # nor here
+        cache.used = max(len(sample["input_ids"]) for sample in samples)         # the longest row
         return logits, partial(self.language_model, cache=cache)
 
     def encode_prompt(self, images, prompt):
@@ -322,7 +323,7 @@ class LLaVAVR(nn.Module):
         images = images if isinstance(images, (list, tuple)) else [images]
         images = [image for image in images if image is not None]
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        texts = [text for _, text in data.read_turns(turns, False, spoken=True)]
+        texts = [text for _, text in data.read_turns(turns, False, allow_empty=True)]
         if not images and any(map(stands_for_picture, texts)):
             raise ValueError(f"the prompt asks about {data.MARK} but comes without a picture: give "
                              "one, or leave the mark out")
@@ -365,7 +366,7 @@ class LLaVAVR(nn.Module):
         with torch.device("meta"):                                       # shapes only
             vision = CLIPVision(config.vision, config.levels, config.saliency).to(dtype)
             text = Qwen2(config.text).to(dtype)
-        # on the CPU, or under torch.device("meta") nowhere: see train.build_model
+        # on the CPU, or nowhere where the caller asks for torch.device("meta"): train.build_model
         vision.to_empty(device=torch.get_default_device())
         text.to_empty(device=torch.get_default_device()).tie()
         model = cls(config, vision, text).to(dtype)
@@ -388,7 +389,7 @@ class LLaVAVR(nn.Module):
         self.tokenizer_file = Path(folder) / "tokenizer.json"
 
     def save_pretrained(self, folder, extra=None, whole=True, state=None):
-        """Write config.json, weights, tokenizer.json and copies of extra {name: path}, or nothing.
+        """Write config.json, weights, tokenizer.json, copies of extra {name: path}: all or none.
 
         whole: False leaves out the ViT and the decoder that `from_parts` read: both stayed frozen.
             config.json then says where they lie and how to recognise them (weights.fingerprint).
@@ -407,14 +408,14 @@ class LLaVAVR(nn.Module):
 
 
 def shared_prefixes(samples, with_question=False):
-    """Cut each prompt behind its last picture -> (prefixes, owners, rests).
+    """Cut each prompt behind its last picture -> (prefixes, prefix_of, rests).
 
-    Each prefix is listed once; owners (B,) says with which of them a prompt begins. Most benchmarks
-    ask several questions about a picture, and blind all pictures of a size are one: the model then
-    reads it once, which is most of what a short answer costs.
+    Each prefix is listed once; prefix_of (B,) says with which of them a prompt begins. Benchmarks
+    ask several questions about a picture, and blind all of a size are the same grey one: the model
+    then reads it once, which is most of what a short answer costs.
     with_question: the prefix is all but the last token of a prompt.
     """
-    prefixes, owners, rests = {}, [], []
+    prefixes, prefix_of, rests = {}, [], []
     for sample in samples:
         ids, labels = sample["input_ids"], sample["labels"]
         cut = max((place for place, token in enumerate(ids) if token == data.IMAGE), default=0) + 1
@@ -422,10 +423,10 @@ def shared_prefixes(samples, with_question=False):
             cut = len(ids) - 1
         key = (tuple(ids[:cut]), sample["tiles"].tobytes())
         prefixes.setdefault(key, {**sample, "input_ids": ids[:cut], "labels": labels[:cut]})
-        owners.append(list(prefixes).index(key))
+        prefix_of.append(list(prefixes).index(key))
         rests.append({"id": "", "input_ids": ids[cut:], "labels": labels[cut:],
                       "tiles": [], "plans": []})
-    return list(prefixes.values()), owners, rests
+    return list(prefixes.values()), prefix_of, rests
 
 
 def summed_loss(hidden, lm_head, targets, rows=1024):

@@ -3,7 +3,7 @@
     B   rows of a batch (1 when packed)    A   attention heads, D = d / A their width
     T   tokens of a row                    G   key/value heads: A/G query heads share one
     M   places of the cache to look at     V   vocabulary rows
-    d   width (hidden_size)                R   rows that reach the lm_head
+    d   width (hidden_size)                R   tokens that reach the lm_head
 
 Parameters carry the checkpoint's own names (Qwen/Qwen2-*). Nothing here knows of images: `hook`
 runs before each layer.
@@ -69,7 +69,7 @@ class Qwen2Config:
         for name, values in built.items():
             if config.get(name) not in values:
                 raise ValueError(f"{name} {config.get(name)!r} is not built: only {values[0]!r}")
-        # transformers 5 | 4
+        # its name since transformers 5, and before
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ValueError(f"rope scaling {rope} is not built; Qwen2's checkpoints have none")
@@ -78,7 +78,7 @@ class Qwen2Config:
         for field in fields(cls):
             if config.get(field.name) is not None:
                 found[field.name] = config[field.name]
-            elif field.default is MISSING or field.name == "rope_theta":
+            elif field.default is MISSING or field.name == "rope_theta":     # Hugging Face's: 1e4
                 raise ValueError(f"{field.name} is missing")
         self = cls(**found)
         if config.get("head_dim") not in (None, self.head_dim):
@@ -113,7 +113,7 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.max_len = max_len
         self.places = torch.arange(max_len, device=device)
-        self.used = 0           # M, padding counts; may be set where the longest row is known
+        self.used = 0           # M: the longest row with its padding; model.prefill sets it to less
 
     def select_rows(self, rows):
         """Go on with these rows (B,), some several times: for prompts that begin alike."""
@@ -125,7 +125,7 @@ class KVCache:
         Prefill has no mask. Raises ValueError when the cache is full.
         """
         prefill = self.used == 0
-        needed = self.used + length     # with padding: to read self.lengths would wait for a GPU
+        needed = self.used + length     # not of self.lengths: reading them would wait for a GPU
         if needed > self.max_len:
             raise ValueError(f"the cache has room for {self.max_len} tokens, {needed} needed")
         self.used = needed
@@ -150,23 +150,23 @@ class Packing(NamedTuple):
     positions: torch.Tensor      # (T,) counted from 0 within each sample
 
     @classmethod
-    def of(cls, lengths, size, device):
-        """Raises ValueError if the lengths do not add up to `size` tokens."""
-        if sum(lengths) != size:
+    def of(cls, lengths, total, device):
+        """A list of lengths -> Packing. Raises ValueError if they do not add up to `total`."""
+        if sum(lengths) != total:
             raise ValueError(f"lengths {list(lengths)} add up to {sum(lengths)}, but the row has "
-                             f"{size} tokens")
-        sizes = torch.tensor(lengths)    # as a list each number of them would be a graph of its own
-        starts = F.pad(sizes.cumsum(0), (1, 0)).int().to(device, non_blocking=True)
+                             f"{total} tokens")
+        tensor = torch.tensor(lengths)   # a list would be compiled for each number of samples
+        starts = F.pad(tensor.cumsum(0), (1, 0)).int().to(device, non_blocking=True)
         positions = torch.cat(list(map(torch.arange, lengths))).to(device, non_blocking=True)
-        return cls(sizes, max(lengths), starts, positions)
+        return cls(tensor, max(lengths), starts, positions)
 
 
 def attention(q, k, v, scope=None):
     """q (B, A, T, D), k v (B, G, M, D) -> (B, A, T, D). Query head a reads key head a // (A/G).
 
     scope: None for causal (M = T); a mask (B, 1, T, M) of bool, True = look; or a Packing (B = 1),
-    causal within each sample. For a Packing there are kernels of its own, see below. Under a mask
-    the heads that share a key become more queries of it: without enable_gqa GPUs have fast kernels.
+    causal within each sample, see `packed_attention`. Under a mask the A/G heads that share a key
+    are laid out as more of its queries: for a mask without enable_gqa GPUs have fast kernels.
     """
     if isinstance(scope, Packing):
         return packed_attention(q, k, v, scope)
@@ -190,7 +190,7 @@ def packed_attention(q, k, v, packing):
     spans = (packing.starts, packing.starts, packing.longest, packing.longest)
     if flash_attn_varlen_func:
         out = flash_attn_varlen_func(q, k, v, *spans, causal=True)
-    else:                                                                # all before, none ahead
+    else:                                                                # (-1, 0) is causal
         out = varlen_attn(q, k, v, *spans, window_size=(-1, 0), enable_gqa=grouped)
     return out.transpose(0, 1).unsqueeze(0)                              # (1, A, T, D)
 
@@ -198,8 +198,8 @@ def packed_attention(q, k, v, packing):
 @torch.compiler.disable         # it would make a graph for each number of samples
 def one_by_one(q, k, v, lengths):
     """As `packed_attention`, a call for each sample."""
-    samples = zip(*(x.split(lengths.tolist(), 2) for x in (q, k, v)))
-    return torch.cat([attention(*sample) for sample in samples], 2)      # (1, A, T, D)
+    q, k, v = (x.split(lengths.tolist(), 2) for x in (q, k, v))          # a piece for each sample
+    return torch.cat(list(map(attention, q, k, v)), 2)                   # (1, A, T, D)
 
 
 def fits_flash(x):
@@ -246,16 +246,16 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d, self.width = config.hidden_size, config.head_dim
-        shared = config.num_key_value_heads * config.head_dim            # G*D
+        d, self.head_dim = config.hidden_size, config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim          # G*D
         self.q_proj = nn.Linear(d, d)
-        self.k_proj = nn.Linear(d, shared)
-        self.v_proj = nn.Linear(d, shared)
+        self.k_proj = nn.Linear(d, kv_width)
+        self.v_proj = nn.Linear(d, kv_width)
         self.o_proj = nn.Linear(d, d, bias=False)                        # biases on q, k, v only
 
     def split(self, x):
         """(B, T, A*D) -> (B, A, T, D), or G for A."""
-        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x, cos, sin, scope, write):
         """x (B, T, d) -> (B, T, d). scope: see `attention`. write: KVCache.write of the layer."""

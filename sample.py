@@ -87,13 +87,14 @@ def chooser(args):
     """
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
-    given = {"top-p": args.top_p, "seed": args.seed}
+    given = {"top_p": args.top_p, "seed": args.seed}
     given = {name: value for name, value in given.items() if value is not None}
     if args.temperature != 0:
-        return Sampler(args.temperature, given.get("top-p", 1.0), given.get("seed", 0))
-    for name, value in given.items():
-        raise ValueError(f"--{name} {value} draws nothing without a temperature: give "
-                         "--temperature 0.7, or another number above 0")
+        return Sampler(args.temperature, **given)
+    if given:
+        name, value = next(iter(given.items()))
+        raise ValueError(f"--{name.replace('_', '-')} {value} draws nothing without a temperature: "
+                         "give --temperature 0.7, or another number above 0")
     return most_likely
 
 
@@ -179,3 +180,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("sample.py: stopped")

@@ -22,7 +22,7 @@ JOINS = ("residual", "replace")
 
 
 class Sizes(NamedTuple):
-    """What a projector and Vision Remember stand between."""
+    """The numbers that a projector and Vision Remember are built from."""
     width: int              # d
     level_width: int        # C
     levels: int             # L
@@ -30,8 +30,8 @@ class Sizes(NamedTuple):
     feature_side: int       # g
 
     def reach(self, window):
-        """Features along a side of a window of so many tokens. ValueError if windows do not tile
-        both."""
+        """r, the features along a side of a window of s = `window` tokens. ValueError if windows do
+        not tile both."""
         p, g = self.side, self.feature_side
         if p % window or window * g % p:
             raise ValueError(f"windows of {window}x{window} tokens do not tile {p}x{p} tokens over "
@@ -115,30 +115,30 @@ def own_features(sizes, window, heads):
     """The position bias to start with, (A, s*s, r*r). Paper silent: we take 8 where a head shall
     look, which outweighs all other places by far, and 0 elsewhere.
 
-    Each head takes one of the features that its token was pooled from, or several where heads are
-    few. With zeros all tokens of a window would be told the same mean at first.
+    A token's own features are those it was pooled from. Each head looks at one of them, or at
+    several where heads are few. With zeros all tokens of a window would start with the same mean.
     """
     p, g, r = sizes.side, sizes.feature_side, sizes.reach(window)
-    token, feature = torch.arange(window).unsqueeze(1), torch.arange(r)
+    token, feature = torch.arange(window).unsqueeze(1), torch.arange(r)  # along a side
     near = (feature >= token * g // p) & (feature * p < (token + 1) * g)         # (s, r)
     own = (near[:, None, :, None] & near[None, :, None]).view(window**2, r**2)   # (s*s, r*r)
-    number = own.cumsum(1) - 1                                           # (s*s, r*r)
+    number = own.cumsum(1) - 1           # (s*s, r*r) which of its token's own features, from 0
     head = torch.arange(heads).view(-1, 1, 1)                            # (A, 1, 1)
     return 8.0 * (own & (number % heads == head % own.sum(1, keepdim=True)))
 
 
 def deepest_level(sizes, heads, head_width):
     """The weights of v_proj to start with, (heads * D, E). Paper silent: we take channels of the
-    deepest level, the one that the projector reads, rotated, and none of the other levels.
+    deepest level, the one that the projector reads, rotated at random, and none of the others.
 
     Heads that start on the same feature take different channels. With CLIP-L 12 heads of 64 share
-    each of a token's four features, and so tell 768 of its 1,024 channels.
+    each of a token's four features, and so read 768 of its 1,024 channels.
     """
     C, L = sizes.level_width, sizes.levels
-    features = math.ceil(sizes.feature_side / sizes.side)**2             # of a token
+    per_token = math.ceil(sizes.feature_side / sizes.side)**2            # features of a token
     rotation = nn.init.orthogonal_(torch.empty(C, C))
-    turn = torch.arange(heads).unsqueeze(1) // features                  # (A, 1) on its feature
-    channels = (turn * head_width + torch.arange(head_width)) % C        # (A, D)
+    earlier = torch.arange(heads).unsqueeze(1) // per_token      # (A, 1) heads on the same feature
+    channels = (earlier * head_width + torch.arange(head_width)) % C     # (A, D)
     weight = torch.zeros(heads * head_width, L * C)
     weight[:, -C:] = L**0.5 * rotation[channels.flatten()]               # as strong as L levels
     return weight
@@ -193,7 +193,7 @@ class Insertions(nn.ModuleDict):
 
     module_class(*arguments) builds one. It maps vision tokens x (n, d) and a Memory to x (n, d).
     """
-    reads_question = False  # True: picture and question must be read together, also in answering
+    reads_question = False  # True: so LLaVAVR.prefill reads picture and question in one pass
 
     def __init__(self, module_class, layers, *arguments):
         super().__init__({str(layer): module_class(*arguments) for layer in layers})

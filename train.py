@@ -51,7 +51,7 @@ from storage.weights import fingerprint
 class Recipe:
     """The numbers of a phase. A default holds where a recipe below says nothing."""
     folder: str                      # of its runs, under runs/<preset>
-    start: str | None                # folder of the phase it goes on from; None: pre-trained parts
+    before: str | None               # folder of the phase it goes on from; None: pre-trained parts
     batch: int                       # samples per optimizer step, over ranks and micro-batches
     lr: float                        # peak learning rate
     trains: tuple                    # parts of the model; all else is frozen
@@ -68,7 +68,7 @@ class Recipe:
     max_length: int = 32768          # tokens; LLaVA-NeXT's scripts. Paper silent
 
     @property
-    def trains_parts(self):
+    def trains_pretrained(self):
         """Whether ViT or decoder change, so that a finished folder must hold them."""
         return not {"vision_tower", "language_model"}.isdisjoint(self.trains)
 
@@ -83,14 +83,14 @@ ALL = (*ALIGN, "image_newline", "language_model")
 
 RECIPES = {
     "1": Recipe(
-        folder="phase1", start=None, micro=32, max_length=8192,
+        folder="phase1", before=None, micro=32, max_length=8192,
         batch=256,                   # paper, Sec. 5.2
         lr=1e-3,                     # paper, Sec. 5.2
         trains=ALIGN,                # paper, Sec. 5.2
         template="plain",            # LLaVA-NeXT: a picture and its caption
         mode="square"),              # LLaVA-NeXT: one tile, cut from the centre
     "2": Recipe(
-        folder="phase2", start="phase1", micro=4,
+        folder="phase2", before="phase1", micro=4,
         batch=32,                    # paper, Sec. 5.2
         lr=2e-5,                     # paper, Sec. 5.2
         trains=ALL,                  # paper, Sec. 5.2: all but the ViT
@@ -98,7 +98,7 @@ RECIPES = {
         mode="a4"),                  # LLaVA-NeXT: AnyRes, at most four tiles and the whole picture
     # Table 3's. Paper, Sec. 4.4: as LLaVA-OneVision-SI, whose finetune_si.sh has these numbers.
     "si": Recipe(
-        folder="si", start="phase1", batch=256, lr=1e-5, vision_lr=2e-6,
+        folder="si", before="phase1", batch=256, lr=1e-5, vision_lr=2e-6,
         trains=(*ALL, "vision_tower"), template="chat",
         mode="max9",                 # AnyRes of up to 6x6 tiles, shrunk to the tokens of nine
         micro=2, most_tiles=40),
@@ -132,7 +132,7 @@ class Run:
     device: torch.device
     out: Path                    # folder of the finished model
     partial: Path                # what there is until then: the log and checkpoints
-    start: Path | None           # the model it goes on from; None: pre-trained parts
+    before: Path | None          # the model it goes on from; None: pre-trained parts
     paths: dict                  # of "clip", "llm" and "data"
     architecture: dict           # fields of LLaVAVRConfig to set; the others are those of the start
 
@@ -140,14 +140,14 @@ class Run:
 def make_run(flags, phase, rank, world, device):
     """The command line -> the Run of one phase. Raises ValueError for a number of ranks that cannot
     share a batch, and for an architecture whose parts do not fit."""
+    flags = argparse.Namespace(**vars(flags))                       # a copy for this phase
     if flags.draws and flags.limit is None:
-        drawn = {"limit": DRAWN_LIMITS.get(phase, DRAWN_LIMIT)}
-        flags = argparse.Namespace(**vars(flags) | drawn)
-    changes = ("batch", "micro", "lr", "vision_lr", "remember_lr", "epochs")
-    changed = {name: value for name, value in vars(flags).items() if name in changes and value}
-    if "lr" in changed:
-        changed.setdefault("remember_lr", None)                     # it follows, in all presets
-    recipe = replace(recipe_of(flags.preset, phase), **changed)
+        flags.limit = DRAWN_LIMITS.get(phase, DRAWN_LIMIT)
+    names = ("batch", "micro", "lr", "vision_lr", "remember_lr", "epochs")
+    changes = {name: getattr(flags, name) for name in names if getattr(flags, name)}
+    if "lr" in changes:
+        changes.setdefault("remember_lr", None)                     # Vision Remember follows --lr
+    recipe = replace(recipe_of(flags.preset, phase), **changes)
     if recipe.batch % world:
         raise ValueError(f"{world} ranks do not divide a global batch of {recipe.batch}: start a "
                          "number of ranks that does, or give another --batch")
@@ -156,8 +156,8 @@ def make_run(flags, phase, rank, world, device):
     paths = {"clip": flags.clip or preset.clip, "llm": flags.llm or preset.llm,
              "data": flags.data or default_data(phase, preset.drawn)}
     out = folder / recipe.folder
-    start, architecture = choices.begin(flags, paths, out, recipe.start)
-    return Run(flags, phase, recipe, rank, world, device, out, choices.partial_of(out), start,
+    before, architecture = choices.begin(flags, paths, out, recipe.before)
+    return Run(flags, phase, recipe, rank, world, device, out, choices.partial_of(out), before,
                paths, architecture)
 
 
@@ -177,10 +177,10 @@ def build_model(run):
     Remember; frozen but for what trains."""
     flags, trains = run.flags, run.recipe.trains
     torch.manual_seed(flags.seed)                                   # for what is fresh
-    # with --shard rank 0 reads for all, see `divide`: eight times 7B would be 250 GB of memory
+    # with --shard rank 0 reads for all, see `shard`: eight times 7B would be 250 GB of memory
     with torch.device("meta" if flags.shard and run.rank > 0 else "cpu"):
-        if run.start:
-            model = LLaVAVR.from_pretrained(run.start, **run.architecture)
+        if run.before:
+            model = LLaVAVR.from_pretrained(run.before, **run.architecture)
         else:
             model = LLaVAVR.from_parts(run.paths["clip"], run.paths["llm"], flags.preset,
                                        **run.architecture)
@@ -208,11 +208,13 @@ def cast_frozen_to_bf16(model, run):
     frozen ViT runs without autocast, which on a GPU would keep norms and residuals in float32.
     -> {name: tensor} of those weights that rank 0 will write, as they were, on the CPU."""
     originals, tower = {}, model.vision_tower
-    if run.flags.precision == "bf16" and "vision_tower" not in run.recipe.trains:
+    if run.flags.precision != "bf16":
+        return originals
+    if "vision_tower" not in run.recipe.trains:
         tower.forward = torch.autocast(run.device.type, enabled=False)(tower.forward)
     for name, parameter in model.named_parameters():
-        if run.flags.precision == "bf16" and not parameter.requires_grad:
-            if run.rank == 0 and (run.recipe.trains_parts or part_of(name) not in model.parts):
+        if not parameter.requires_grad:
+            if run.rank == 0 and (run.recipe.trains_pretrained or part_of(name) not in model.parts):
                 originals[name] = parameter.data.cpu()
             parameter.data = parameter.data.bfloat16()
     return originals
@@ -247,7 +249,7 @@ def distribute(model, run):
         for block in [*layers, *model.vision_remember.values(), *trained_vit]:
             block.forward = partial(recomputed, block.forward)      # keep only what enters it
     if run.flags.shard:
-        divide(model, run)
+        shard(model, run)
         return model
     model.to(run.device)
     if run.world > 1:
@@ -255,7 +257,7 @@ def distribute(model, run):
     return model
 
 
-def divide(model, run):
+def shard(model, run):
     """Give each rank its shard of the weights that rank 0 has read, one tensor after another. So a
     host holds one whole model, in rank 0, and a GPU its shard and the tensor at hand."""
     checkpoint.from_all(None)        # rank 0 may read for longer than other collectives wait
@@ -303,8 +305,7 @@ def open_data(run, model):
     index = records.load_index(source)
     index = records.estimate(source) if index is None else index
     lengths, tiles = data.planned(index, form)
-    # tiles travel as uint8
-    check_shared_memory(flags.workers, 3 * form.tile**2, recipe, tiles, run.world)
+    check_shared_memory(flags.workers, 3 * form.tile**2, recipe, tiles, run.world)  # uint8 tiles
     held_out = np.random.default_rng(flags.seed).permutation(len(source))[:flags.validate]
     order = data.Order(starts=getattr(source, "starts", [0]), batch=recipe.batch,
                        lengths=lengths.clip(max=recipe.max_length), tiles=tiles, seed=flags.seed,
@@ -351,7 +352,7 @@ def batches_of(run, samples, order, first, stop):
     try:
         for step in steps:
             begun = time.perf_counter()
-            loaded = [next(loader) for _ in share(step)]
+            loaded = [next(loader) for _ in share(step)]            # as many as the sampler names
             waited = time.perf_counter() - begun
             batches, skipped = zip(*loaded)
             problems = sum(skipped, [])
@@ -360,7 +361,7 @@ def batches_of(run, samples, order, first, stop):
             due = any(every and (step + 1) % every == 0
                       for every in (flags.save_every, flags.keep_every))
             late = run.rank == 0 and time.monotonic() - saved > 60 * flags.save_minutes
-            counts = summed(run, targets=sum(targets_of(batch) for batch in batches),
+            counts = summed(run, targets=sum(len(batch.trained) for batch in batches),
                             tokens=sum(batch.input_ids.numel() for batch in batches),
                             samples=sum(len(batch.packed) for batch in batches),
                             skipped=len(problems), asked=stop.is_set(), due=due or late)
@@ -381,8 +382,8 @@ def ignore_signals_in_worker(worker):
 
 @contextlib.contextmanager
 def stop_on_signal():
-    """-> an event that SIGTERM or Ctrl-C sets: the run then saves after the step it is in. Another
-    signal, more than a second later, ends it at once: within it torchrun may pass on the same."""
+    """-> an event that SIGTERM or Ctrl-C sets: the run then saves after the step it is in. A signal
+    more than a second later ends it at once; sooner it may be the same one, from torchrun."""
     asked, times = threading.Event(), []
 
     def ask(number, frame):
@@ -402,15 +403,9 @@ def stop_on_signal():
 
 # --------------------------------------------------------------------------------------- one step
 
-def targets_of(batch):
-    """How many tokens a packed batch trains. The first of a sample is predicted by nothing."""
-    return len(batch.trained)
-
-
 def autocast(run):
     """Matrix products in bf16, where that is asked for."""
-    enabled = run.flags.precision == "bf16"
-    return torch.autocast(run.device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.flags.precision == "bf16")
 
 
 def no_sync_unless_last(module, last):
@@ -426,17 +421,16 @@ def train_step(run, module, optimizer, batches, targets, step):
     tokens that the whole global batch trains. -> (loss over all ranks, norm of the gradient).
     Raises ValueError on every rank, naming the samples, where either is not finite."""
     losses = []
+    # DDP and FSDP take the mean of the ranks' gradients where we need their sum: hence times world.
+    denominator = max(targets, 1) / run.world
     for batch in batches:
         with no_sync_unless_last(module, batch is batches[-1]), autocast(run):
-            # A sum over this batch, divided by the targets of all ranks. DDP and FSDP take the mean
-            # over ranks where we need the sum: hence times world.
-            denominator = max(targets, 1) / run.world
             loss = module(batch.to(run.device, non_blocking=True), denominator)
             loss.backward()
-        losses.append(loss.detach() / run.world)
+        losses.append(loss.detach() / run.world)                    # its part of the step's loss
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), run.recipe.clip)
     norm = norm.full_tensor() if run.flags.shard else norm
-    *losses, norm = torch.stack([*losses, norm]).tolist()           # a GPU waits here, once
+    *losses, norm = torch.stack([*losses, norm]).tolist()           # waits for the GPU, once
     loss = summed(run, loss=sum(losses)).loss
     if not math.isfinite(loss + norm):                              # on all ranks, or on none
         raise ValueError(complaint(loss, norm, losses, batches, step))
@@ -450,9 +444,9 @@ def complaint(loss, norm, losses, batches, step):
     """What to say of a step whose loss or norm is no number. All ranks take part, and say the same:
     one that left alone would leave the others waiting."""
     what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
-    mine = [batch.record_ids for batch, own in zip(batches, losses)
+    mine = [name for batch, own in zip(batches, losses) for name in batch.record_ids
             if what == "gradient" or not math.isfinite(own)]
-    names = sum(sum(checkpoint.from_all(mine), []), [])
+    names = sum(checkpoint.from_all(mine), [])                      # of all ranks
     return (f"step {step}: the {what} is {value} on samples {', '.join(names)}; the last "
             "checkpoint is kept. Look at these samples, or lower --lr")
 
@@ -467,7 +461,7 @@ def validate(run, module, samples, held_out):
         batch, _ = samples[mine.tolist()]
         with autocast(run):
             loss += module(batch.to(run.device), 1).item()
-        tokens += targets_of(batch)
+        tokens += len(batch.trained)
     total = summed(run, loss=loss, tokens=tokens)
     return total.loss / max(total.tokens, 1)
 
@@ -549,7 +543,7 @@ def train(run, stop):
 def identity_of(run, samples, order, model):
     """What must be the same to resume from a checkpoint. Ranks and micro need not."""
     files = [part["files"] for part in model.parts.values()]
-    before = fingerprint(run.start) if run.start else None
+    before = fingerprint(run.before) if run.before else None
     flags = run.flags
     identity = {**asdict(run.recipe), **choices.of(model.config),
                 "preset": flags.preset, "seed": flags.seed,
@@ -557,15 +551,15 @@ def identity_of(run, samples, order, model):
                 "samples": order.samples, "without pictures": checkpoint.digest(order.tiles == 0),
                 "steps": order.steps, "validate": flags.validate, "precision": flags.precision,
                 "parameters": sum(p.numel() for p in model.parameters())}
-    del identity["micro"], identity["most_tiles"]
-    if flags.labels != "answer":                                    # older checkpoints have no word
+    del identity["micro"], identity["most_tiles"], identity["before"]
+    if flags.labels != "answer":                                    # older checkpoints lack the key
         identity["labels"] = flags.labels
     return identity
 
 
 def wait_for_disk(saver):
-    """Until the last checkpoint is written. A full disk is no reason to lose what stands in memory:
-    one line says that it was not."""
+    """Wait until the last checkpoint is written. If it could not be (a full disk), print one line:
+    training goes on, since ending would lose what is in memory."""
     try:
         saver.wait()
     except OSError as error:
@@ -589,7 +583,7 @@ def finish(run, model, originals, order, log):
     if log:
         log.close()
         files = {"log.jsonl": log.path, "choices.json": run.partial / "choices.json"}
-        model.save_pretrained(run.out, files, whole=run.recipe.trains_parts,
+        model.save_pretrained(run.out, files, whole=run.recipe.trains_pretrained,
                               state=lora.merge({**state, **originals}))
         if run.flags.validate or run.flags.keep_every:
             os.rename(run.partial / "checkpoints", run.out / "checkpoints")
@@ -647,10 +641,10 @@ def arguments(argv=None):
     choices.add_choices(parser)
     args = parser.parse_args(argv)
     choices.complete(args, argv)
-    args.draws = PRESETS[args.preset].drawn and not args.data       # by main
+    args.draws = PRESETS[args.preset].drawn and not args.data       # main then draws the data
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if value == "" and name != "typed":                         # of a variable that is not set
+        if value == "" and name != "typed":                         # from an unset $VARIABLE
             parser.error(choices.flag(name, "'': give a value, or leave it out"))
         if name in ("validate", "keep_every", "workers", "seed"):
             if not 0 <= value < 2**63:

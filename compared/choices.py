@@ -125,6 +125,10 @@ def model_folder(args):
     FileNotFoundError, with the command that trains one, where there is none."""
     folder = args.model or Path("runs") / folder_of(args) / "phase2"
     if not (folder / "config.json").exists():
+        inside = sorted(path.parent for path in folder.glob("phase*/config.json"))
+        if inside:
+            raise FileNotFoundError(f"--model {folder} holds several: give one, such as "
+                                    f"{inside[-1]}")
         lacking = "config.json in" if folder.is_dir() else "model folder"
         name = f" --name {args.name}" if args.name and not args.model else ""
         raise FileNotFoundError(f"no {lacking} {folder}; train one with: python train.py --preset "

@@ -1,6 +1,7 @@
 """Where weights and training data lie by default, the commands that fetch them, and what must be
 there before a run begins."""
 import os
+from pathlib import Path
 
 # Training data, by the phases of train.py.
 DATA = {"1": "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
@@ -72,13 +73,15 @@ def check_places(runs):
             raise FileExistsError(f"{run.partial} holds a run that was stopped: go on with: "
                                   f"train.py {flags.typed} --resume, or remove it to begin anew")
         for name, path in run.paths.items():
-            needed = not flags.draws if name == "data" else not run.start
+            needed = not flags.draws if name == "data" else not run.before
             if needed and not os.path.exists(path):
                 missing[f"  --{name}: {path} is not there."] = HOW_TO_GET.get(path)
-    if first.start and not first.start.exists():
-        missing[f"  {first.start} is not there."] = f"python train.py {flags.place} --phase 1"
+    if first.before and not first.before.exists():
+        missing[f"  {first.before} is not there."] = f"python train.py {flags.place} --phase 1"
     if missing:
         lines = [what if how is None else f"{what} Get it with: {how}"
                  for what, how in missing.items()]
         advice = "To try the whole path without any download: python train.py --preset tiny"
+        if flags.draws and not os.path.exists("train.py"):
+            advice = f"Run it in the folder of train.py: cd {Path(__file__).parents[1]}"
         raise FileNotFoundError("\n".join(["these are missing:", *lines, advice]))

@@ -90,7 +90,7 @@ def test_blocks_above_the_deepest_tap_are_never_built():
 
 
 @pytest.mark.parametrize("layers, complaint", [
-    ((), r"layers \(\) name no block.*from 1 to 3"), ((0,), "from 1 to 3"),
+    ((), r"levels \(\) name no block.*from 1 to 3"), ((0,), "from 1 to 3"),
     ((1, 4), "layer 4.*0 to 3"), ((-2,), "layer -2.*0 to 3")])
 def test_layers_that_are_not_there_are_named(layers, complaint):
     """-2 is LLaVA's way to count; here it must not silently become something else."""

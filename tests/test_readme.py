@@ -239,7 +239,7 @@ def test_the_additions_of_the_docs_run_as_they_stand():
     (name, entry), = eval(f"{{{preset}}}", dict(vars(model))).items()
     assert name == "0.5b-plain" and entry.config.remember == ()
     (name, entry), = eval(f"{{{recipe}}}", dict(vars(train))).items()
-    assert name == "3" and entry.folder == "phase3" and entry.start == train.RECIPES["2"].folder
+    assert name == "3" and entry.folder == "phase3" and entry.before == train.RECIPES["2"].folder
     here = dict(vars(benchmarks.ocr_chart))
     exec(task, here)
     assert here["INFOVQA"].score("cat", {"answers": ["cat"]}) == 1 and here["INFOVQA"].prompt({"question": "Who?"})

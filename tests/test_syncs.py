@@ -63,7 +63,7 @@ def test_a_training_step_waits_for_a_gpu_at_most_three_times(trains, monkeypatch
                data.pack([sample(model, [picture(60, 90), picture(30, 30)]), sample(model, [picture(40, 200)])])]
     found = []
     with Reads(found), Waits(found):
-        targets = sum(map(train.targets_of, batches))
+        targets = sum(len(batch.trained) for batch in batches)
         loss, norm = train.train_step(run, model, optimizer, batches, targets, 0)
     assert loss > 0 and norm > 0
     assert found == ["tolist", "tolist"], found

@@ -778,6 +778,15 @@ def test_a_finished_phase_is_replaced_only_by_overwrite(world, straight, tmp_pat
     assert len(result(tmp_path, 2)[1]) == 1
 
 
+def test_what_overwrite_would_remove_is_named_and_other_flags_are_not_resumed_past(world, straight, tmp_path):
+    """Hours of answers lie in eval/; and a script that always resumes took the old model for one of the new data."""
+    shutil.copytree(straight / "tiny", tmp_path / "tiny")
+    (tmp_path / "tiny/phase2/eval").mkdir()
+    for more in ((), ("--resume",)):
+        with pytest.raises(FileExistsError, match="trained .*--limit.*--overwrite, which removes eval in it, too"):
+            train.main(flags(world, tmp_path, "--phase", "2", "--limit", "4", *more))
+
+
 def test_a_run_does_not_replace_the_model_that_it_goes_on_from(world, straight, tmp_path):
     """Not with --overwrite either: it could not be resumed, and the model would be lost."""
     shutil.copytree(straight / "tiny", tmp_path / "tiny-mine")
@@ -878,7 +887,7 @@ def test_labels_of_the_reference_are_a_flag_and_a_reason_to_refuse_a_checkpoint(
         run = train.make_run(train.arguments(flags(world, straight, "--phase", "2", "--overwrite", *more)), "2", 0, 1, torch.device("cpu"))
         model = train.build_model(run)
         samples, order = train.open_data(run, model)
-        return train.targets_of(samples[[0, 1]][0]), train.identity_of(run, samples, order, model)
+        return len(samples[[0, 1]][0].trained), train.identity_of(run, samples, order, model)
     answers, usual = opened()
     more, identity = opened("--labels", "llava")
     assert more > answers and "labels" not in usual and {**usual, "labels": "llava"} == identity
@@ -934,6 +943,7 @@ def test_a_data_set_of_which_nothing_can_be_used_leaves_no_model(world, tmp_path
     with pytest.raises(ValueError, match="none of the 1 records could be used.*one.json the data of phase 1"):
         train.main([*flags(world, tmp_path, "--phase", "1"), "--data", str(tmp_path / "one.json")])
     assert not (tmp_path / "tiny/phase1").exists()
+    assert not (tmp_path / "tiny/phase1.partial").exists()           # --resume would only end in the same
 
 
 def test_all_missing_folders_are_named_at_once_with_the_way_to_get_them(tmp_path):

@@ -112,7 +112,7 @@ def whole_step(args, compiled):
     optimizer = train.build_optimizer(model, recipe)
     samples = mix(model.config, args.count, args.seed)
     batch = data.pack(samples)
-    targets, tokens = train.targets_of(batch), batch.input_ids.numel()
+    targets, tokens = len(batch.trained), batch.input_ids.numel()
     way = partial(train.train_step, run, module, optimizer, [batch], targets, 0)
     return way, tokens, step_flops(model.config, samples, recipe)
 

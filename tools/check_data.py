@@ -378,3 +378,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except (ValueError, OSError) as error:
         sys.exit(f"tools.check_data: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tools.check_data: stopped")

@@ -23,7 +23,7 @@ def load(folder, config, dtype):
     kind = config.get("model_type")
     if kind in ("clip", "clip_vision_model"):
         every_layer = CLIPConfig.from_dict(config).num_hidden_layers
-        return CLIPVision.from_pretrained(folder, layers=(every_layer,), dtype=dtype)
+        return CLIPVision.from_pretrained(folder, levels=(every_layer,), dtype=dtype)
     if kind == "qwen2":
         return Qwen2.from_pretrained(folder, dtype=dtype)
     return LLaVAVR.from_pretrained(folder, dtype=dtype)
