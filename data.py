@@ -525,8 +525,7 @@ class Order:
         shares = split_by_tokens(batch, self.lengths, world, fewest * micro)
         for count in itertools.count(fewest):
             lists = [split_by_tokens(share, self.lengths, count, micro) for share in shares]
-            tiles = [self.tiles[one].sum() for one in sum(lists, []) if len(one) > 1]
-            if max(tiles, default=0) <= most_tiles:
+            if all(len(one) < 2 or self.tiles[one].sum() <= most_tiles for one in sum(lists, [])):
                 return lists[rank]
 
 

@@ -110,7 +110,7 @@ def arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", nargs="+", action="extend",
+    add("--task", nargs="+",
         help=f"of: {', '.join([*TASKS, *groups(), 'all'])}; or your own questions, a .jsonl")
     add("--metric", choices=own.METRICS, help="how replies to your own questions are scored")
     add("--images", type=Path, help="folder of their pictures (default: beside the file)")
