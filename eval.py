@@ -23,10 +23,11 @@ pictures (compared/variants.py). It needs a model without Vision Remember. --rem
 choices ask a model in another form than it was trained in, where that needs no weights. --out is
 then by default <model>/eval-fastv-K2-R0.5 or <model>/eval-remembernone.
 
-Decoding is greedy, prompts and limits are those of lmms-eval v0.3.4. In float32 answers do not
-depend on --batch or the number of ranks; in bfloat16 sums round differently in another batch, and a
-near tie may turn out otherwise. --precision auto takes bfloat16 on a GPU, and on a CPU for models
-from 0.5b on if it is at least 1.5 times as fast there. Nothing is downloaded here.
+Decoding is greedy, prompts and limits are those of lmms-eval v0.3.4, but for two limits that
+docs/evaluation.md names. In float32 answers do not depend on --batch or the number of ranks; in
+bfloat16 sums round differently in another batch, and a near tie may turn out otherwise. --precision
+auto takes bfloat16 on a GPU, and on a CPU for models from 0.5b on if it is at least 1.5 times as
+fast there. Nothing is downloaded here.
 """
 import argparse
 import functools

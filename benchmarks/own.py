@@ -51,7 +51,7 @@ def exact_score(reply, row):
 def plain(text):
     """A text in lower case, without the punctuation that `exact_score` overlooks."""
     text = text.strip().lower()
-    removed = r"[.:/-](?!\d)|,(?=\d{3}(?!\d)|\D|$)|(?![.:/,-])[!-/:-@[-`{-~]"
+    removed = r"[.:/](?!\d)|-(?![$.]*\d)|,(?=\d{3}(?!\d)|\D|$)|(?![.:/,-])[!-/:-@[-`{-~]"
     kept = re.sub(removed, "", text)
     return kept or text
 
@@ -67,8 +67,10 @@ def contains_score(reply, row):
     in "7.5", "2,7" or "-7"."""
     reply = f" {' '.join(reply.lower().split())}"
     for answer in row["answers"]:
-        answer = re.escape(" ".join(answer.lower().split()))
-        if re.search(rf"(?<!\w)(?<!\d[.,])(?<! -){answer}(?!\w)(?![.,]\d)", reply):
+        answer = " ".join(answer.lower().split())
+        before = r"(?<!\d[.,])(?<!\W-)" if answer[:1].isdigit() else ""
+        behind = r"(?![.,]\d)" if answer[-1:].isdigit() else ""
+        if re.search(rf"(?<!\w){before}{re.escape(answer)}(?!\w){behind}", reply):
             return 1.0
     return 0.0
 

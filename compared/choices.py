@@ -190,12 +190,17 @@ def refuse_to_replace(args, out):
     if not is_finished(args, out):
         return
     kept, why = flags_of(out), ""
-    differ = kept and [name for name in LEARN if kept.get(name) != getattr(args, name)]
+    names = [name for name in LEARN if name != "origin" or not args.resume]     # it may have moved
+    differ = [name for name in names if name in kept and kept[name] != getattr(args, name)]
     if differ:
         name = differ[0]
-        then, now = flag(name, kept.get(name)), flag(name, getattr(args, name))
+        then, now = flag(name, kept[name]), flag(name, getattr(args, name))
         why = f", trained {then}, not {now}"
-    if differ or not args.resume and (not kept or args.phase or args.data):
+    if args.resume:
+        if differ and not args.accept_changes:
+            raise FileExistsError(f"{out} holds a finished model{why}: resume with the same flags, "
+                                  "or with --accept-changes, which keeps it as it is")
+    elif differ or not kept or args.phase or args.data:
         scored = sorted(path.name for path in out.glob("eval*"))
         also = f", which removes {' and '.join(scored)} in it, too" if scored else ""
         raise FileExistsError(f"{out} holds a finished model{why}: give another --name, or "

@@ -135,10 +135,10 @@ def load_model(folder, rule=None, choices=None, precision=None, int8=False):
     if rule is None:
         model = LLaVAVR.from_pretrained(folder, dtype, **(choices or {}))
     elif rule.startswith("resize"):
-        model = ResizedLLaVAVR.from_pretrained(folder, rule, dtype)
+        model = ResizedLLaVAVR.from_pretrained(folder, rule)             # interpolates in float32
     else:
         model = PrunedLLaVAVR.from_pretrained(folder, rule, dtype)
-    model = model.to(device_of_answers())
+    model = model.to(device_of_answers(), dtype)
     if int8:
         to_int8(model)
     return reorder(model).eval()

@@ -16,7 +16,7 @@ def column_of_turns(file, schema):
     columns = {field.name: str(field.type) for field in schema if str(field.type) != "null"}
     try:
         key = format_of(columns)
-        if not columns.keys() & {"image", "images"}:
+        if not columns.keys() & {"image", "images"} and "image" not in columns[key]:
             refuse_misnamed(columns)
     except ValueError as error:
         raise ValueError(f"{file} {error}") from None

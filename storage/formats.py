@@ -273,7 +273,8 @@ def files_below(path, *suffixes):
     for (folder, name, count), there in shards.items():
         if len(there) < int(count):
             raise ValueError(f"{folder} has {len(there)} of {int(count)} files "
-                             f"{name}-*-of-{count}: finish the download")
+                             f"{name}-*-of-{count}: finish the download, or name files that are "
+                             "there, several in a .mix")
     for folder, names in splits.items():
         others = names & {"test", "validation", "val"}
         if "train" in names and others:

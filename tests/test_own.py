@@ -89,10 +89,11 @@ def test_beside_benchmarks_they_are_in_the_table_and_not_in_avg(setup, tmp_path,
     ("anls", "helo", ["hello"], 0.8), ("anls", "no", ["hello"], 0), ("anls", "helo", ["x", "hello"], 0.8),
     ("contains", "It is 7.", ["7"], 1), ("contains", "It is 17.", ["7"], 0),
     *(("contains", reply, [answer], right) for reply, answer, right in [
-        ("12.5", "12", 0), ("1,234", "234", 0), ("-5", "5", 0), ("5, 6", "5", 1), ("size-5", "5", 1), ("x -5 y", "-5", 1)]),
+        ("12.5", "12", 0), ("1,234", "234", 0), ("-5", "5", 0), ("5, 6", "5", 1), ("size-5", "5", 1), ("x -5 y", "-5", 1), ("(-7)", "7", 0),
+        ("1.Paris", "paris", 1), ("-red", "red", 1)]),
     *(("exact", reply, [answer], right) for reply, answer, right in [
         ("125", "12.5", 0), ("5", "-5", 0), ("1030", "10:30", 0), ("12", "1/2", 0), ("", "-", 0), ("12.5.", "12.5", 1), ("-", "-", 1),
-        ("1,234", "1234", 1), ("1,5", "15", 0), ("$5", "5", 1), ("Yes, sir.", "yes sir", 1)]),
+        ("1,234", "1234", 1), ("1,5", "15", 0), ("$5", "5", 1), ("-$5", "5", 0), ("-.5", ".5", 0), ("Yes, sir.", "yes sir", 1)]),
     ("contains", "the  Red\nbus", ["red bus"], 1)])
 def test_the_metrics_are_those_of_the_benchmarks(tmp_path, metric, reply, answers, expected):
     """Any of several answers is right."""

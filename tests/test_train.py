@@ -782,9 +782,13 @@ def test_what_overwrite_would_remove_is_named_and_other_flags_are_not_resumed_pa
     """Hours of answers lie in eval/; and a script that always resumes took the old model for one of the new data."""
     shutil.copytree(straight / "tiny", tmp_path / "tiny")
     (tmp_path / "tiny/phase2/eval").mkdir()
-    for more in ((), ("--resume",)):
-        with pytest.raises(FileExistsError, match="trained .*--limit.*--overwrite, which removes eval in it, too"):
-            train.main(flags(world, tmp_path, "--phase", "2", "--limit", "4", *more))
+    command = flags(world, tmp_path, "--phase", "2", "--limit", "4")
+    with pytest.raises(FileExistsError, match="trained .*--limit.*--overwrite, which removes eval in it, too"):
+        train.main(command)
+    with pytest.raises(FileExistsError, match="trained .*--limit.*resume with the same flags, or with --accept-changes"):
+        train.main([*command, "--resume"])
+    train.main([*command, "--resume", "--accept-changes"])           # keeps it
+    assert (tmp_path / "tiny/phase2/eval").exists()
 
 
 def test_a_run_does_not_replace_the_model_that_it_goes_on_from(world, straight, tmp_path):
