@@ -146,6 +146,13 @@ def finished(folder, **changes):
     return folder
 
 
+def test_a_folder_of_phases_is_answered_with_one_of_them(tmp_path):
+    """The commonest slip: --model runs/tiny."""
+    finished(tmp_path / "phase2")
+    with pytest.raises(FileNotFoundError, match=r"--model .* holds several: give one, such as .*phase2"):
+        model_folder(argparse.Namespace(model=tmp_path, name=None, preset="tiny"))
+
+
 def test_a_finished_model_is_not_replaced(tmp_path):
     """Neither by the same nor by another architecture; the line repeats what was typed. --overwrite allows it, and only the
     command that runs both phases on the preset's data leaves alone what the very same flags have trained."""

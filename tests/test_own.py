@@ -176,7 +176,8 @@ GOOD = {"question": "Which?", "answer": "1"}
     (GOOD | {"id": "\ud800", "answer": ""}, "exact", r"question .ud800 has an empty answer"),
     ("[" * 100_000, "exact", "bad.jsonl:1: not valid JSON .lists or objects lie too deep"),
     ('{"question": "?", "answer": ' + "9" * 5000 + "}", "exact", "bad.jsonl:1: not valid JSON .a number has too many digits"),
-    ({"label": 1}, "exact", "bad.jsonl")], ids=range(29))
+    ({"question": "?", "answer": "1", "picture": "a.png"}, "exact", "question 0 has picture, which is not read: call it image"),
+    ({"label": 1}, "exact", "bad.jsonl")], ids=range(30))
 def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(setup, tmp_path, text, metric, message):
     """In one line with file, line and question; a bad last row must not cost the answers to all the others."""
     file = write(tmp_path / "m", [text] if isinstance(text, dict) else [], "bad.jsonl")

@@ -950,6 +950,12 @@ def test_a_data_set_of_which_nothing_can_be_used_leaves_no_model(world, tmp_path
     assert not (tmp_path / "tiny/phase1.partial").exists()           # --resume would only end in the same
 
 
+def test_from_another_folder_the_tiny_run_says_where_to_go(tmp_path):
+    """Its parts lie beside train.py; the advice to run what was just typed led nowhere."""
+    run = subprocess.run([sys.executable, str(ROOT / "train.py"), "--preset", "tiny"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1 and f"Run it in the folder of train.py: cd {ROOT}" in run.stderr and "To try the whole" not in run.stderr
+
+
 def test_all_missing_folders_are_named_at_once_with_the_way_to_get_them(tmp_path):
     """As a user sees it: exit code 1, one message, no traceback, and how to try the whole without any download."""
     command = [sys.executable, str(ROOT / "train.py"), "--preset", "0.5b"]
