@@ -123,10 +123,11 @@ def test_pictures_under_another_name_are_not_dropped_in_silence(tmp_path):
 @pytest.mark.parametrize("names, complaint", [
     (["train-00000-of-00002"], r"has 1 of 2 files train-\*-of-00002: finish the download"),
     (["train-00000-of-00001", "test-00000-of-00001"], "has the splits train and test: keep one there"),
-    ([".train-00000-of-00001", "._a"], "no .parquet, .json or .jsonl file below")])
+    ([".train-00000-of-00001", "._a", ".ipynb_checkpoints/a"], "no .parquet, .json or .jsonl file below")])
 def test_a_folder_is_one_whole_split_without_hidden_copies(tmp_path, names, complaint):
     """Half a download, or test questions among the training's, would shift every number unseen."""
     for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         pq.write_table(pa.table({"conversations": [ask("What?")]}), tmp_path / f"{name}.parquet")
     with pytest.raises((ValueError, FileNotFoundError), match=complaint):
         open_records(tmp_path)
