@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import zlib
 from pathlib import Path
 
 from benchmarks import TASKS
@@ -34,7 +35,7 @@ from storage.records import open_records
 
 PREFIX = "own-"                     # of a task's name; the rest is the file's
 SUFFIXES = (".jsonl", ".json", ".parquet")
-COLUMNS = ("id", "question", "options", "answers", "image", "sizes")
+COLUMNS = ("id", "question", "options", "answers", "image", "checksums")
 
 
 # ----------------------------------------------------------------------------------------- metrics
@@ -169,7 +170,7 @@ def picture_columns(row):
 
 class Questions:
     """The questions of a file. `rows` is a list of dicts with COLUMNS: what is asked and what is
-    right, names and sizes of the pictures. Pictures stay on the disk.
+    right, names and checksums of the pictures. Pictures stay on the disk.
 
     All is checked before anything is asked: ValueError or FileNotFoundError names file, line and
     question, and says what is wrong with it.
@@ -243,11 +244,9 @@ class Questions:
         found = [self._find(picture, where) if is_path(picture) else picture
                  for picture in pictures]
         answers = as_list(_one_of(entry, ("answers", "answer"), where))
-        sizes = [picture.stat().st_size if isinstance(picture, Path) else len(picture)
-                 for picture in found]
         row = {"id": name, "question": entry.get("question"),
                "options": as_list(_one_of(entry, ("options", "choices"), where)) or None,
-               "answers": answers, "sizes": sizes,
+               "answers": answers, "checksums": [checksum(picture) for picture in found],
                "image": [picture[:200] for picture in pictures]}
         self._add(row, found, where)
 
@@ -273,7 +272,7 @@ class Questions:
             for place, (question, answer) in enumerate(rounds, 1):
                 row = {"id": f"{record['id']}#{place}" if len(rounds) > 1 else record["id"],
                        "question": question, "options": None, "answers": [answer],
-                       "sizes": [len(picture) for picture in record["images"]],
+                       "checksums": [checksum(picture) for picture in record["images"]],
                        "image": names}
                 self._add(row, (number, reader), where)
         if several:
@@ -299,6 +298,16 @@ class Questions:
                               for answer in row["answers"]]
         self.rows.append(row)
         self.sources.append(source)
+
+
+def checksum(picture):
+    """A number that tells a picture from another under its name, so that it is asked about anew:
+    crc32 of what stands in its file, of its bytes, or of its data: URL."""
+    if isinstance(picture, Path):
+        picture = picture.read_bytes()
+    elif isinstance(picture, str):
+        picture = picture.encode(errors="replace")
+    return zlib.crc32(picture)
 
 
 def _as_text(value, where):
