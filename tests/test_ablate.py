@@ -5,6 +5,7 @@ Where a stub stands for the programs, it writes what train.py and eval.py would.
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import train
 from benchmarks import TASKS
 from compared import choices
 from helpers import ROOT, randomise, save_checkpoint, tiny_model
-from model import LLaVAVR
+from model import LLaVAVR, LLaVAVRConfig
 from tiny import world
 from tools import ablate, plan, tables
 from tools.cost import choose
@@ -73,7 +74,8 @@ class Stub:
         if words[1] == "tiny.standins":
             os.makedirs(words[2])
         if words[1] == "tools.ablate":
-            log.write_text(json.dumps({"ms": 5.0, "uncompressed_ms": 10.0, "relative": 0.5, "rounds": 3}) + "\n")
+            found = {"ms": 5.0, "uncompressed_ms": 10.0, "relative": 0.5, "rounds": 3, "machine": ablate.machine()}
+            log.write_text(json.dumps(found) + "\n")
 
     def of(self, program):
         """The --name, or the folder of the model, of each call of a program."""
@@ -183,6 +185,21 @@ def test_blind_scores_and_times_are_added_to_lines_that_lack_them(stub):
     assert {(line["ttft"]["relative"], line["blind"]["OCR&Chart"]["score"]) for line in lines()} == {(0.5, 40.0)}
     stub.called.clear()
     ablate.main(["--table", "5", "--seeds", "1", "--blind", "--time"])
+    assert [words[1] for words in stub.called] == ["tiny.world"]
+
+
+def test_times_of_another_machine_are_taken_anew_without_the_models(stub, monkeypatch):
+    """So that all times of a file can be those of one machine, long after the models are gone."""
+    ablate.main(["--table", "5", "--seeds", "1", "--time"])
+    shutil.rmtree("runs")
+    monkeypatch.setattr(ablate, "machine", lambda: "another")
+    stub.called.clear()
+    ablate.main(["--table", "5", "--seeds", "1", "--time"])
+    assert not stub.of("train.py") and not stub.of("eval.py")
+    timed = [words[2:] for words in stub.called if words[:2] == ["-m", "tools.ablate"]]
+    assert timed == [[f"--ttft={plan.normal(flags)}", "--ask="] for flags in (plan.MLP, plan.AAP, plan.SELA)]
+    stub.called.clear()
+    ablate.main(["--table", "5", "--seeds", "1", "--time"])
     assert [words[1] for words in stub.called] == ["tiny.world"]
 
 
@@ -421,6 +438,22 @@ def test_the_first_token_is_timed_beside_an_uncompressed_model(tmp_path, monkeyp
     found = ablate.first_token(tmp_path, "--remember none", rounds=3)
     assert found == {"ms": 200.0, "uncompressed_ms": 400.0, "relative": 0.75, "rounds": 3}
     assert 3 < (lengths["plain"] - 40) / (lengths["model"] - 40) < 4.5 and ablate.torch.get_num_threads() == 1
+
+
+def test_a_row_is_timed_by_its_flags_alone(monkeypatch):
+    """Its model is made as training would begin it, whatever it was trained with."""
+    seen = []
+
+    def first_token(folder, ask):
+        config, _ = LLaVAVRConfig.read(folder, {})
+        seen.append((config.projector, config.side, config.remember, ask))
+        return {"relative": 0.5}
+
+    monkeypatch.setattr(ablate, "first_token", first_token)
+    monkeypatch.chdir(ROOT)
+    assert ablate.time_of("--remember 0 --epochs 2", "") == {"relative": 0.5, "machine": ablate.machine()}
+    ablate.time_of("--projector mlp --remember none", "--prune resize")
+    assert seen == [("aap", 4, (0,), ""), ("mlp", 8, (), "--prune resize")]
 
 
 def test_another_world_is_told_by_its_drawings(monkeypatch, tmp_path):

@@ -21,7 +21,8 @@ not made again, a finished model is not trained again, and a stopped one goes on
 Lines and models belong to a world: the drawings, and the pre-trained parts in tiny/.
 
 --time measures the time to the first token beside that of an uncompressed model, in turn, so that
-both see the same load of the machine.
+both see the same load of the machine. Weights do not change it, so fresh ones are timed, and lines
+of another machine are timed anew: --table all --seeds 1 --jobs 1 --time makes them comparable.
 
 The ViT is frozen, and yet every model computes its features again: that is about 5 % of a step of
 phase 2 at tiny (0.04 of 0.9 s on one thread), too little to keep features for.
@@ -46,6 +47,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -262,7 +264,7 @@ def lacks(args, job, ask, line):
     training, and to be timed."""
     return (line is None or args.blind and not line["blind"],
             bool(args.curve and not ask and not (line and line["curve"]) and points_of(args, job)),
-            args.time and not (line and line["ttft"]))
+            args.time and ((line and line["ttft"]) or {}).get("machine") != machine())
 
 
 def wanting_of(args, job):
@@ -280,7 +282,8 @@ def train_and_ask(args, programs, job):
         if args.equal_time and job.flags == REFERENCE:
             copy_reference(args, job, wanting)
             return None
-        if wanting and not is_trained(args, job):
+        to_train = any(lacks(args, job, ask, line)[0] for ask, line in wanting.items())
+        if to_train and not is_trained(args, job):
             made = {"commit": commit(), "machine": machine()}
             write(folder_of(args, job) / "made.json", json.dumps(made))
             for words in trainings(args, job):
@@ -308,8 +311,7 @@ def measure(args, programs, job, ask, line):
     if to_follow:
         line["curve"] = follow(args, programs, job, line, log)
     if to_time:
-        model = str(folder_of(args, job) / "phase2")
-        programs.call(["-m", "tools.ablate", "--ttft", model, f"--ask={ask}"], log)
+        programs.call(["-m", "tools.ablate", f"--ttft={job.flags}", f"--ask={ask}"], log)
         line["ttft"] = json.loads(last_line(log))
     put(args.out, line)
     if to_follow:
@@ -528,6 +530,15 @@ def work(args, jobs):
 
 # ----------------------------------------------------------------------------------- first token
 
+def time_of(flags, ask):
+    """How long a row takes until its first token, by its flags: see `first_token`."""
+    with TemporaryDirectory() as folder:
+        words = ["--preset", PRESET, *shlex.split(flags), "--name", "timed", "--out", folder]
+        run = train.make_run(train.arguments(words), "1", 0, 1, torch.device("cpu"))
+        train.build_model(run).save_pretrained(f"{folder}/model")
+        return first_token(Path(folder, "model"), ask) | {"machine": machine()}
+
+
 @torch.inference_mode()
 def first_token(folder, ask, rounds=101):
     """How long a model reads a fixed prompt until its first token: batch 1, one thread, float32.
@@ -573,13 +584,13 @@ def arguments(argv=None):
         help="models that are trained now: ask also after every so many steps of phase 2")
     add("--equal-time", action="store_true",
         help="train each model for as long as the paper's took; needs the lines of equal steps")
-    add("--time", action="store_true", help="measure the time to the first token, too")
+    add("--time", action="store_true", help="measure the time to the first token here, too")
     add("--jobs", type=int, default=2, help="programs side by side; default 2")
     add("--runs", type=Path, help="folder of the models; default runs/ablation")
     add("--out", type=Path, help="file of the results; default results/ablation.jsonl")
     add("--list", action="store_true", help="print the plan instead")
     add("--print", action="store_true", help="print the tables of the results instead")
-    add("--ttft", type=Path, metavar="FOLDER", help="only time the first token of this model")
+    add("--ttft", metavar="FLAGS", help="only time the first token of a row, by flags of train.py")
     add("--ask", default="", metavar="FLAGS", help="of eval.py, for --ttft")
     args = parser.parse_args(argv)
     defaults = {"questions": 100, "seeds": 3, **(QUICK if args.quick else {})}
@@ -602,8 +613,8 @@ def arguments(argv=None):
 def main(argv=None):
     """The command line: see the top."""
     args = arguments(argv)
-    if args.ttft:
-        print(json.dumps(first_token(args.ttft, args.ask)))
+    if args.ttft is not None:
+        print(json.dumps(time_of(args.ttft, args.ask)))
         return
     tables = plan.chosen(args.table or ([] if args.set else ["all"]), args.set)
     jobs = plan.jobs_of(tables, range(1, args.seeds + 1))
