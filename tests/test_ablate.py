@@ -100,13 +100,13 @@ def lines():
 # ---- what is done, and what is not done again
 
 def test_each_model_is_trained_once_and_each_row_gets_its_line(stub):
-    """Table 1 of two seeds: five models a seed, of which one is asked in six ways."""
+    """Table 1 of two seeds: six models a seed, of which one is asked in six ways."""
     ablate.main(["--table", "1", "--seeds", "2"])
-    assert len(stub.of("train.py")) == len(set(stub.of("train.py"))) == 10
+    assert len(stub.of("train.py")) == len(set(stub.of("train.py"))) == 12
     limits = {words[words.index("--limit") + 1] for words in stub.called if words[0] == "train.py"}
     assert limits == {str(max(world.PRETRAIN, world.FINETUNE))}, "all that is drawn, not the part of --preset tiny"
     found = {(line["flags"], line["ask"], line["seed"]): line for line in lines()}
-    assert len(found) == len(lines()) == 20
+    assert len(found) == len(lines()) == 22
     line = found[plan.MLP, "--prune fastv:match", 2]
     assert line["time"] is None and line["curve"] is None
     assert line["tables"] == {"1": "FastV at the cost of 1/4"} and line["label"] == "FastV at the cost of 1/4"

@@ -75,7 +75,7 @@ def test_the_page_says_what_the_results_say(monkeypatch):
 def test_every_claim_has_a_place_on_the_page():
     """Each table of the plan is shown, and each picture of tools.plot."""
     shown = {(kind, what.partition(":")[0]) for kind, what, _ in evidence.BLOCK.findall(PAGE.read_text(encoding="utf-8"))}
-    claims = {("table", name) for name in plan.TABLES} | {("runs", ""), ("blind", "")}
+    claims = {("table", name) for name in plan.TABLES} | {("runs", ""), ("blind", ""), ("paired", "")}
     figures = {("figure", f"../results/ablation-{name}.svg") for name in ("fine", "fig1a", "curves")}
     assert claims | figures <= shown
 
@@ -109,7 +109,7 @@ def test_what_stands_between_comments_is_written_and_all_else_is_kept(results):
     table, after = after.split("\n\n<!-- end -->")
     assert before == "# Title\n\nProse <!-- a remark --> stays.\n\n" and after == "\n\nThe end.\n"
     rows = [evidence.cells_of(row) for row in table.split("\n") if row.startswith("|")]
-    assert ["ours", "2", "80.0 ± 0.0", "80.0 ± 0.0", "0.75 (0.75 to 0.75)", "16", "0.03", "1.23", "- [0.62]"] in rows
+    assert ["ours", "2", "80.0 ± 0.0", "80.0 ± 0.0", "0.75 (0.75 and 0.75)", "16", "0.03", "1.23", "- [0.62]"] in rows
     assert ["ours", "80.0 ± 0.0 [47.1]", *["80.0 ± 0.0"] * 4] in rows
     assert filled(made, results) == made
 
@@ -124,12 +124,24 @@ def test_the_benchmarks_of_the_fine_half_are_a_table_of_their_own(results):
     assert filled("<!-- benchmarks 2 --><!-- end -->", results.with_name("none.jsonl")).count(evidence.NO_RUN) == 1
 
 
+def test_differences_are_a_table_with_cells_of_its_own(results):
+    """Of the pairs of the plan; an unknown pair or column is named."""
+    rows = [evidence.cells_of(row) for row in filled("<!-- paired --><!-- end -->", results).split("\n") if row.startswith("|")]
+    assert [row[0] for row in rows[2:]] == list(plan.PAIRS) and rows[0][3] == "fine half"
+    cell = filled("by <!-- cell paired | ours - A.A.P | fine half --><!-- end -->", results)
+    assert re.sub("<!--.*?-->", "", cell) == "by 30.0 (30.0 and 30.0)"
+    for what, message in (("paired | x | Avg", "the pairs are"), ("paired | ours - A.A.P | x", "the columns are")):
+        with pytest.raises(ValueError, match=message):
+            filled(f"by <!-- cell {what} --><!-- end -->", results)
+    assert evidence.NO_RUN in filled("<!-- paired --><!-- end -->", results.with_name("none.jsonl"))
+
+
 def test_a_cell_is_a_number_inside_a_sentence(results):
     """Of either table, and empty as long as its row has no line."""
     asked = ("SELA has <!-- cell 4b | SELA | fine half -->1<!-- end -->, and <!-- cell 5 | ours | recovered --><!-- end --> "
              "of it; global <!-- cell 4b | Global Attn | General -->2<!-- end -->.")
     assert re.sub("<!--.*?-->", "", filled(asked, results)) == \
-        "SELA has 80.0 ± 0.0, and 0.75 (0.75 to 0.75) of it; global - [49.5]."
+        "SELA has 80.0 ± 0.0, and 0.75 (0.75 and 0.75) of it; global - [49.5]."
 
 
 def test_a_cell_may_be_of_one_seed(results):

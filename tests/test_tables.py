@@ -154,7 +154,8 @@ def test_where_pooling_lost_nothing_there_is_no_share(whole):
 def test_the_interval_is_that_of_students_t():
     """Of 1, 2, 3: mean 2, deviation 1, t = 4.303 at two degrees of freedom, over the root of three. Beyond nine, that of nine."""
     assert tables.interval([1.0, 2.0, 3.0]) == "2.00 (-0.48 to 4.48)"
-    assert tables.interval([0.7, 0.9]) == "0.80 (-0.47 to 2.07)"               # 12.706 * 0.1414 / 1.4142
+    assert tables.interval([1.0, 2.0, 3.0], 1) == "2.0 (-0.5 to 4.5)"
+    assert tables.interval([0.9, 0.7]) == "0.80 (0.90 and 0.70)"               # of two, t would be 12.7
     assert tables.interval([0.0, 1.0] * 10) == "0.50 (0.24 to 0.76)"           # 2.262 * 0.51299 / 4.4721
     assert tables.interval([0.5]) == "0.50" and tables.interval([]) == "-"
 
@@ -188,13 +189,29 @@ def test_tables_show_mean_and_spread_over_seeds_beside_the_papers_numbers(args):
 
 
 def test_the_share_stands_in_the_table(args):
-    """With its interval from two seeds on."""
+    """With that of each seed, where there are two."""
     for seed, scores in ((1, (90.0, 50.0, 80.0)), (2, (90.0, 50.0, 82.0))):
         for flags, score, tokens in zip((plan.MLP, plan.AAP, plan.SELA), scores, (64, 16, 16)):
             tables.put(args.out, result(flags, seed, score, vision_tokens=tokens))
     rows = rows_of(tables.markdown(args, plan.chosen(["5"])), 9)
     assert rows["row"][1:4] == ["fine half", "coarse half", "recovered"]
-    assert rows["ours"][1:4] == ["81.0 ± 1.4", "80.0 ± 0.0", "0.78 (0.46 to 1.09)"] and rows["baseline"][3] == "-"
+    assert rows["ours"][1:4] == ["81.0 ± 1.4", "80.0 ± 0.0", "0.78 (0.75 and 0.80)"] and rows["baseline"][3] == "-"
+
+
+def test_pairs_are_subtracted_seed_by_seed(args):
+    """A seed that one of the two lacks is left out, and so is a group that was not asked."""
+    for flags, scores in ((plan.AAP, {1: 50.0, 2: 55.0, 3: 52.0}), (plan.SELA, {3: 62.5, 1: 60.0})):
+        for seed, score in scores.items():
+            tables.put(args.out, line(plan.normal(flags), seed=seed, score=score))
+    pairs = {"ours - A.A.P": (plan.SELA, plan.AAP), "A.A.P - ours": (plan.AAP, plan.SELA), "none": (plan.MLP, plan.AAP)}
+    rows = rows_of(tables.paired_table(pairs, tables.lines_of(args)), 6)
+    assert rows["difference"] == ["seeds", "Avg", "fine half", "coarse half", "Vision-Centric"]
+    assert rows["ours - A.A.P"] == ["2", *["10.2 (10.0 and 10.5)"] * 4]
+    assert rows["A.A.P - ours"][2] == "-10.2 (-10.0 and -10.5)" and rows["none"] == ["0", "-", "-", "-", "-"]
+    only_fine = line(plan.normal(plan.MLP)) | {"scores": {"OCR&Chart": {"score": 90.0, "stderr": 1.0, "n": 4}}}
+    tables.put(args.out, only_fine)
+    rows = rows_of(tables.paired_table(pairs, tables.lines_of(args)), 6)
+    assert rows["none"] == ["1", "-", "40.0", "-", "-"]
 
 
 def test_table_4_has_the_papers_numbers_by_group(args):

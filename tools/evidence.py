@@ -9,6 +9,8 @@ The page is written by hand but for what stands between two comments, which says
 
     <!-- table 4b -->                       a table of tools/plan.py; "table 4b, equal time" too
     <!-- benchmarks 5 -->                   the same rows, by benchmark of the fine half
+    <!-- paired -->                         differences seed by seed: PAIRS of tools/plan.py; a cell
+                                            of it is "paired | ours - A.A.P | fine half"
     <!-- cell 4b | SELA | fine half -->     one cell of it, inside a sentence: table, row, column;
                                             "fine half, seed 1" is of that seed alone
     <!-- figure PATH: DESCRIPTION -->       a picture that tools.plot drew, if it is there
@@ -28,7 +30,7 @@ from benchmarks.answers import write
 from tools import plan, tables
 
 PAGE, RESULTS = Path("docs/evidence.md"), Path("results/ablation.jsonl")
-KINDS = "table|benchmarks|cell|figure|runs|blind"
+KINDS = "table|benchmarks|paired|cell|figure|runs|blind"
 BLOCK = re.compile(rf"<!-- ({KINDS})\b ?(.*?) ?-->(.*?)<!-- end -->", re.S)
 NO_RUN = "*No run of this has been made yet.*"
 
@@ -63,6 +65,8 @@ def block(match, lines, args, folder):
         return f"{begin}{cell(what, lines)}<!-- end -->"
     if kind in ("table", "benchmarks"):
         shown = table(kind, what, lines)
+    elif kind == "paired":
+        shown = "\n".join(tables.paired_table(plan.PAIRS, lines[False])) if args else ""
     elif kind == "figure":
         shown = figure(what, args, folder)
     else:
@@ -92,6 +96,8 @@ def table(kind, what, lines):
 def cell(what, lines):
     """"4b | SELA | fine half" -> what stands there in the table, or would with one seed alone."""
     name, label, column = (what.split(" | ") + ["", ""])[:3]
+    if name == "paired":
+        return difference(what, label, column, lines[False])
     rows, mine = named(name, lines)
     column, _, seed = column.partition(", seed ")
     if seed:
@@ -105,6 +111,17 @@ def cell(what, lines):
                          tables.group_table([row], mine)[::2],
                          tables.benchmark_table([row], mine)[::2]):
         shown |= dict(zip(cells_of(heads), cells_of(cells)))
+    if column not in shown:
+        raise ValueError(f"<!-- cell {what} -->: the columns are {list(shown)}")
+    return shown[column]
+
+
+def difference(what, label, column, lines):
+    """The cell of a pair's label under a column, of lines of equal steps."""
+    if label not in plan.PAIRS:
+        raise ValueError(f"<!-- cell {what} -->: the pairs are {list(plan.PAIRS)}")
+    heads, _, cells = tables.paired_table({label: plan.PAIRS[label]}, lines)
+    shown = dict(zip(cells_of(heads), cells_of(cells)))
     if column not in shown:
         raise ValueError(f"<!-- cell {what} -->: the columns are {list(shown)}")
     return shown[column]

@@ -41,7 +41,9 @@ def by_group(*scores):
 MLP = "--projector mlp --remember none"
 AAP = "--remember none"
 SELA = "--start own"
+ONE = f"{SELA} --remember 0"
 EVEN = "--start even"
+SHUFFLE = "--projector pixelshuffle --remember none"
 PACKER = "--projector tokenpacker --levels 1,2,4,6 --remember none"
 
 # The paper's numbers: Tables 1, 2, 4 and 5 (arXiv 2506.03928). Table 1 is of 1.5B, with TTFT in ms,
@@ -68,11 +70,12 @@ TABLES = {
         Row("TokenPacker", PACKER, "", {"Avg": 51.2, "TTFT": 51.95 / 83.6}),
         Row("TokenPacker on our three levels", "--projector tokenpacker --remember none"),
         Row("ours", SELA, "", {"Avg": 52.3, "TTFT": 52.12 / 83.6}),
+        Row("ours, one module", ONE),
     ],
     "2": [
         Row("A.A.P", AAP, "", {"Avg": 44.8}),
         Row("A.A.P + Vision Remember", SELA, "", {"Avg": 47.1}),
-        Row("PixelShuffle", "--projector pixelshuffle --remember none", "", {"Avg": 43.7}),
+        Row("PixelShuffle", SHUFFLE, "", {"Avg": 43.7}),
         Row("PixelShuffle + Vision Remember", f"{SELA} --projector pixelshuffle", "",
             {"Avg": 46.2}),
         Row("Defor Attn", "--projector deformable --remember none", "", {"Avg": 44.1}),
@@ -99,7 +102,7 @@ TABLES = {
     ],
     "4c": [
         Row("none", AAP),
-        Row("1: here 0", f"{SELA} --remember 0", "", by_group(58.6, 43.1, 45.3, 45.8, 46.8)),
+        Row("1: here 0", ONE, "", by_group(58.6, 43.1, 45.3, 45.8, 46.8)),
         Row("1,4: here 0,1", SELA, "", by_group(58.6, 43.4, 45.7, 46.2, 47.1)),
         Row("1,4,7: here 0,1,2", f"{SELA} --remember 0,1,2", "",
             by_group(57.6, 42.5, 44.2, 45.2, 46.0)),
@@ -119,19 +122,19 @@ TABLES = {
         Row("saliency: none", f"{SELA} --saliency none"),
         Row("saliency: sigmoid", f"{SELA} --saliency sigmoid"),
         Row("saliency: softmax", f"{SELA} --saliency softmax"),
-        Row("saliency: none, before layer 0 alone", f"{SELA} --remember 0 --saliency none"),
+        Row("saliency: none, before layer 0 alone", f"{ONE} --saliency none"),
         Row("heads start evenly", EVEN),
         Row("heads start evenly, 1/16", f"{EVEN} --side 2 --window 1"),
         Row("ours at 1/16, windows of 2", f"{SELA} --side 2"),
         Row("values start as mixtures of all levels", "--start mixed"),
         Row("last linear starts small, not at zero", "--start small"),
-        Row("before layer 0 alone, windows of 1", f"{SELA} --remember 0 --window 1"),
-        Row("before layer 0 alone, at rate 2e-3", f"{SELA} --remember 0 --remember-lr 2e-3"),
-        Row("before layer 0 alone, the deepest level", f"{SELA} --remember 0 --levels 6"),
+        Row("before layer 0 alone, windows of 1", f"{ONE} --window 1"),
+        Row("before layer 0 alone, at rate 2e-3", f"{ONE} --remember-lr 2e-3"),
+        Row("before layer 0 alone, the deepest level", f"{ONE} --levels 6"),
         Row("windows of 1", f"{SELA} --window 1"),
         Row("windows of 4", f"{SELA} --window 4"),
         Row("four levels", f"{SELA} --levels 1,2,4,6"),
-        Row("before layer 0 alone, four levels", f"{SELA} --remember 0 --levels 1,2,4,6"),
+        Row("before layer 0 alone, four levels", f"{ONE} --levels 1,2,4,6"),
         Row("narrow SELA, keys and values shared", f"{SELA} --interaction narrow"),
         Row("DeepStack's addition", "--interaction deepstack --remember 0,1,2,3"),
         Row("spatial vision aggregator (Cambrian)", "--interaction sva"),
@@ -139,18 +142,31 @@ TABLES = {
         Row("tokens overwritten", f"{SELA} --join replace"),
         Row("no compression, twice the steps", f"{MLP} --epochs 2"),
         Row("A.A.P, twice the steps", f"{AAP} --epochs 2"),
-        Row("PixelShuffle, twice the steps",
-            "--projector pixelshuffle --remember none --epochs 2"),
+        Row("PixelShuffle, twice the steps", f"{SHUFFLE} --epochs 2"),
         Row("ours, twice the steps", f"{SELA} --epochs 2"),
-        Row("ours before layer 0 alone, twice the steps", f"{SELA} --remember 0 --epochs 2"),
+        Row("ours before layer 0 alone, twice the steps", f"{ONE} --epochs 2"),
         Row("no compression, four times the steps", f"{MLP} --epochs 4"),
         Row("A.A.P, four times the steps", f"{AAP} --epochs 4"),
-        Row("ours before layer 0 alone, four times the steps", f"{SELA} --remember 0 --epochs 4"),
+        Row("ours before layer 0 alone, four times the steps", f"{ONE} --epochs 4"),
         Row("ours before layer 0 alone, four levels, four times the steps",
-            f"{SELA} --remember 0 --levels 1,2,4,6 --epochs 4"),
+            f"{ONE} --levels 1,2,4,6 --epochs 4"),
         Row("heads start evenly, twice the steps", f"{EVEN} --epochs 2"),
         Row("deformable attention, twice the steps", "--interaction deformable-multi --epochs 2"),
     ],
+}
+
+# What docs/evidence.md subtracts seed by seed: the flags of one model, and of another.
+PAIRS = {
+    "A.A.P - no compression": (AAP, MLP),
+    "ours - A.A.P": (SELA, AAP),
+    "one module - A.A.P": (ONE, AAP),
+    "PixelShuffle - A.A.P": (SHUFFLE, AAP),
+    "heads start evenly - A.A.P": (EVEN, AAP),
+    "ours - one module": (SELA, ONE),
+    "ours - PixelShuffle": (SELA, SHUFFLE),
+    "ours - A.A.P of twice the steps": (SELA, f"{AAP} --epochs 2"),
+    "one module - A.A.P, both twice the steps": (f"{ONE} --epochs 2", f"{AAP} --epochs 2"),
+    "one module - A.A.P, both four times the steps": (f"{ONE} --epochs 4", f"{AAP} --epochs 4"),
 }
 
 

@@ -522,8 +522,8 @@ def main(argv=None):
                         help="log.jsonl of a run, the .json of tools.density, or ablation.jsonl")
     parser.add_argument("--sweep", nargs="+", metavar="[NUMBER=]FILE", help="results.json files")
     parser.add_argument("--svg", action="store_true", help="write .svg instead of .png")
-    parser.add_argument("--table", nargs="+", default=["fig1a", "1"], choices=plan.TABLES,
-                        help="whose rows of ablation.jsonl; default: fig1a 1")
+    parser.add_argument("--table", nargs="+", default=["fig1a", "1", "2"], choices=plan.TABLES,
+                        help="whose rows of ablation.jsonl; default: fig1a 1 2")
     parser.add_argument("--over", choices=OVER, help="what they cost; default: ttft if all have it")
     args = parser.parse_args(argv)
     if (args.file is None) == (args.sweep is None):

@@ -18,6 +18,7 @@ import re
 import statistics
 import threading
 from argparse import Namespace
+from functools import partial
 
 from benchmarks import TASKS, groups
 from benchmarks.answers import write
@@ -180,9 +181,9 @@ LEGEND = (
     "Mean of the seeds ± their standard deviation; in square brackets the paper's own number. "
     f"Fine half: {FINE}. Coarse half: the mean of the other groups. Recovered: of what pooling "
     "lost on the fine half, so 0 is A.A.P with as many tokens a tile and 1 is no compression; in "
-    "brackets the 95 % confidence interval of the mean, where there are several seeds. GFLOP: of a "
-    f"picture of {TILES} tiles and {TEXT} tokens of text, forward. TTFT: that of no compression is "
-    "1.")
+    "brackets the 95 % confidence interval of the mean over seeds, or both of two. GFLOP: of a "
+    f"picture of {TILES} tiles and {TEXT} tokens of text, forward. TTFT: of a picture of one tile, "
+    "as all here are; that of no compression is 1.")
 
 
 def made_of(row, lines):
@@ -231,6 +232,23 @@ def benchmark_table(rows, lines):
     return as_table(["row", *(TASKS[task].title for task in tasks)], found)
 
 
+def paired_table(pairs, lines):
+    """{label: (flags of a model, flags of another)} -> how far the first scores above the second,
+    seed by seed, as lines of Markdown."""
+    found = []
+    for label, pair in pairs.items():
+        rows = [plan.Row(label, flags) for flags in pair]
+        one, other = ({line["seed"]: line["scores"] for line in made_of(row, lines)}
+                      for row in rows)
+        seeds = sorted(one.keys() & other.keys())
+        cells = [label, str(len(seeds))]
+        for score in PAIRED.values():
+            both = [(score(one[seed]), score(other[seed])) for seed in seeds]
+            cells.append(interval([high - low for high, low in both if None not in (high, low)], 1))
+        found.append(cells)
+    return as_table(["difference", "seeds", *PAIRED], found)
+
+
 def result_cells(row, mine, lines):
     """A row of the plan and its lines -> the cells under RESULT. lines: those of all rows."""
     halves = []
@@ -249,15 +267,24 @@ def result_cells(row, mine, lines):
     return [*found, f"{tokens}{layers}", f"{added:.2f}", three_digits(line["gflop"]), ratio]
 
 
+def of_group(group, found):
+    """A group and the "scores" of a line -> the group's score, or None."""
+    return found[group]["score"] if group in found else None
+
+
 def fine(found):
     """The "scores" of a line -> the score on the fine half, or None."""
-    return found[FINE]["score"] if FINE in found else None
+    return of_group(FINE, found)
 
 
 def coarse(found):
     """The "scores" of a line -> the mean of the other groups, or None where one is missing."""
     others = [found[group]["score"] for group in groups() if group != FINE and group in found]
     return statistics.mean(others) if len(others) == len(groups()) - 1 else None
+
+
+PAIRED = {"Avg": partial(of_group, "Avg"), "fine half": fine, "coarse half": coarse,
+          "Vision-Centric": partial(of_group, "Vision-Centric")}
 
 
 def shares(mine, lines):
@@ -300,9 +327,9 @@ def as_long(flags, line):
     return plan.normal(" ".join([flags, *re.findall(r"--epochs \S+", line["flags"])]))
 
 
-def interval(values):
-    """Numbers -> "mean (low to high)", the 95 % confidence interval of the mean; of one number
-    itself, of none "-".
+def interval(values, digits=2):
+    """Numbers -> "mean (low to high)", the 95 % confidence interval of the mean; of two "mean (one
+    and other)", since an interval of two says less; of one the number; of none "-".
 
     It takes the numbers as drawn from a normal distribution: mean ± t s / sqrt(n).
     """
@@ -311,10 +338,12 @@ def interval(values):
         return "-"
     mean = statistics.mean(values)
     if count == 1:
-        return f"{mean:.2f}"
+        return f"{mean:.{digits}f}"
+    if count == 2:
+        return f"{mean:.{digits}f} ({values[0]:.{digits}f} and {values[1]:.{digits}f})"
     t = T_95[min(count - 1, len(T_95)) - 1]
     reach = t * statistics.stdev(values) / math.sqrt(count)
-    return f"{mean:.2f} ({mean - reach:.2f} to {mean + reach:.2f})"
+    return f"{mean:.{digits}f} ({mean - reach:.{digits}f} to {mean + reach:.{digits}f})"
 
 
 def spread(values, digits):
