@@ -119,10 +119,11 @@ def keyed(lines):
 def test_the_coarse_half_is_the_mean_of_the_other_three_groups():
     """And there is none where one of them is missing. The average is not among them."""
     found = {"Avg": {"score": 1.0}, "General": {"score": 90.0}, "Knowledge": {"score": 60.0}, "Vision-Centric": {"score": 30.0}}
-    assert tables.coarse(found) == 60 and tables.fine(found) is None
-    assert tables.coarse(of_halves(5.0, 80.0)) == 80 and tables.fine(of_halves(5.0)) == 5
+    one, whole = {"scores": found}, result(plan.AAP, 1, 5.0)
+    assert tables.coarse(one) == 60 and tables.fine(one) is None
+    assert tables.coarse(whole) == 80 and tables.fine(whole) == 5
     del found["Knowledge"]
-    assert tables.coarse(found) is None
+    assert tables.coarse(one) is None
 
 
 def test_the_recovered_share_is_paired_by_seed_tokens_and_epochs():

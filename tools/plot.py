@@ -323,7 +323,7 @@ def systems(lines, names, over=None):
     for row, mine in made:
         x = cost_of(mine, over)
         if x is not None:
-            values = [tables.fine(line["scores"]) for line in mine]
+            values = [tables.fine(line) for line in mine]
             found.append(System(row.label, kind_of(row), *summary(x, values)))
     if not found:
         raise ValueError(f"no line of table {', '.join(names)} has a score on the fine half and "
@@ -417,7 +417,7 @@ def learning(lines, name):
         at = {}
         for line in tables.made_of(row, lines):
             for point in line.get("curve") or ():
-                score = tables.fine(point["scores"])
+                score = tables.fine(point)
                 if score is not None:
                     at.setdefault(point["step"], []).append(score)
         if at:

@@ -207,29 +207,27 @@ def result_table(rows, lines):
 
 def group_table(rows, lines):
     """Rows of the plan -> scores by group beside the paper's, as lines of Markdown."""
-    found = []
-    for row in rows:
-        cells = [row.label]
-        for group in COLUMNS:
-            values = [line["scores"][group]["score"] for line in made_of(row, lines)
-                      if group in line["scores"]]
-            cells.append(beside_paper(spread(values, 1), row.paper.get(group), 1))
-        found.append(cells)
-    return as_table(["row", *COLUMNS], found)
+    return score_table(rows, lines, {group: partial(of_group, group) for group in COLUMNS})
 
 
 def benchmark_table(rows, lines):
     """Rows of the plan -> the score of each benchmark of the fine half, as lines of Markdown."""
-    tasks = [task for task, spec in TASKS.items() if spec.group == FINE]
+    tasks = {spec.title: task for task, spec in TASKS.items() if spec.group == FINE}
+    return score_table(rows, lines, {title: partial(of_benchmark, task)
+                                     for title, task in tasks.items()})
+
+
+def score_table(rows, lines, columns):
+    """Rows of the plan, {column: a function of a line, giving a score or None} -> Markdown."""
     found = []
     for row in rows:
         cells = [row.label]
-        for task in tasks:
-            values = [line["benchmarks"][task]["score"] for line in made_of(row, lines)
-                      if task in line["benchmarks"]]
-            cells.append(spread(values, 1))
+        for name, score_of in columns.items():
+            values = [score_of(line) for line in made_of(row, lines)]
+            shown = spread([value for value in values if value is not None], 1)
+            cells.append(beside_paper(shown, row.paper.get(name), 1))
         found.append(cells)
-    return as_table(["row", *(TASKS[task].title for task in tasks)], found)
+    return as_table(["row", *columns], found)
 
 
 def paired_table(pairs, lines):
@@ -238,12 +236,11 @@ def paired_table(pairs, lines):
     found = []
     for label, pair in pairs.items():
         rows = [plan.Row(label, flags) for flags in pair]
-        one, other = ({line["seed"]: line["scores"] for line in made_of(row, lines)}
-                      for row in rows)
+        one, other = ({line["seed"]: line for line in made_of(row, lines)} for row in rows)
         seeds = sorted(one.keys() & other.keys())
         cells = [label, str(len(seeds))]
-        for score in PAIRED.values():
-            both = [(score(one[seed]), score(other[seed])) for seed in seeds]
+        for score_of in PAIRED.values():
+            both = [(score_of(one[seed]), score_of(other[seed])) for seed in seeds]
             cells.append(interval([high - low for high, low in both if None not in (high, low)], 1))
         found.append(cells)
     return as_table(["difference", "seeds", *PAIRED], found)
@@ -253,7 +250,7 @@ def result_cells(row, mine, lines):
     """A row of the plan and its lines -> the cells under RESULT. lines: those of all rows."""
     halves = []
     for half in (fine, coarse):
-        values = [half(line["scores"]) for line in mine]
+        values = [half(line) for line in mine]
         halves.append(spread([value for value in values if value is not None], 1))
     times = [line["ttft"]["relative"] for line in mine if line["ttft"]]
     ratio = beside_paper(spread(times, 2), row.paper.get("TTFT"), 2)
@@ -267,20 +264,27 @@ def result_cells(row, mine, lines):
     return [*found, f"{tokens}{layers}", f"{added:.2f}", three_digits(line["gflop"]), ratio]
 
 
-def of_group(group, found):
-    """A group and the "scores" of a line -> the group's score, or None."""
-    return found[group]["score"] if group in found else None
+def of_group(group, line):
+    """A group, or "Avg", and a line -> the score, or None."""
+    found = line["scores"].get(group)
+    return found and found["score"]
 
 
-def fine(found):
-    """The "scores" of a line -> the score on the fine half, or None."""
-    return of_group(FINE, found)
+def of_benchmark(task, line):
+    """A benchmark and a line -> the score, or None."""
+    found = line["benchmarks"].get(task)
+    return found and found["score"]
 
 
-def coarse(found):
-    """The "scores" of a line -> the mean of the other groups, or None where one is missing."""
-    others = [found[group]["score"] for group in groups() if group != FINE and group in found]
-    return statistics.mean(others) if len(others) == len(groups()) - 1 else None
+def fine(line):
+    """A line -> the score on the fine half, or None."""
+    return of_group(FINE, line)
+
+
+def coarse(line):
+    """A line -> the mean of the other groups, or None where one is missing."""
+    others = [of_group(group, line) for group in groups() if group != FINE]
+    return None if None in others else statistics.mean(others)
 
 
 PAIRED = {"Avg": partial(of_group, "Avg"), "fine half": fine, "coarse half": coarse,
@@ -300,7 +304,7 @@ def shares(mine, lines):
         pooled, whole = lines.get(pooled_key(line)), lines.get(whole_key(line))
         if pooled is None or whole is None or pooled is line:
             continue
-        ours, low, high = (fine(one["scores"]) for one in (line, pooled, whole))
+        ours, low, high = (fine(one) for one in (line, pooled, whole))
         if None in (ours, low, high):
             continue
         if high <= low:
