@@ -307,7 +307,7 @@ def evaluate(run, task, files, load):
     mine = wanted[first:end]                                # neighbours often share a picture
 
     kinds = KINDS if run.blind else KINDS[:1]
-    data_files = []                     # own questions: each row says the sizes of its pictures
+    data_files = []                     # own questions: each row has checksums of its pictures
     if not TASKS[task].metric:
         data_files = files + picture_files(task, run.data)
     answers = Answers(run.out / "answers", task, kinds, run.mark, run.rank, data_files)

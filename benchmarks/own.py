@@ -35,6 +35,7 @@ from storage.records import open_records
 
 PREFIX = "own-"                     # of a task's name; the rest is the file's
 SUFFIXES = (".jsonl", ".json", ".parquet")
+ENDS = 2**16                        # bytes of a picture that its checksum reads at either end
 COLUMNS = ("id", "question", "options", "answers", "image", "checksums")
 
 
@@ -244,9 +245,14 @@ class Questions:
         found = [self._find(picture, where) if is_path(picture) else picture
                  for picture in pictures]
         answers = as_list(_one_of(entry, ("answers", "answer"), where))
+        try:
+            checksums = [checksum(picture) for picture in found]
+        except OSError as error:
+            raise ValueError(f"{where}: {error.filename} cannot be read "
+                             f"({error.strerror})") from None
         row = {"id": name, "question": entry.get("question"),
                "options": as_list(_one_of(entry, ("options", "choices"), where)) or None,
-               "answers": answers, "checksums": [checksum(picture) for picture in found],
+               "answers": answers, "checksums": checksums,
                "image": [picture[:200] for picture in pictures]}
         self._add(row, found, where)
 
@@ -268,12 +274,12 @@ class Questions:
             record, names = reader[number], reader.read(number)["names"]
             where = f"{self.path}: record {record['id']}"
             rounds = _rounds(roles_and_texts(record["conversations"]), where)
+            checksums = [checksum(picture) for picture in record["images"]]
             several += len(rounds) > 1
             for place, (question, answer) in enumerate(rounds, 1):
                 row = {"id": f"{record['id']}#{place}" if len(rounds) > 1 else record["id"],
                        "question": question, "options": None, "answers": [answer],
-                       "checksums": [checksum(picture) for picture in record["images"]],
-                       "image": names}
+                       "checksums": checksums, "image": names}
                 self._add(row, (number, reader), where)
         if several:
             self.note = (f"{self.path}: {several} records have several rounds; each round is asked "
@@ -302,12 +308,20 @@ class Questions:
 
 def checksum(picture):
     """A number that tells a picture from another under its name, so that it is asked about anew:
-    crc32 of what stands in its file, of its bytes, or of its data: URL."""
+    crc32 of its size, its beginning and its end. A compressed picture that differs, differs there.
+
+    picture: the path of its file, its bytes, or a data: URL.
+    """
     if isinstance(picture, Path):
-        picture = picture.read_bytes()
-    elif isinstance(picture, str):
-        picture = picture.encode(errors="replace")
-    return zlib.crc32(picture)
+        size = picture.stat().st_size
+        with open(picture, "rb") as file:
+            first = file.read(ENDS)
+            file.seek(max(size - ENDS, 0))
+            last = file.read()
+    else:
+        data = picture.encode(errors="replace") if isinstance(picture, str) else picture
+        size, first, last = len(data), data[:ENDS], data[-ENDS:]
+    return zlib.crc32(b"%d " % size + first + last)
 
 
 def _as_text(value, where):

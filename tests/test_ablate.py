@@ -74,8 +74,7 @@ class Stub:
         if words[1] == "tiny.standins":
             os.makedirs(words[2])
         if words[1] == "tools.ablate":
-            found = {"ms": 5.0, "uncompressed_ms": 10.0, "relative": 0.5, "rounds": 3, "machine": ablate.machine()}
-            log.write_text(json.dumps(found) + "\n")
+            log.write_text(json.dumps({"ms": 5.0, "uncompressed_ms": 10.0, "relative": 0.5, "rounds": 3}) + "\n")
 
     def of(self, program):
         """The --name, or the folder of the model, of each call of a program."""
@@ -87,7 +86,7 @@ class Stub:
 def stub(monkeypatch, tmp_path):
     """Programs that are none, in an empty folder."""
     made = Stub()
-    monkeypatch.setattr(ablate.Programs, "call", lambda *args: made(*args))
+    monkeypatch.setattr(ablate.Programs, "call", lambda *args, **environment: made(*args))
     monkeypatch.setattr(ablate, "world_now", lambda: "w")
     monkeypatch.chdir(tmp_path)
     return made
@@ -197,9 +196,22 @@ def test_times_of_another_machine_are_taken_anew_without_the_models(stub, monkey
     ablate.main(["--table", "5", "--seeds", "1", "--time"])
     assert not stub.of("train.py") and not stub.of("eval.py")
     timed = [words[2:] for words in stub.called if words[:2] == ["-m", "tools.ablate"]]
-    assert timed == [[f"--ttft={plan.normal(flags)}", "--ask="] for flags in (plan.MLP, plan.AAP, plan.SELA)]
+    assert sorted(timed) == sorted([f"--ttft={plan.normal(flags)}", "--ask="] for flags in (plan.MLP, plan.AAP, plan.SELA))
+    assert {line["ttft"]["machine"] for line in lines()} == {"another"}
     stub.called.clear()
     ablate.main(["--table", "5", "--seeds", "1", "--time"])
+    assert [words[1] for words in stub.called] == ["tiny.world"]
+
+
+def test_a_row_is_timed_once_for_all_its_seeds(stub):
+    """Training does not change the time; nor does --equal-time, which times nothing."""
+    ablate.main(["--table", "4c", "--seeds", "2", "--time"])
+    assert {line["seed"] for line in lines() if line["ttft"]} == {1}
+    stub.called.clear()
+    ablate.main(["--table", "4c", "--seeds", "1", "--equal-time", "--time"])
+    assert not [words for words in stub.called if words[1] == "tools.ablate"]
+    stub.called.clear()
+    ablate.main(["--table", "4c", "--seeds", "1", "--equal-time", "--time"])
     assert [words[1] for words in stub.called] == ["tiny.world"]
 
 
@@ -446,14 +458,14 @@ def test_a_row_is_timed_by_its_flags_alone(monkeypatch):
 
     def first_token(folder, ask):
         config, _ = LLaVAVRConfig.read(folder, {})
-        seen.append((config.projector, config.side, config.remember, ask))
+        seen.append((config.projector, config.side, config.remember, config.image_mode, ask))
         return {"relative": 0.5}
 
     monkeypatch.setattr(ablate, "first_token", first_token)
     monkeypatch.chdir(ROOT)
-    assert ablate.time_of("--remember 0 --epochs 2", "") == {"relative": 0.5, "machine": ablate.machine()}
+    assert ablate.time_of("--remember 0 --epochs 2", "") == {"relative": 0.5}
     ablate.time_of("--projector mlp --remember none", "--prune resize")
-    assert seen == [("aap", 4, (0,), ""), ("mlp", 8, (), "--prune resize")]
+    assert seen == [("aap", 4, (0,), "square", ""), ("mlp", 8, (), "square", "--prune resize")]
 
 
 def test_another_world_is_told_by_its_drawings(monkeypatch, tmp_path):

@@ -58,6 +58,47 @@ def test_own_questions_go_the_whole_way(setup, tmp_path, capsys):
     assert evaluate.main(run)["kept"] == 5 and sum(len(call[3]) for call in Stub.calls[::2]) == 2
 
 
+def test_two_models_are_not_compared_over_other_pictures(setup, tmp_path):
+    """Under the same names; answers from before checksums were kept are compared by names alone."""
+    folders = [tmp_path / "model/first", tmp_path / "model/second"]
+    for number, folder in enumerate(folders):
+        file = write(tmp_path / "mine", ROWS)
+        (tmp_path / "mine/2.png").write_bytes(png(REDS[2], (22 + number, 20)))
+        evaluate.main([*setup[:2], "--task", file, "--metric", "exact", "--out", str(folder)])
+        TASKS.pop("own-reds")
+    compared = ["--compare", *map(str, folders), "--task", file]
+    with pytest.raises(ValueError, match="row 2 has another checksums"):
+        evaluate.main(compared)
+    samples = folders[0] / "own-reds.jsonl"
+    older = [{name: value for name, value in sample.items() if name != "checksums"} for sample in lines(samples)]
+    samples.write_text("".join(json.dumps(sample) + "\n" for sample in older))
+    evaluate.main(compared)
+
+
+@pytest.mark.parametrize("size", [0, 1, own.ENDS - 1, own.ENDS, 3 * own.ENDS])
+def test_a_checksum_tells_pictures_apart_by_their_ends(tmp_path, size):
+    """Of a file and of its bytes alike; of an empty one, too."""
+    picture = tmp_path / "a.png"
+    picture.write_bytes(bytes(size))
+    assert own.checksum(picture) == own.checksum(bytes(size)) != own.checksum(bytes(size + 1))
+    for place in {0, size - 1} if size else ():
+        changed = bytearray(size)
+        changed[place] = 1
+        assert own.checksum(bytes(changed)) != own.checksum(picture)
+
+
+def test_a_picture_that_cannot_be_read_is_named_with_its_question(tmp_path, monkeypatch):
+    """And nothing is asked before."""
+    file = write(tmp_path / "mine", ROWS)
+
+    def unreadable(picture):
+        raise PermissionError(13, "Permission denied", str(picture))
+
+    monkeypatch.setattr(own, "checksum", unreadable)
+    with pytest.raises(ValueError, match=r"reds.jsonl:1: question q0: .*0.png cannot be read .Permission denied"):
+        own.Questions(file)
+
+
 def test_another_run_and_another_metric_leave_the_others_scores_alone(setup, tmp_path, capsys):
     """results.json keeps what an earlier run wrote, of own questions too; the same answers serve another metric."""
     file = write(tmp_path / "mine", [ROWS[0] | {"answer": "10.2"}])

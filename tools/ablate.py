@@ -21,8 +21,9 @@ not made again, a finished model is not trained again, and a stopped one goes on
 Lines and models belong to a world: the drawings, and the pre-trained parts in tiny/.
 
 --time measures the time to the first token beside that of an uncompressed model, in turn, so that
-both see the same load of the machine. Weights do not change it, so fresh ones are timed, and lines
-of another machine are timed anew: --table all --seeds 1 --jobs 1 --time makes them comparable.
+both see the same load of the machine. Weights do not change it, so fresh ones are timed, for seed 1
+of equal steps alone, and a line of another machine is timed anew: --table all --seeds 1 --jobs 1
+--time makes rows comparable. A row without a line is trained and asked first.
 
 The ViT is frozen, and yet every model computes its features again: that is about 5 % of a step of
 phase 2 at tiny (0.04 of 0.9 s on one thread), too little to keep features for.
@@ -108,10 +109,11 @@ class Programs:
             for process in self.running:
                 process.terminate()
 
-    def call(self, words, log):
+    def call(self, words, log, **environment):
         """Run a program of this project to its end, with what it prints added to `log`.
 
-        words: what follows "python". Raises ValueError, in one line, if it fails, and Stopped.
+        words: what follows "python". environment: variables to set. Raises ValueError, in one line,
+        if it fails, and Stopped.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         with self.lock:
@@ -120,7 +122,7 @@ class Programs:
             with open(log, "a") as file:                # in a session of its own: a terminal's
                 process = subprocess.Popen(             # Ctrl-C would reach it twice
                     [sys.executable, *words], stdout=file, stderr=file,
-                    env=os.environ | ENVIRONMENT, start_new_session=True)
+                    env=os.environ | ENVIRONMENT | environment, start_new_session=True)
             self.running.add(process)
             if self.stopped:
                 process.terminate()
@@ -264,7 +266,8 @@ def lacks(args, job, ask, line):
     training, and to be timed."""
     return (line is None or args.blind and not line["blind"],
             bool(args.curve and not ask and not (line and line["curve"]) and points_of(args, job)),
-            args.time and ((line and line["ttft"]) or {}).get("machine") != machine())
+            args.time and job.seed == 1 and not args.equal_time
+            and ((line and line["ttft"]) or {}).get("machine") != machine())
 
 
 def wanting_of(args, job):
@@ -282,7 +285,7 @@ def train_and_ask(args, programs, job):
         if args.equal_time and job.flags == REFERENCE:
             copy_reference(args, job, wanting)
             return None
-        to_train = any(lacks(args, job, ask, line)[0] for ask, line in wanting.items())
+        to_train = any(any(lacks(args, job, ask, line)[:2]) for ask, line in wanting.items())
         if to_train and not is_trained(args, job):
             made = {"commit": commit(), "machine": machine()}
             write(folder_of(args, job) / "made.json", json.dumps(made))
@@ -311,8 +314,9 @@ def measure(args, programs, job, ask, line):
     if to_follow:
         line["curve"] = follow(args, programs, job, line, log)
     if to_time:
-        programs.call(["-m", "tools.ablate", f"--ttft={job.flags}", f"--ask={ask}"], log)
-        line["ttft"] = json.loads(last_line(log))
+        words = ["-m", "tools.ablate", f"--ttft={job.flags}", f"--ask={ask}"]
+        programs.call(words, log, CUDA_VISIBLE_DEVICES="")
+        line["ttft"] = json.loads(last_line(log)) | {"machine": machine()}
     put(args.out, line)
     if to_follow:
         for phase in ("phase1", "phase2"):
@@ -535,8 +539,10 @@ def time_of(flags, ask):
     with TemporaryDirectory() as folder:
         words = ["--preset", PRESET, *shlex.split(flags), "--name", "timed", "--out", folder]
         run = train.make_run(train.arguments(words), "1", 0, 1, torch.device("cpu"))
-        train.build_model(run).save_pretrained(f"{folder}/model")
-        return first_token(Path(folder, "model"), ask) | {"machine": machine()}
+        model = train.build_model(run)
+        model.config.image_mode = train.recipe_of(PRESET, "2").mode     # as phase 2 would set it
+        model.save_pretrained(f"{folder}/model")
+        return first_token(Path(folder, "model"), ask)
 
 
 @torch.inference_mode()

@@ -66,6 +66,8 @@ def block(match, lines, args, folder):
     if kind in ("table", "benchmarks"):
         shown = table(kind, what, lines)
     elif kind == "paired":
+        if what:
+            raise ValueError(f"{begin}: it has no words behind it, equal steps alone are paired")
         shown = "\n".join(tables.paired_table(plan.PAIRS, lines[False])) if args else ""
     elif kind == "figure":
         shown = figure(what, args, folder)
@@ -106,22 +108,22 @@ def cell(what, lines):
     if label not in labels:
         raise ValueError(f"<!-- cell {what} -->: the rows of table {name} are {labels}")
     row = rows[labels.index(label)]
-    shown = {}
-    for heads, cells in (tables.result_table([row], mine)[::2],
-                         tables.group_table([row], mine)[::2],
-                         tables.benchmark_table([row], mine)[::2]):
-        shown |= dict(zip(cells_of(heads), cells_of(cells)))
-    if column not in shown:
-        raise ValueError(f"<!-- cell {what} -->: the columns are {list(shown)}")
-    return shown[column]
+    makers = tables.result_table, tables.group_table, tables.benchmark_table
+    return under(what, column, *(make([row], mine) for make in makers))
 
 
 def difference(what, label, column, lines):
     """The cell of a pair's label under a column, of lines of equal steps."""
     if label not in plan.PAIRS:
         raise ValueError(f"<!-- cell {what} -->: the pairs are {list(plan.PAIRS)}")
-    heads, _, cells = tables.paired_table({label: plan.PAIRS[label]}, lines)
-    shown = dict(zip(cells_of(heads), cells_of(cells)))
+    return under(what, column, tables.paired_table({label: plan.PAIRS[label]}, lines))
+
+
+def under(what, column, *made):
+    """The cell under a column of the first of these tables of one row that has it."""
+    shown = {}
+    for heads, _, cells in made:
+        shown = dict(zip(cells_of(heads), cells_of(cells))) | shown
     if column not in shown:
         raise ValueError(f"<!-- cell {what} -->: the columns are {list(shown)}")
     return shown[column]

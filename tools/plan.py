@@ -8,8 +8,8 @@ kept, six decoder layers, ViT levels 2, 4 and 6. docs/paper.md has the paper's o
 1.5B. The paper's decoder has 24 layers: times 6/24 and rounded, its layers 1, 4 and 7 are 0, 1 and
 2 here.
 
-The paper is silent on where heads look at first, and the preset's choice may change. So rows whose
-modules have a learned position bias name it: then a line says what it is of, whenever it was made.
+The paper is silent on where heads look at first, and the preset's choice may change. So rows with a
+learned position bias spell out --start, and their lines stay true.
 """
 import contextlib
 import io

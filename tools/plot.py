@@ -255,6 +255,7 @@ def sweep_figure(curves):
 OVER = {"tokens": "vision tokens of a tile, in the mean over decoder layers",
         "gflop": "GFLOP of a picture and its text",
         "ttft": "time to the first token; no compression is 1"}
+FIGURE_TABLES = "fig1a", "1", "2"           # whose rows the first figure shows
 FINE_AXIS = f"score on the fine half ({tables.FINE})"
 # Grey that is read on white and on black, letters as text, and no date: the same numbers are the
 # same file.
@@ -443,7 +444,7 @@ def described(flags, found):
     return "\n".join(rows)
 
 
-def results_figures(path, names=("fig1a", "beyond"), over=None):
+def results_figures(path, names=FIGURE_TABLES, over=None):
     """A file of results of tools.ablate -> {name of a figure: (its numbers as text, a function
     that draws it)}. A figure without numbers is left out. ValueError for another file."""
     args = tables.latest(path)
@@ -522,8 +523,8 @@ def main(argv=None):
                         help="log.jsonl of a run, the .json of tools.density, or ablation.jsonl")
     parser.add_argument("--sweep", nargs="+", metavar="[NUMBER=]FILE", help="results.json files")
     parser.add_argument("--svg", action="store_true", help="write .svg instead of .png")
-    parser.add_argument("--table", nargs="+", default=["fig1a", "1", "2"], choices=plan.TABLES,
-                        help="whose rows of ablation.jsonl; default: fig1a 1 2")
+    parser.add_argument("--table", nargs="+", default=FIGURE_TABLES, choices=plan.TABLES,
+                        help=f"whose rows of ablation.jsonl; default: {' '.join(FIGURE_TABLES)}")
     parser.add_argument("--over", choices=OVER, help="what they cost; default: ttft if all have it")
     args = parser.parse_args(argv)
     if (args.file is None) == (args.sweep is None):

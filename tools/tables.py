@@ -188,8 +188,14 @@ LEGEND = (
 
 def made_of(row, lines):
     """The lines of a row, one a seed, of those of `lines_of`."""
-    flags, ask = plan.normal(row.flags), plan.normal(row.ask)
-    return [line for key, line in lines.items() if key[:2] == (flags, ask)]
+    return of_flags(row.flags, row.ask, lines)
+
+
+def of_flags(flags, ask, lines):
+    """The lines of a model that is asked in one way, one a seed."""
+    wanted = plan.normal(flags), plan.normal(ask)
+    found = [line for key, line in lines.items() if key[:2] == wanted]
+    return sorted(found, key=lambda line: line["seed"])
 
 
 def as_table(heads, rows):
@@ -207,13 +213,14 @@ def result_table(rows, lines):
 
 def group_table(rows, lines):
     """Rows of the plan -> scores by group beside the paper's, as lines of Markdown."""
-    return score_table(rows, lines, {group: partial(of_group, group) for group in COLUMNS})
+    return score_table(rows, lines, {group: partial(score_in, "scores", group)
+                                     for group in COLUMNS})
 
 
 def benchmark_table(rows, lines):
     """Rows of the plan -> the score of each benchmark of the fine half, as lines of Markdown."""
     tasks = {spec.title: task for task, spec in TASKS.items() if spec.group == FINE}
-    return score_table(rows, lines, {title: partial(of_benchmark, task)
+    return score_table(rows, lines, {title: partial(score_in, "benchmarks", task)
                                      for title, task in tasks.items()})
 
 
@@ -223,8 +230,7 @@ def score_table(rows, lines, columns):
     for row in rows:
         cells = [row.label]
         for name, score_of in columns.items():
-            values = [score_of(line) for line in made_of(row, lines)]
-            shown = spread([value for value in values if value is not None], 1)
+            shown = spread(map(score_of, made_of(row, lines)), 1)
             cells.append(beside_paper(shown, row.paper.get(name), 1))
         found.append(cells)
     return as_table(["row", *columns], found)
@@ -235,23 +241,20 @@ def paired_table(pairs, lines):
     seed by seed, as lines of Markdown."""
     found = []
     for label, pair in pairs.items():
-        rows = [plan.Row(label, flags) for flags in pair]
-        one, other = ({line["seed"]: line for line in made_of(row, lines)} for row in rows)
+        one, other = ({line["seed"]: line for line in of_flags(flags, "", lines)}
+                      for flags in pair)
         seeds = sorted(one.keys() & other.keys())
         cells = [label, str(len(seeds))]
-        for score_of in PAIRED.values():
+        for score_of in PAIR_COLUMNS.values():
             both = [(score_of(one[seed]), score_of(other[seed])) for seed in seeds]
             cells.append(interval([high - low for high, low in both if None not in (high, low)], 1))
         found.append(cells)
-    return as_table(["difference", "seeds", *PAIRED], found)
+    return as_table(["difference", "seeds", *PAIR_COLUMNS], found)
 
 
 def result_cells(row, mine, lines):
     """A row of the plan and its lines -> the cells under RESULT. lines: those of all rows."""
-    halves = []
-    for half in (fine, coarse):
-        values = [half(line) for line in mine]
-        halves.append(spread([value for value in values if value is not None], 1))
+    halves = [spread(map(half, mine), 1) for half in (fine, coarse)]
     times = [line["ttft"]["relative"] for line in mine if line["ttft"]]
     ratio = beside_paper(spread(times, 2), row.paper.get("TTFT"), 2)
     found = [row.label, str(len(mine)), *halves, interval(shares(mine, lines))]
@@ -264,31 +267,25 @@ def result_cells(row, mine, lines):
     return [*found, f"{tokens}{layers}", f"{added:.2f}", three_digits(line["gflop"]), ratio]
 
 
-def of_group(group, line):
-    """A group, or "Avg", and a line -> the score, or None."""
-    found = line["scores"].get(group)
-    return found and found["score"]
-
-
-def of_benchmark(task, line):
-    """A benchmark and a line -> the score, or None."""
-    found = line["benchmarks"].get(task)
+def score_in(part, name, line):
+    """"scores" or "benchmarks", a name in it, and a line -> the score, or None."""
+    found = line[part].get(name)
     return found and found["score"]
 
 
 def fine(line):
     """A line -> the score on the fine half, or None."""
-    return of_group(FINE, line)
+    return score_in("scores", FINE, line)
 
 
 def coarse(line):
     """A line -> the mean of the other groups, or None where one is missing."""
-    others = [of_group(group, line) for group in groups() if group != FINE]
+    others = [score_in("scores", group, line) for group in groups() if group != FINE]
     return None if None in others else statistics.mean(others)
 
 
-PAIRED = {"Avg": partial(of_group, "Avg"), "fine half": fine, "coarse half": coarse,
-          "Vision-Centric": partial(of_group, "Vision-Centric")}
+PAIR_COLUMNS = {"Avg": partial(score_in, "scores", "Avg"), "fine half": fine, "coarse half": coarse,
+                "Vision-Centric": partial(score_in, "scores", "Vision-Centric")}
 
 
 def shares(mine, lines):
@@ -351,7 +348,8 @@ def interval(values, digits=2):
 
 
 def spread(values, digits):
-    """Numbers -> "mean ± standard deviation" as text; of one number no deviation."""
+    """Numbers, or None for some -> "mean ± standard deviation" as text; of one no deviation."""
+    values = [value for value in values if value is not None]
     if not values:
         return "-"
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -373,7 +371,9 @@ def note(args, lines):
     counts = sorted({line["scores"]["Avg"]["n"] for line in lines})
     steps = sorted({" + ".join(map(str, line["steps"])) for line in lines})
     limit = f" on {args.limit} records each" if args.limit else ""
+    timed = sorted({line["ttft"].get("machine", "not known") for line in lines if line["ttft"]})
+    times = f" TTFT on: {'; '.join(timed)}." if timed else ""
     return (f"Seeds {said['seed']}; {' or '.join(map(str, counts))} questions, the same for every "
             f"model; {' or '.join(steps)} steps of the two phases{limit}. Machine: "
-            f"{said['machine']}. Commits: {', '.join(commits)}. World: {said['world']}. Each line "
-            f"of {args.out} has the commands that make it again.")
+            f"{said['machine']}.{times} Commits: {', '.join(commits)}. World: {said['world']}. "
+            f"Each line of {args.out} has the commands that make it again.")
