@@ -93,6 +93,12 @@ def test_every_line_of_results_names_the_commands_that_make_it_again():
     assert unmade(tables.read_lines(ROOT / evidence.RESULTS)) == []
 
 
+def test_every_time_on_the_page_is_of_one_machine():
+    """Ratios of two machines differ by a tenth, and the tables show them side by side."""
+    timed = [one["ttft"] for one in tables.read_lines(ROOT / evidence.RESULTS) if one["ttft"]]
+    assert len({one.get("machine") for one in timed}) <= 1 and all(one.get("machine") for one in timed)
+
+
 def test_the_figures_in_the_repository_are_those_of_its_results():
     """If this fails: python -m tools.plot results/ablation.jsonl."""
     for path in (ROOT / evidence.RESULTS).parent.glob("ablation-*.svg"):
@@ -134,6 +140,8 @@ def test_differences_are_a_table_with_cells_of_its_own(results):
         with pytest.raises(ValueError, match=message):
             filled(f"by <!-- cell {what} --><!-- end -->", results)
     assert evidence.NO_RUN in filled("<!-- paired --><!-- end -->", results.with_name("none.jsonl"))
+    with pytest.raises(ValueError, match="it has no words behind it"):
+        filled("<!-- paired, equal time --><!-- end -->", results)
 
 
 def test_a_cell_is_a_number_inside_a_sentence(results):
