@@ -57,9 +57,9 @@ def test_the_same_flags_are_one_model_and_all_others_differ_in_architecture_or_r
 def test_a_model_is_asked_once_in_each_way_whatever_tables_want_it():
     """Table 1 asks the uncompressed model in six ways, of which Table 5 wants one."""
     tables = plan.chosen(["1,5"])
-    mlp, aap, packer, _, ours = plan.jobs_of(tables, [7])
+    mlp, aap, packer, _, ours, one = plan.jobs_of(tables, [7])
     assert mlp.asks == ("", "--prune fastv", "--prune pdrop", "--prune fastv:match", "--prune pdrop:match", "--prune resize")
-    assert (aap.asks, ours.asks, ours.name, aap.name) == (("",), ("",), "start-own-s7", "remember-none-s7")
+    assert (aap.asks, ours.asks, one.asks, ours.name, aap.name) == (("",), ("",), ("",), "start-own-s7", "remember-none-s7")
     assert packer.name == "levels-1+2+4+6-projector-tokenpacker-remember-none-s7"
     labels = {table: row.label for table, rows in plan.TABLES.items() for row in rows if row[1:3] == (plan.SELA, "")}
     assert plan.labels_of(plan.SELA, "") == labels and set(labels) == set(plan.TABLES)
