@@ -35,10 +35,12 @@ class Stub:
     """In the place of Programs.call. Notes each program; those whose words hold `fails` fail, `stops` end early."""
 
     def __init__(self):
-        self.called, self.fails, self.stops = [], None, None
+        self.called, self.fails, self.stops, self.timed_with = [], None, None, []
 
-    def __call__(self, programs, words, log):
+    def __call__(self, programs, words, log, **environment):
         self.called.append(words)
+        if words[1] == "tools.ablate":
+            self.timed_with.append(environment)
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a") as file:
             file.write(f"{words[0]} says hello\n")
@@ -86,7 +88,7 @@ class Stub:
 def stub(monkeypatch, tmp_path):
     """Programs that are none, in an empty folder."""
     made = Stub()
-    monkeypatch.setattr(ablate.Programs, "call", lambda *args, **environment: made(*args))
+    monkeypatch.setattr(ablate.Programs, "call", lambda *args, **environment: made(*args, **environment))
     monkeypatch.setattr(ablate, "world_now", lambda: "w")
     monkeypatch.chdir(tmp_path)
     return made
@@ -198,9 +200,17 @@ def test_times_of_another_machine_are_taken_anew_without_the_models(stub, monkey
     timed = [words[2:] for words in stub.called if words[:2] == ["-m", "tools.ablate"]]
     assert sorted(timed) == sorted([f"--ttft={plan.normal(flags)}", "--ask="] for flags in (plan.MLP, plan.AAP, plan.SELA))
     assert {line["ttft"]["machine"] for line in lines()} == {"another"}
+    assert stub.timed_with and all(one == {"CUDA_VISIBLE_DEVICES": ""} for one in stub.timed_with)
     stub.called.clear()
     ablate.main(["--table", "5", "--seeds", "1", "--time"])
     assert [words[1] for words in stub.called] == ["tiny.world"]
+
+
+def test_a_program_gets_the_variables_that_its_call_sets(tmp_path):
+    """Beside those of all programs."""
+    words = ["-c", "import os; print(os.environ['ONE'], os.environ['OMP_NUM_THREADS'])"]
+    ablate.Programs().call(words, tmp_path / "log", ONE="5")
+    assert (tmp_path / "log").read_text() == "5 1\n"
 
 
 def test_a_row_is_timed_once_for_all_its_seeds(stub):
