@@ -70,10 +70,10 @@ def refuse_other_questions(task, first, second, runs):
     for index, sample in first.items():
         other = second[index]
         for name in SAME:
-            old = name == "checksums" and not (name in sample and name in other)
-            if not old and sample.get(name) != other.get(name):
-                raise ValueError(f"{task}: not the same questions: row {index} has another {name} "
-                                 f"in {runs[1]} than in {runs[0]}; ask both about the same data")
+            lacks = name == "checksums" and not (name in sample and name in other)    # older ones
+            if not lacks and sample.get(name) != other.get(name):
+                raise ValueError(f"{task}: not the same questions: row {index} differs in {name} "
+                                 f"between {runs[0]} and {runs[1]}; ask both about the same data")
 
 
 def difference(task, first, second):

@@ -116,9 +116,9 @@ def test_runs_that_were_not_asked_the_same_are_refused(two, tmp_path):
     saved = tmp_path / "other/eval/chartqa.jsonl"
     text = saved.read_text()
     saved.write_text(text.replace("How red is 2?", "How blue is 2?"))
-    refused("chartqa: not the same questions: row 2 has another prompt in .*other than in .*model")
+    refused("chartqa: not the same questions: row 2 differs in prompt between .*model and .*other")
     saved.write_text(text.replace('"answer": "40"', '"answer": "41"'))
-    refused("chartqa: not the same questions: row 4 has another answer")
+    refused("chartqa: not the same questions: row 4 differs in answer")
     saved.write_text(text)
     refused("has no answers to docvqa, only to chartqa", "--task", "docvqa")
     refused("unknown task 'chartq'", "--task", "chartq")

@@ -67,7 +67,7 @@ def test_two_models_are_not_compared_over_other_pictures(setup, tmp_path):
         evaluate.main([*setup[:2], "--task", file, "--metric", "exact", "--out", str(folder)])
         TASKS.pop("own-reds")
     compared = ["--compare", *map(str, folders), "--task", file]
-    with pytest.raises(ValueError, match="row 2 has another checksums"):
+    with pytest.raises(ValueError, match="row 2 differs in checksums"):
         evaluate.main(compared)
     samples = folders[0] / "own-reds.jsonl"
     older = [{name: value for name, value in sample.items() if name != "checksums"} for sample in lines(samples)]
