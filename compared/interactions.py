@@ -38,7 +38,7 @@ def heads_of(width, head_width):
     return width // head_width
 
 
-STARTS = ("own", "even", "mixed", "small")
+STARTS = ("own", "even", "mixed", "small", "points")
 
 
 @torch.no_grad()
@@ -50,6 +50,7 @@ def start(insertions, way):
     even: as own, but heads look at all features alike
     mixed: as own, but values are small random mixtures of all levels, as torch starts a linear
     small: as own, but the last linear is drawn from N(0, 0.02)
+    points: as own, and heads of deformable attention start on features of their own, too
 
     Raises ValueError for another word.
     """
@@ -62,6 +63,9 @@ def start(insertions, way):
             nn.init.kaiming_uniform_(parameter, a=5**0.5)                # as nn.Linear does
         if way == "small" and name.endswith("down.weight"):
             parameter.normal_(std=0.02)
+    for module in insertions.modules():
+        if way == "points" and isinstance(module, Deformable):
+            module.start_on_own_features()
 
 
 def only_adds(name, join):
@@ -126,6 +130,19 @@ class Deformable(nn.Module):
         self.up = two_layers(d, C)
         self.attention = DeformableAttention(C, g, self.levels_read, heads)
         self.down = Join(C, d, join)
+
+    @torch.no_grad()
+    def start_on_own_features(self):
+        """The first point of each head on a feature its token was pooled from, in the deepest
+        level. It counts e^8 times as much as each other point, as SELA's heads begin."""
+        attention = self.attention
+        (A, L, points), p = attention.pattern, self.side
+        k = math.ceil(attention.feature_side / p)
+        own = torch.cartesian_prod(torch.arange(k), torch.arange(k)).flip(1)    # (k*k, 2) (x, y)
+        own = own - (k - 1) / 2                              # in features, from the token's place
+        offsets = attention.sampling_offsets.bias.view(A, L, points, 2)
+        offsets[:, -1, 0] = own[torch.arange(A) % len(own)]
+        attention.attention_weights.bias.view(A, L, points)[:, -1, 0] = 8
 
     def forward(self, x, memory):
         levels = memory.features[-self.levels_read:]                            # each (t, N, C)

@@ -620,5 +620,27 @@ def test_how_fresh_modules_start(interaction):
     assert all(value[:, :64].any() for value in values)
     start(made, "even")
     assert not any(bias.any() for bias in biases)
-    with pytest.raises(ValueError, match="start 'odd' is unknown: use one of own, even, mixed, small"):
+    with pytest.raises(ValueError, match="start 'odd' is unknown: use one of own, even, mixed, small, points"):
         start(made, "odd")
+
+
+@pytest.mark.parametrize("name, heads", (("deformable", 8), ("deformable-multi", 16)))
+def test_heads_of_deformable_attention_can_start_on_own_features(name, heads):
+    """SELA's start, so that only the attention differs: head h reads own feature h of the deepest level."""
+    made, (_, memory) = build(name, std=None), memory_of()
+    start(made, "points")
+    module = made["1"]
+    attention = module.attention.requires_grad_(False)
+    attention.output_proj = nn.Identity()
+    u = torch.randn(3, SIDE**2, LEVEL).double()
+    found = attention(u, model.interactions.token_places(SIDE, u), memory.features[-module.levels_read:])
+    values = attention.value_proj(memory.features[-1])                  # (t, N, C)
+    width = LEVEL // heads
+    for token, head in ((0, 0), (6, 1), (6, heads - 2), (15, heads - 1)):
+        row, column = divmod(token, SIDE)
+        down, right = divmod(head % 4, 2)
+        feature = (2 * row + down) * FEATURES + 2 * column + right
+        mine = slice(head * width, (head + 1) * width)
+        nearest = (found[:, token, None, mine] - values[:, :, mine]).square().sum(-1).argmin(1)
+        assert nearest.tolist() == 3 * [feature]
+        assert torch.allclose(found[:, token, mine], values[:, feature, mine], atol=0.05)

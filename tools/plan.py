@@ -128,6 +128,8 @@ TABLES = {
         Row("ours at 1/16, windows of 2", f"{SELA} --side 2"),
         Row("values start as mixtures of all levels", "--start mixed"),
         Row("last linear starts small, not at zero", "--start small"),
+        Row("deformable attention starts on own features",
+            "--start points --interaction deformable-multi"),
         Row("before layer 0 alone, windows of 1", f"{ONE} --window 1"),
         Row("before layer 0 alone, at rate 2e-3", f"{ONE} --remember-lr 2e-3"),
         Row("before layer 0 alone, the deepest level", f"{ONE} --levels 6"),
