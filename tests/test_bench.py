@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
 import data
 from compared import precision
@@ -78,17 +79,34 @@ def test_decoding_is_timed_in_all_three_numbers_beside_the_floor(capsys, monkeyp
 
 def test_products_are_timed_usual_and_reordered(capsys, monkeypatch):
     """By a clock on which reordered ones take half a second and usual ones a second for each weight."""
-    if not all(map(precision.reordering_works, precision.DTYPES.values())):
+    working = [name for name, dtype in precision.DTYPES.items() if precision.reordering_works(dtype)]
+    if not working:
         pytest.skip("torch reorders no weights on this CPU")
     monkeypatch.setattr(bench_decode, "WEIGHTS", 1)
     monkeypatch.setattr(bench_decode, "timed", lambda ways, *_: {"usual": [1.0, 1.0], "reordered": [0.5, 0.5]})
+    monkeypatch.setattr(bench_decode, "read_speed", lambda device: 1e9)
     bench_decode.products(asked(prompt=20))
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["products"]
-    assert len(rows) == 2 * 3 * 4 and {row["rows"] for row in rows} == {1, 8, 20}
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows, layers = found["products"], PRESETS["tiny"].config.text.num_hidden_layers
+    assert [(step["numbers"], step["rows"]) for step in found["steps"]] == [(name, n) for name in working for n in (1, 8)]
+    for step in found["steps"]:
+        assert step["ms"] == 500 * (7 * layers + 1), "a product for each linear layer of a block, and the lm_head"
+    assert len(rows) == len(working) * 3 * 5 and {row["rows"] for row in rows} == {1, 8, 20}
     for row in rows:
         size = row["d"] * row["out"] * {"fp32": 4, "bf16": 2}[row["numbers"]]
         assert row["read"] == [size, 2 * size]
         assert row["multiplied"] == [2 * row["rows"] * row["d"] * row["out"] * times for times in (1, 2)]
+
+
+def test_a_step_multiplies_by_every_weight_of_the_decoder_once():
+    """Or its floor would be of another decoder."""
+    config = PRESETS["tiny"].config.text
+    linears = [module for module in Qwen2(config).modules() if isinstance(module, nn.Linear)]
+    counted = {}
+    for linear in linears:
+        shape = linear.in_features, linear.out_features
+        counted[shape] = counted.get(shape, 0) + 1
+    assert bench_decode.shapes_of(config) == counted
 
 
 def test_parts_of_the_time_to_first_token_add_up_to_the_whole(monkeypatch):

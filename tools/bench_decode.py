@@ -12,6 +12,7 @@ takes longer than reading a small decoder's weights.
 import copy
 import json
 import statistics
+from collections import Counter
 from functools import partial
 
 import torch
@@ -129,24 +130,45 @@ def decode(args):
 @torch.inference_mode()
 def products(args):
     """Products of a few and of many rows by the decoder's weights, as torch has them and reordered:
-    how fast the weights are read, and how fast is multiplied."""
+    how fast the weights are read, and how fast is multiplied. Then all products of a token's step
+    together, beside the floor of their weights: what decoding would take without all else."""
     text = preset_config(args, cost.PLAIN).text
-    d, inner = text.hidden_size, text.intermediate_size
-    found = []
+    speed = read_speed(args.device)
+    print(f"reads {cost.short(speed, 'B/s')}")
+    found, steps = [], []
     print("  numbers  rows       weight  read, usual and reordered multiplied, usual and reordered")
     for name, dtype in DTYPES.items():
         if not reordering_works(dtype):
             print(f"  {name}: this CPU reorders no weights")
             continue
         for rows in (1, 8, args.prompt):
-            for wide, out in ((d, d), (d, inner), (inner, d), (d, text.vocab_size)):
+            weights, seconds = 0, 0
+            for (wide, out), count in shapes_of(text).items():
                 row = timed_products(args, dtype, rows, wide, out)
                 found.append({"numbers": name, "rows": rows, "d": wide, "out": out, **row})
                 read = [cost.short(speed, "B/s") for speed in row["read"]]
                 multiplied = [cost.short(speed, "FLOP/s") for speed in row["multiplied"]]
                 print(f"  {name:7}{rows:6}{wide:6} x{out:7}{read[0]:>12}{read[1]:>12}"
                       f"{multiplied[0]:>16}{multiplied[1]:>16}")
-    print(json.dumps({"products": found, **conditions(args)}))
+                weights += count * wide * out * dtype.itemsize
+                seconds += count * wide * out * dtype.itemsize / row["read"][1]
+            if rows != args.prompt:
+                steps.append({"numbers": name, "rows": rows, "ms": 1000 * seconds,
+                              "floor_ms": 1000 * weights / speed})
+    for step in steps:
+        print(f"  {step['numbers']}, {step['rows']} rows: a step's products alone, reordered, "
+              f"{step['ms']:.1f} ms, floor {step['floor_ms']:.1f} ms, "
+              f"ratio {step['ms'] / step['floor_ms']:.2f}")
+    print(json.dumps({"products": found, "steps": steps, "read_bytes_per_second": speed,
+                      **conditions(args)}))
+
+
+def shapes_of(text):
+    """A Qwen2Config -> {(d, out): how many such products a step of decoding takes}."""
+    d, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    kv_width = text.num_key_value_heads * text.head_dim
+    return Counter({(d, d): 2 * layers, (d, inner): 2 * layers, (inner, d): layers,
+                    (d, text.vocab_size): 1}) + Counter({(d, kv_width): 2 * layers})
 
 
 def timed_products(args, dtype, rows, d, out):
