@@ -38,7 +38,7 @@ import random
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -74,7 +74,7 @@ class Run:
 
     argparse also sets the flags of compared/choices.py on it.
     """
-    task: tuple = ()                # words of the command line; `tasks` is what they mean
+    task: list = field(default_factory=list)    # words of the command line, see `tasks`
     metric: str | None = None       # of own questions
     images: Path | None = None      # where their pictures lie
     preset: str = "0.5b"
@@ -111,7 +111,7 @@ def arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", nargs="+",
+    add("--task", nargs="+", action="extend",
         help=f"of: {', '.join([*TASKS, *groups(), 'all'])}; or your own questions, a .jsonl")
     add("--metric", choices=own.METRICS, help="how replies to your own questions are scored")
     add("--images", type=Path, help="folder of their pictures (default: beside the file)")

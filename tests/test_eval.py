@@ -92,6 +92,13 @@ def test_two_ranks_give_the_numbers_of_one(setup, tmp_path):
     assert json.loads((tmp_path / "two/results.json").read_text())["chartqa"]["kept"] == 5  # of both ranks; one has an error
 
 
+def test_tasks_may_be_named_in_one_flag_or_in_several():
+    """The first of two would else be left out without a word."""
+    for words in (["gqa", "chartqa"], ["gqa", "--task", "chartqa"], ["gqa,chartqa"]):
+        assert evaluate.arguments(["--task", *words]).tasks == ["gqa", "chartqa"]
+    assert evaluate.arguments([]).tasks == ["chartqa"]
+
+
 def test_a_mistyped_task_is_answered_with_the_nearest_name(tmp_path):
     """As a user sees it: one line on stderr, exit code 1, no traceback."""
     command = [sys.executable, str(ROOT / "eval.py"), "--task", "ChartQ"]

@@ -578,7 +578,8 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--table", nargs="+", default=[], help=f"of: {', '.join(plan.TABLES)}, all (default)")
+    add("--table", nargs="+", action="extend", default=[],
+        help=f"of: {', '.join(plan.TABLES)}, all (default)")
     add("--set", action="append", default=[], metavar="FLAGS",
         help='a row of your own, by flags of train.py: --set "--window 4"')
     add("--seeds", type=int, help="train each model from the seeds 1 to N; default 3")
