@@ -102,12 +102,13 @@ def test_the_density_has_a_band_where_it_has_errors(tmp_path, capsys):
     """One row has no standard error: its curve has no band. The dotted line is what uniform attention would give."""
     pytest.importorskip("matplotlib")
     path = density_file(tmp_path, stderr=[None] * 3)
-    axes = plot.density_figure(*plot.read_density(path)).axes[0]
+    drawn = plot.density_figure(*plot.read_density(path))
+    axes, (legend,) = drawn.axes[0], drawn.legends
     uniform, first, second = axes.lines
     assert set(uniform.get_ydata()) == {1} and list(zip(*first.get_data())) == [(0, 2.0), (1, 1.0), (2, 0.5)]
     band, = axes.collections
     assert sorted({round(y, 6) for _, y in band.get_paths()[0].vertices}) == [0.15, 0.35, 2.8, 3.2]
-    assert [text.get_text() for text in axes.get_legend().texts][1:] == [first.get_label(), second.get_label()]
+    assert [text.get_text() for text in legend.texts][1:] == [first.get_label(), second.get_label()]
     plot.main([str(path), "--svg"])
     assert (tmp_path / "density.svg").read_bytes().startswith(b"<?xml")
     assert capsys.readouterr().out == f"{tmp_path / 'density.svg'}\n"

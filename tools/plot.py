@@ -142,7 +142,7 @@ def density_figure(task, rows, curves):
             axes.fill_between(layers, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small")
+    drawn.legend(fontsize="small", loc="outside lower center")
     return drawn
 
 
