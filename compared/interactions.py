@@ -134,7 +134,8 @@ class Deformable(nn.Module):
     @torch.no_grad()
     def start_on_own_features(self):
         """The first point of each head on a feature its token was pooled from, in the deepest
-        level. It counts e^8 times as much as each other point, as SELA's heads begin."""
+        level. It counts e^8 times as much as each other point, as SELA's heads begin. Ours, for a
+        fair Table 4b: the paper is silent."""
         attention = self.attention
         (A, L, points), p = attention.pattern, self.side
         k = math.ceil(attention.feature_side / p)
