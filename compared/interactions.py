@@ -38,7 +38,9 @@ def heads_of(width, head_width):
     return width // head_width
 
 
-STARTS = ("own", "even", "mixed", "small", "points")
+# How fresh modules may start: the name that ends the parameters it changes, "" for none.
+STARTS = {"own": "", "even": "position_bias", "mixed": "v_proj.weight", "small": "down.weight",
+          "points": "sampling_offsets.bias"}
 
 
 @torch.no_grad()
@@ -52,16 +54,21 @@ def start(insertions, way):
     small: as own, but the last linear is drawn from N(0, 0.02)
     points: as own, and heads of deformable attention start on features of their own, too
 
-    Raises ValueError for another word.
+    Raises ValueError for another word, and for a way that changes nothing in these modules.
     """
     if way not in STARTS:
         raise ValueError(f"start {way!r} is unknown: use one of {', '.join(STARTS)}")
-    for name, parameter in insertions.named_parameters():
-        if way == "even" and name.endswith("position_bias"):
+    changed = [parameter for name, parameter in insertions.named_parameters()
+               if name.endswith(STARTS[way])]
+    if len(insertions) and way != "own" and not changed:
+        raise ValueError(f"start {way!r} changes nothing in this interaction, which has no "
+                         f"{STARTS[way]}: leave it out")
+    for parameter in changed:
+        if way == "even":
             parameter.zero_()
-        if way == "mixed" and name.endswith("v_proj.weight"):
+        if way == "mixed":
             nn.init.kaiming_uniform_(parameter, a=5**0.5)                # as nn.Linear does
-        if way == "small" and name.endswith("down.weight"):
+        if way == "small":
             parameter.normal_(std=0.02)
     for module in insertions.modules():
         if way == "points" and isinstance(module, Deformable):

@@ -624,6 +624,20 @@ def test_how_fresh_modules_start(interaction):
         start(made, "odd")
 
 
+@pytest.mark.parametrize("interaction, ways", (
+    ("sela", "points"), ("global", "even points"), ("deformable", "even mixed"),
+    ("deepstack", "even mixed small points")))
+def test_a_start_that_changes_nothing_is_refused(interaction, ways):
+    """So no model is trained under the name of a start that it does not have."""
+    sizes = SIZES._replace(level_width=64)
+    made = model.INTERACTIONS[interaction]((1, 3), sizes, 2, "residual")
+    none = model.INTERACTIONS[interaction]((), sizes, 2, "residual")
+    for way in ways.split():
+        start(none, way)                    # a model without modules starts in any way
+        with pytest.raises(ValueError, match=f"start '{way}' changes nothing in this interaction"):
+            start(made, way)
+
+
 @pytest.mark.parametrize("name, heads", (("deformable", 8), ("deformable-multi", 16)))
 def test_heads_of_deformable_attention_can_start_on_own_features(name, heads):
     """SELA's start, so that only the attention differs: head h reads own feature h of the deepest level."""
