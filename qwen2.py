@@ -11,7 +11,6 @@ runs before each layer.
 Padding is on the RIGHT, everywhere. Under a causal mask a token sees only what stands left of it:
 padding on the right reaches no real token, and neither training nor prefill needs a mask.
 """
-import inspect
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from typing import NamedTuple
@@ -26,12 +25,9 @@ try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
-try:
+varlen_attn = None
+if torch.cuda.is_available() and torch.__version__ >= "2.12":           # takes a second to import
     from torch.nn.attention.varlen import varlen_attn
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:    # before torch 2.12
-        varlen_attn = None
-except ImportError:                                                      # before torch 2.10
-    varlen_attn = None
 
 
 @dataclass
@@ -184,7 +180,10 @@ def attention(q, k, v, scope=None):
 def packed_attention(q, k, v, packing):
     """As `attention`: by flash-attn, else by PyTorch's kernel of the same kind, else one by one."""
     if not fits_flash(q) or not (flash_attn_varlen_func or varlen_attn):
-        return one_by_one(q, k, v, packing.lengths)                      # (1, A, T, D)
+        each = one_by_one
+        if torch.compiler.is_compiling():       # else a graph for each number of samples
+            each = torch.compiler.disable(one_by_one)
+        return each(q, k, v, packing.lengths)                            # (1, A, T, D)
     grouped = q.shape[1] != k.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                  # (T, A or G, D)
     spans = (packing.starts, packing.starts, packing.longest, packing.longest)
@@ -195,7 +194,6 @@ def packed_attention(q, k, v, packing):
     return out.transpose(0, 1).unsqueeze(0)                              # (1, A, T, D)
 
 
-@torch.compiler.disable         # it would make a graph for each number of samples
 def one_by_one(q, k, v, lengths):
     """As `packed_attention`, a call for each sample."""
     q, k, v = (x.split(lengths.tolist(), 2) for x in (q, k, v))          # a piece for each sample

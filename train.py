@@ -31,8 +31,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -260,6 +258,8 @@ def distribute(model, run):
 def shard(model, run):
     """Give each rank its shard of the weights that rank 0 has read, one tensor after another. So a
     host holds one whole model, in rank 0, and a GPU its shard and the tensor at hand."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     checkpoint.from_all(None)        # rank 0 may read for longer than other collectives wait
     state = model.state_dict() if run.rank == 0 else {}
     model.to("meta").language_model.tie()

@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from storage.weights import read_config, read_tensors, save_weights
 
@@ -184,10 +183,15 @@ def remove(folder):
 def gather(tensor, keep=True):
     """A tensor that lies in shards -> the whole of it on the CPU where `keep`, else None. All ranks
     take part. Any other tensor is returned as it is."""
-    if not isinstance(tensor, DTensor):
+    if not _sharded(tensor):
         return tensor
     whole = tensor.full_tensor()
     return whole.cpu() if keep else None
+
+
+def _sharded(tensor):
+    """Whether it is a DTensor of FSDP2. To import that class takes a second."""
+    return hasattr(tensor, "full_tensor")
 
 
 def digest(*values):
@@ -292,7 +296,7 @@ def _gather(model, optimizer, host):
     """
     for name, parameter in _trained(model).items():
         for kind, value in {"model": parameter, **optimizer.state.get(parameter, {})}.items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            whole = value.full_tensor() if _sharded(value) else value
             key = f"{kind}.{name}"
             if _rank() == 0:
                 if key not in host:
@@ -305,8 +309,9 @@ def _gather(model, optimizer, host):
 def _placed(tensor, parameter):
     """A copy of a whole tensor that lies as `parameter` does: each process of a sharded one keeps
     its own part. A copy, for the file may be pruned."""
-    if not isinstance(parameter, DTensor) or tensor.dim() == 0:     # Adam's step is never sharded
+    if not _sharded(parameter) or tensor.dim() == 0:           # Adam's step is never sharded
         return tensor.clone()
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh,
                              parameter.placements, src_data_rank=None)
 

@@ -22,7 +22,8 @@ import torch
 import train
 
 PRESET = "tiny"
-OURS = ("preset", "name", "out", "seed", "phase", "limit", "resume")    # set by tools.ablate alone
+# Flags of train.py that tools.ablate alone sets.
+SET_HERE = ("preset", "name", "out", "seed", "phase", "limit", "resume")
 
 
 class Row(NamedTuple):
@@ -238,7 +239,7 @@ def check(flags):
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             args, plain = train.arguments([*ours, *shlex.split(flags)]), train.arguments(ours)
-        changed = [name for name in OURS if getattr(args, name) != getattr(plain, name)]
+        changed = [name for name in SET_HERE if getattr(args, name) != getattr(plain, name)]
         if changed:
             raise ValueError(f"--{changed[0]} is set by tools.ablate: leave it out")
         train.make_run(args, "1", 0, 1, torch.device("cpu"))
