@@ -116,7 +116,7 @@ def test_each_model_is_trained_once_and_each_row_gets_its_line(stub):
     assert line["scores"]["Avg"]["n"] == 4 * 13 and line["benchmarks"]["gqa"] == {"score": 40.0, "stderr": 2.0, "n": 4}
     assert line["vision_tokens"] == 64 and line["vision_tokens_seen"] == pytest.approx(16, abs=0.1)
     assert line["parameters"] == {"projector": (128 + 256) * 256 + 2 * 256, "vision_remember": 0}
-    ours, plain = found[plan.SELA, "", 1], found[plan.MLP, "", 1]
+    ours, plain = found[plan.OURS, "", 1], found[plan.MLP, "", 1]
     assert ours["parameters"]["vision_remember"] > 0 and ours["vision_tokens"] == 16
     assert line["gflop"] < ours["gflop"] < plain["gflop"]
     assert line["machine"].endswith(f"torch {ablate.torch.__version__}") and "cores" in line["machine"]
@@ -198,7 +198,7 @@ def test_times_of_another_machine_are_taken_anew_without_the_models(stub, monkey
     ablate.main(["--table", "5", "--seeds", "1", "--time"])
     assert not stub.of("train.py") and not stub.of("eval.py")
     timed = [words[2:] for words in stub.called if words[:2] == ["-m", "tools.ablate"]]
-    assert sorted(timed) == sorted([f"--ttft={plan.normal(flags)}", "--ask="] for flags in (plan.MLP, plan.AAP, plan.SELA))
+    assert sorted(timed) == sorted([f"--ttft={plan.normal(flags)}", "--ask="] for flags in (plan.MLP, plan.AAP, plan.OURS))
     assert {line["ttft"]["machine"] for line in lines()} == {"another"}
     assert stub.timed_with and all(one == {"CUDA_VISIBLE_DEVICES": ""} for one in stub.timed_with)
     stub.called.clear()
@@ -300,8 +300,8 @@ def test_equal_time_trains_each_model_for_as_long_as_the_papers(stub):
     assert len(trained) == 4 and lines()[:3] == before and len(lines()) == 6
     after = {line["flags"]: line for line in lines()[3:]}
     assert {line["time"] for line in after.values()} == {12.0} and len(after[plan.AAP]["commands"]) == 5
-    ours, = [line for line in before if line["flags"] == plan.SELA]
-    assert after[plan.SELA] == ours | {"time": 12.0}
+    ours, = [line for line in before if line["flags"] == plan.OURS]
+    assert after[plan.OURS] == ours | {"time": 12.0}
 
 
 def test_equal_time_is_refused_without_the_lines_of_equal_steps(stub):

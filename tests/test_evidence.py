@@ -29,7 +29,7 @@ def results(tmp_path):
     for seed in (1, 2):
         tables.put(path, line(plan.MLP, seed, 90.0, vision_tokens=64, vision_tokens_seen=64.0))
         tables.put(path, line(plan.AAP, seed, 50.0))
-        tables.put(path, line(plan.SELA, seed, 80.0))
+        tables.put(path, line(plan.OURS, seed, 80.0))
     return path
 
 
@@ -126,7 +126,7 @@ def test_the_benchmarks_of_the_fine_half_are_a_table_of_their_own(results):
     rows = [evidence.cells_of(row) for row in made.split("\n") if row.startswith("|")]
     assert rows[0] == ["row", "ChartQA", "DocVQA", "TextVQA", "OCRBench"]
     assert rows[-1] == ["ours", "70.0 ± 0.0", "-", "-", "-"]
-    assert re.sub("<!--.*?-->", "", filled("is <!-- cell 5 | baseline | ChartQA --><!-- end -->", results)) == "is 40.0 ± 0.0"
+    assert re.sub("<!--.*?-->", "", filled("is <!-- cell 5 | A.A.P | ChartQA --><!-- end -->", results)) == "is 40.0 ± 0.0"
     assert filled("<!-- benchmarks 2 --><!-- end -->", results.with_name("none.jsonl")).count(evidence.NO_RUN) == 1
 
 
@@ -154,7 +154,7 @@ def test_a_cell_is_a_number_inside_a_sentence(results):
 
 def test_a_cell_may_be_of_one_seed(results):
     """So a row of one seed can stand beside the same seed of a row that has several."""
-    tables.put(results, line(plan.SELA, 2, 90.0))
+    tables.put(results, line(plan.OURS, 2, 90.0))
     asked = "{}<!-- cell 5 | ours | fine half{} --><!-- end -->"
     shown = [re.sub("<!--.*?-->", "", filled(asked.format("x ", of), results)) for of in ("", ", seed 2", ", seed 9")]
     assert shown == ["x 85.0 ± 7.1", "x 90.0", "x -"]
@@ -166,7 +166,7 @@ def test_equal_time_is_a_table_of_its_own(results):
     """Its rows are those of the plan, its lines those with a time."""
     page = "<!-- table 5, equal time --><!-- end -->"
     assert evidence.NO_RUN in filled(page, results)
-    tables.put(results, line(plan.SELA, 1, 33.0, time=600.0))
+    tables.put(results, line(plan.OURS, 1, 33.0, time=600.0))
     assert "| ours | 1 | 33.0 |" in filled(page, results)
     assert "33.0" not in filled("<!-- table 5 --><!-- end -->", results)
 
@@ -194,12 +194,12 @@ def test_the_runs_are_counted_and_the_blind_scores_shown(results):
     """A model that was asked in two ways was trained once, and one that stands in both kinds of lines was trained and asked
     once: 7 times 600 s, and 8 times 60 s to ask."""
     blind = {group: {"score": score, "stderr": 1.0, "n": 9} for group, score in zip(groups(), (10.0, 20.0, 30.0, 40.0))}
-    tables.put(results, line(plan.SELA, 1, 60.0, ask="--remember none", blind=blind))
-    tables.put(results, line(plan.SELA, 2, 80.0, blind={**blind, "General": {"score": 14.0}}))
-    tables.put(results, line(plan.SELA, 2, 80.0, time=600.0))
+    tables.put(results, line(plan.OURS, 1, 60.0, ask="--remember none", blind=blind))
+    tables.put(results, line(plan.OURS, 2, 80.0, blind={**blind, "General": {"score": 14.0}}))
+    tables.put(results, line(plan.OURS, 2, 80.0, time=600.0, blind=blind))
     tables.put(results, line(plan.AAP, 2, 80.0, time=600.0, seconds={"training": 600.1, "evaluation": 60.0}, steps=[1, 2]))
     made = filled("<!-- runs --><!-- end --> <!-- blind --><!-- end -->", results)
-    assert "7 models, 9 lines of results; 1 h 18 min of training and asking" in made
+    assert "7 models, asked 8 times; 1 h 18 min of training and asking" in made
     assert "Seeds 1; 2; 100 questions, the same for every model; 500 + 1000 steps" in made
     assert "| General | 2 | 12.0 | 14.0 |" in made and "| Vision-Centric | 2 | 40.0 | 40.0 |" in made
 

@@ -61,8 +61,8 @@ def test_a_model_is_asked_once_in_each_way_whatever_tables_want_it():
     assert mlp.asks == ("", "--prune fastv", "--prune pdrop", "--prune fastv:match", "--prune pdrop:match", "--prune resize")
     assert (aap.asks, ours.asks, one.asks, ours.name, aap.name) == (("",), ("",), ("",), "start-own-s7", "remember-none-s7")
     assert packer.name == "levels-1+2+4+6-projector-tokenpacker-remember-none-s7"
-    labels = {table: row.label for table, rows in plan.TABLES.items() for row in rows if row[1:3] == (plan.SELA, "")}
-    assert plan.labels_of(plan.SELA, "") == labels and set(labels) == set(plan.TABLES)
+    labels = {table: row.label for table, rows in plan.TABLES.items() for row in rows if row[1:3] == (plan.OURS, "")}
+    assert plan.labels_of(plan.OURS, "") == labels and set(labels) == set(plan.TABLES)
     assert plan.labels_of("--lr 1", "") == {"own": "--lr 1"}
 
 
@@ -81,7 +81,7 @@ def test_names_become_folders():
 def test_every_row_that_docs_paper_md_has_at_tiny_is_in_the_plan():
     """A reader who looks up a row there finds its number here."""
     rows = {plan.normal(flags) for preset, flags in ROWS if preset == "tiny"}
-    named = {plan.normal(flags.replace(plan.SELA, "")) for flags in TRAINED}
+    named = {plan.normal(flags.replace(plan.OURS, "")) for flags in TRAINED}
     assert len(rows) > 15 and rows <= named
 
 
@@ -96,7 +96,7 @@ def test_a_row_names_the_start_of_its_heads_where_that_matters(flags):
 
 def test_the_papers_numbers_agree_with_its_own_benchmarks():
     """Ours is in Tables 1, 2, 4 and 5: averages and groups follow from the thirteen scores, up to its rounding."""
-    ours = {table: row.paper for table, rows in plan.TABLES.items() for row in rows if row[1:3] == (plan.SELA, "")}
+    ours = {table: row.paper for table, rows in plan.TABLES.items() for row in rows if row[1:3] == (plan.OURS, "")}
     assert ours["1"]["Avg"] == pytest.approx(paper_average("1.5b"), abs=0.06)
     for table in ("2", "4a", "4b", "4c", "5"):
         assert ours[table]["Avg"] == pytest.approx(paper_average("0.5b"), abs=0.06)

@@ -131,7 +131,7 @@ def test_the_recovered_share_is_paired_by_seed_tokens_and_epochs():
     small = {"vision_tokens": 4}
     lines = keyed([result(plan.MLP, 1, 90.0, vision_tokens=64), result(plan.MLP, 2, 80.0, vision_tokens=64),
                    result(plan.AAP, 1, 50.0), result(plan.AAP, 2, 60.0), result(plan.AAP, 3, 0.0),
-                   result(plan.SELA, 1, 80.0), result(plan.SELA, 2, 70.0), result(plan.SELA, 3, 99.0),
+                   result(plan.OURS, 1, 80.0), result(plan.OURS, 2, 70.0), result(plan.OURS, 3, 99.0),
                    result("--side 2 --remember none", 1, 40.0, **small), result("--side 2 --window 1", 1, 50.0, **small),
                    result(f"{plan.MLP} --epochs 2", 1, 99.0, vision_tokens=64), result(f"{plan.AAP} --epochs 2", 1, 69.0),
                    result("--epochs 2", 1, 79.0)])
@@ -139,7 +139,7 @@ def test_the_recovered_share_is_paired_by_seed_tokens_and_epochs():
     def shares(flags, ask=""):
         return tables.shares(tables.made_of(plan.Row("a row", flags, ask), lines), lines)
 
-    assert shares(plan.SELA) == [0.75, 0.5]                                    # seed 3 has no uncompressed model
+    assert shares(plan.OURS) == [0.75, 0.5]                                    # seed 3 has no uncompressed model
     assert shares("--side 2 --window 1") == [pytest.approx(0.2)] and shares("--epochs 2") == [pytest.approx(1 / 3)]
     assert shares(plan.AAP) == shares(plan.MLP) == []                          # these are the 0 and the 1
 
@@ -148,8 +148,8 @@ def test_the_recovered_share_is_paired_by_seed_tokens_and_epochs():
 def test_where_pooling_lost_nothing_there_is_no_share(whole):
     """Not even of the other seeds: to leave that one out would favour those where much was lost."""
     lines = keyed([result(plan.MLP, 1, whole, vision_tokens=64), result(plan.MLP, 2, 90.0, vision_tokens=64),
-                   *[result(flags, seed, 50.0) for flags in (plan.AAP, plan.SELA) for seed in (1, 2)]])
-    assert tables.shares([one for key, one in lines.items() if key[0] == plan.normal(plan.SELA)], lines) == []
+                   *[result(flags, seed, 50.0) for flags in (plan.AAP, plan.OURS) for seed in (1, 2)]])
+    assert tables.shares([one for key, one in lines.items() if key[0] == plan.normal(plan.OURS)], lines) == []
 
 
 def test_the_interval_is_that_of_students_t():
@@ -171,7 +171,7 @@ def rows_of(text, columns):
 
 def test_tables_show_mean_and_spread_over_seeds_beside_the_papers_numbers(args):
     """And say on what they were measured, and which rows have no line yet."""
-    fresh, ours = {"ms": 7.0, "relative": 0.5, "machine": "the same"}, plan.normal(plan.SELA)
+    fresh, ours = {"ms": 7.0, "relative": 0.5, "machine": "the same"}, plan.normal(plan.OURS)
     for seed, score in ((1, 50.0), (2, 54.0), (3, 52.0)):
         tables.put(args.out, line(ours, seed=seed, score=score, ttft=fresh | {"relative": 0.5 + seed / 10}))
     tables.put(args.out, line(plan.MLP, score=70.0, vision_tokens=64, vision_tokens_seen=64.0))
@@ -184,7 +184,7 @@ def test_tables_show_mean_and_spread_over_seeds_beside_the_papers_numbers(args):
     assert groups["ours"] == ["52.0 ± 2.0 [52.3]", *["52.0 ± 2.0"] * 4]
     assert rows["no compression"] == ["1", "70.0", "70.0", "-", "64", "1.03", "1.23", "-"]
     assert groups["FastV"][0] == "50.0 [51.0]" and rows["FastV"][4] == "64 (42.7 in the mean)"
-    assert rows["DeCo"] == ["0", *["-"] * 6, "- [0.58]"] and groups["DeCo"] == ["- [50.4]", *["-"] * 4]
+    assert rows["DeCo: A.A.P"] == ["0", *["-"] * 6, "- [0.58]"] and groups["DeCo: A.A.P"] == ["- [50.4]", *["-"] * 4]
     assert text[-1] == ("Seeds 1; 2; 3; 1300 questions, the same for every model; 225 + 275 steps of the two phases. Machine: a "
                         f"CPU. TTFT on: the same. Commits: abc, def. World: w. Each line of {args.out} has the commands that make it again.")
 
@@ -192,19 +192,19 @@ def test_tables_show_mean_and_spread_over_seeds_beside_the_papers_numbers(args):
 def test_the_share_stands_in_the_table(args):
     """With that of each seed, where there are two."""
     for seed, scores in ((2, (90.0, 50.0, 82.0)), (1, (90.0, 50.0, 80.0))):          # shown in their order
-        for flags, score, tokens in zip((plan.MLP, plan.AAP, plan.SELA), scores, (64, 16, 16)):
+        for flags, score, tokens in zip((plan.MLP, plan.AAP, plan.OURS), scores, (64, 16, 16)):
             tables.put(args.out, result(flags, seed, score, vision_tokens=tokens))
     rows = rows_of(tables.markdown(args, plan.chosen(["5"])), 9)
     assert rows["row"][1:4] == ["fine half", "coarse half", "recovered"]
-    assert rows["ours"][1:4] == ["81.0 ± 1.4", "80.0 ± 0.0", "0.78 (0.75 and 0.80)"] and rows["baseline"][3] == "-"
+    assert rows["ours"][1:4] == ["81.0 ± 1.4", "80.0 ± 0.0", "0.78 (0.75 and 0.80)"] and rows["A.A.P"][3] == "-"
 
 
 def test_pairs_are_subtracted_seed_by_seed(args):
     """A seed that one of the two lacks is left out, and so is a group that was not asked."""
-    for flags, scores in ((plan.AAP, {1: 50.0, 2: 55.0, 3: 52.0}), (plan.SELA, {3: 62.5, 1: 60.0})):
+    for flags, scores in ((plan.AAP, {1: 50.0, 2: 55.0, 3: 52.0}), (plan.OURS, {3: 62.5, 1: 60.0})):
         for seed, score in scores.items():
             tables.put(args.out, line(plan.normal(flags), seed=seed, score=score))
-    pairs = {"ours - A.A.P": (plan.SELA, plan.AAP), "A.A.P - ours": (plan.AAP, plan.SELA), "none": (plan.MLP, plan.AAP)}
+    pairs = {"ours - A.A.P": (plan.OURS, plan.AAP), "A.A.P - ours": (plan.AAP, plan.OURS), "none": (plan.MLP, plan.AAP)}
     rows = rows_of(tables.paired_table(pairs, tables.lines_of(args)), 6)
     assert rows["difference"] == ["seeds", "Avg", "fine half", "coarse half", "Vision-Centric"]
     assert rows["ours - A.A.P"] == ["2", *["10.2 (10.0 and 10.5)"] * 4]
@@ -217,7 +217,7 @@ def test_pairs_are_subtracted_seed_by_seed(args):
 
 def test_table_4_has_the_papers_numbers_by_group(args):
     """Where the paper has them."""
-    tables.put(args.out, line(plan.normal(plan.SELA)))
+    tables.put(args.out, line(plan.normal(plan.OURS)))
     rows = rows_of(tables.markdown(args, plan.chosen(["4b"])), 6)
     assert rows["SELA"] == ["50.0 [47.1]", "50.0 [58.6]", "50.0 [43.4]", "50.0 [45.7]", "50.0 [46.2]"]
 
@@ -237,7 +237,7 @@ def test_the_plan_tells_what_is_done_and_how_long_the_rest_takes(args):
     tables.put(args.out, line(plan.MLP))
     shown = tables.listing(args, jobs, tables.lines_of(args), {jobs[0].name, jobs[5].name})
     assert [row.split()[:2] for row in shown[1:4]] == [["1/1", "0/1"], ["0/1", "0/1"], ["0/1", "0/1"]]
-    assert [row.split("  ")[-1].strip() for row in shown[1:4]] == [plan.MLP, plan.AAP, plan.normal(plan.SELA) or "(none)"]
+    assert [row.split("  ")[-1].strip() for row in shown[1:4]] == [plan.MLP, plan.AAP, plan.normal(plan.OURS) or "(none)"]
     # 4 trainings of 300 s and 5 evaluations of 60 s, two side by side
     assert shown[-1] == ("left to do: 4 models to train, 5 lines to write; about 12 min 30 s with 2 side by side, going by what 1 "
                          "took")

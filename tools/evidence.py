@@ -140,33 +140,40 @@ def figure(what, args, folder):
     return f"![{description}]({path})" if args and (folder / path).exists() else ""
 
 
+def model_of(line):
+    """What tells the model of a line from others."""
+    return line["flags"], line["seed"], line["seconds"]["training"]
+
+
+def distinct(lines):
+    """Each asking once: that of a model which stands in both kinds of lines is the same."""
+    every = [*lines[True].values(), *lines[False].values()]     # of two, the line of equal steps
+    return {(model_of(line), line["ask"]): line for line in every}.values()
+
+
 def runs(lines, args):
     """What was run, on what, and how long it took."""
-    every = [line for found in lines.values() for line in found.values()]
-    if not every:
+    asked = distinct(lines)
+    if not asked:
         return ""
-    trained, asked = set(), set()       # a model may be asked in several ways, or stand in both
-    for line in every:                  # kinds of lines
-        model = line["flags"], line["seed"], line["seconds"]["training"]
-        trained.add(model)
-        asked.add((*model, line["ask"], line["seconds"]["evaluation"]))
-    took = sum(model[-1] for model in trained) + sum(ways[-1] for ways in asked)
+    trained = {model_of(line) for line in asked}        # a model may be asked in several ways
+    took = sum(seconds for _, _, seconds in trained)
+    took += sum(line["seconds"]["evaluation"] for line in asked)
     of_steps = tables.note(args, list(lines[False].values()))
-    return (f"{len(trained)} models, {len(every)} lines of results; {tables.minutes(took)} of "
+    return (f"{len(trained)} models, asked {len(asked)} times; {tables.minutes(took)} of "
             f"training and asking, of one thread each. {of_steps}\n\n{tables.LEGEND}")
 
 
 def blind(lines):
     """Scores with a grey picture in the place of the right one, over all models that were asked."""
-    every = [line for found in lines.values() for line in found.values()]
     rows = []
     for group in tables.COLUMNS:
-        found = [line["blind"][group]["score"] for line in every
+        found = [line["blind"][group]["score"] for line in distinct(lines)
                  if line["blind"] and group in line["blind"]]
         if found:
             rows.append([group, str(len(found)), f"{statistics.mean(found):.1f}",
                          f"{max(found):.1f}"])
-    heads = ["asked about a grey picture", "lines", "mean", "highest"]
+    heads = ["asked about a grey picture", "models", "mean", "highest"]
     return "\n".join(tables.as_table(heads, rows)) if rows else ""
 
 
