@@ -2,8 +2,8 @@
 
     python sela.py        # a walk through the shapes on random input; needs no weights
 
-Between two decoder layers every vision token looks back at a small window of the features that it
-was pooled from.
+Between two decoder layers every vision token looks back at the features that it and the other
+tokens of its window were pooled from.
 
     n   vision tokens of a batch, without newlines        t   tiles of all pictures
     d   width of the LLM                                  S   saliency (Eq. 3)

@@ -297,7 +297,7 @@ def test_what_others_do_has_a_colour_of_its_own():
     assert kinds["ours"] == kinds["narrow SELA, keys and values shared"] == "with Vision Remember"
     others = ["Global Attn", "Defor Attn", "DeepStack's addition", "spatial vision aggregator (Cambrian)"]
     assert {kinds[label] for label in others} == {"looks back in another way"}
-    assert kinds["FastV"] == "pruned or resized" and kinds["DeCo"] == "compressed"
+    assert kinds["FastV"] == "pruned or resized" and kinds["DeCo: A.A.P"] == "compressed"
 
 
 def test_figure_1a_has_every_group_with_and_without_remembering(results):

@@ -4,14 +4,14 @@
     python -m tools.ablate --list                     # what there is to do, and what is done
     python -m tools.ablate --table 1 2 --seeds 3      # hours; Ctrl-C stops it, the same goes on
     python -m tools.ablate --table 2 --curve 50       # ask also after 50, 100 ... steps
-    python -m tools.ablate --table 2 --equal-time     # then again, each for as long as the paper's
+    python -m tools.ablate --table 2 --equal-time     # then again, each for as long as ours
     python -m tools.ablate --set "--window 4 --lr 1e-3" --time      # a row of your own
     python -m tools.ablate --table all --print        # tables as Markdown, from the results alone
 
 The rows are data in tools/plan.py. Each trains both phases at preset tiny and is then asked the
 exam, all in programs of one thread, two of them side by side. Rows with the same flags share a
-model. All rows train for equally many steps, and with --equal-time once more on as many records as
-they read in the time that the paper's model took.
+model. All rows train for equally many steps, unless their flags say --epochs. With --equal-time
+they train once more, on as many records as they read in the time that ours took.
 
 --curve keeps checkpoints in training, asks those of phase 2 the whole exam, half a minute each, and
 removes them. They are the same models with and without it.
@@ -211,8 +211,8 @@ def folder_of(args, job):
 
 
 def trainings(args, job):
-    """What trains a job's model: a list of what follows "python", to be run in order. Ours come
-    last, so they hold."""
+    """What trains a job's model: a list of what follows "python", to be run in order. The words
+    that are set here come last, so they hold."""
     words = ["train.py", "--preset", PRESET, *shlex.split(job.flags), "--name", job.name,
              "--seed", str(job.seed), "--out", str(args.runs), "--workers", "0",
              "--precision", PRECISION]
@@ -375,15 +375,15 @@ def write_point(phase, kept, folder):
 # ----------------------------------------------------------------------------------- equal time
 
 def equal_time(args, jobs):
-    """How many records each model shall read so that it trains for as long as the paper's.
+    """How many records each model shall read so that it trains for as long as ours.
 
     -> {(flags, seed): (flags of train.py for phase 1, the same for phase 2)}, and sets args.seconds
-    to {seed: those of the paper's model}. Seconds are those of the lines of equal steps of the same
+    to {seed: those of ours}. Seconds are those of the lines of equal steps of the same
     seed: the median step of a phase times its steps. Both phases grow or shrink by one factor, and
     warm-up and decay with them. More than all records are several epochs of a part of them, each
     of another part. Raises ValueError naming the models that have no such line.
     """
-    lines = {(flags, seed): line for (flags, _, seed), line in lines_of(args).items()}
+    lines = {(flags, seed): line for (flags, ask, seed), line in lines_of(args).items() if not ask}
     needed = [(REFERENCE, job.seed) for job in jobs] + [(job.flags, job.seed) for job in jobs]
     missing = [plan.Job(*key, ()).name for key in dict.fromkeys(needed) if key not in lines]
     if missing:
@@ -412,7 +412,7 @@ def records_for(flags, phase, steps, factor):
 
 
 def copy_reference(args, job, asks):
-    """The paper's model has trained for its own time: its lines of equal steps hold as they are.
+    """Ours has trained for its own time: its lines of equal steps hold as they are.
     Raises ValueError for one that is not there."""
     lines = lines_of(args)
     for ask in asks:
@@ -590,7 +590,7 @@ def arguments(argv=None):
     add("--curve", type=int, metavar="STEPS",
         help="models that are trained now: ask also after every so many steps of phase 2")
     add("--equal-time", action="store_true",
-        help="train each model for as long as the paper's took; needs the lines of equal steps")
+        help="train each model for as long as ours took; needs the lines of equal steps")
     add("--time", action="store_true", help="measure the time to the first token here, too")
     add("--jobs", type=int, default=2, help="programs side by side; default 2")
     add("--runs", type=Path, help="folder of the models; default runs/ablation")

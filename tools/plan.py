@@ -29,7 +29,7 @@ SET_HERE = ("preset", "name", "out", "seed", "phase", "limit", "resume")
 class Row(NamedTuple):
     """One line of a table."""
     label: str
-    flags: str = ""         # of train.py; SELA is the paper's model
+    flags: str = ""         # of train.py; OURS is the paper's model
     ask: str = ""           # of eval.py: another way to ask the same model
     paper: dict = {}        # {group, or "Avg", or "TTFT" relative to no compression: its number}
 

@@ -294,7 +294,7 @@ def shares(mine, lines):
     That is (row - A.A.P) / (no compression - A.A.P), all three of one seed and of as many epochs,
     and A.A.P with as many tokens a tile. A seed that lacks one of the three is left out; so is
     A.A.P itself. If pooling lost nothing in one of the seeds there is no share: [].
-    lines: of `lines_of`, all rows. Paper silent: it gives scores alone.
+    lines: of `lines_of`, all rows. The paper has no such number.
     """
     found = []
     for line in mine:
