@@ -66,6 +66,7 @@ TABLES = {
         Row("PDrop", MLP, "--prune pdrop", {"Avg": 51.3, "TTFT": 75.76 / 83.6}),
         Row("FastV at the cost of 1/4", MLP, "--prune fastv:match"),
         Row("PDrop at the cost of 1/4", MLP, "--prune pdrop:match"),
+        Row("FastV at the cost of ours", MLP, "--prune fastv:K=2,R=0.84"),
         Row("the picture resized to as many tokens", MLP, "--prune resize"),
         Row("DeCo: A.A.P", AAP, "", {"Avg": 50.4, "TTFT": 48.48 / 83.6}),
         Row("TokenPacker", PACKER, "", {"Avg": 51.2, "TTFT": 51.95 / 83.6}),
