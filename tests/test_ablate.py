@@ -101,13 +101,13 @@ def lines():
 # ---- what is done, and what is not done again
 
 def test_each_model_is_trained_once_and_each_row_gets_its_line(stub):
-    """Table 1 of two seeds: six models a seed, of which one is asked in six ways."""
+    """Table 1 of two seeds: six models a seed, of which one is asked in seven ways."""
     ablate.main(["--table", "1", "--seeds", "2"])
     assert len(stub.of("train.py")) == len(set(stub.of("train.py"))) == 12
     limits = {words[words.index("--limit") + 1] for words in stub.called if words[0] == "train.py"}
     assert limits == {str(max(world.PRETRAIN, world.FINETUNE))}, "all that is drawn, not the part of --preset tiny"
     found = {(line["flags"], line["ask"], line["seed"]): line for line in lines()}
-    assert len(found) == len(lines()) == 22
+    assert len(found) == len(lines()) == 24
     line = found[plan.MLP, "--prune fastv:match", 2]
     assert line["time"] is None and line["curve"] is None
     assert line["tables"] == {"1": "FastV at the cost of 1/4"} and line["label"] == "FastV at the cost of 1/4"
@@ -305,6 +305,26 @@ def test_equal_time_trains_each_model_for_as_long_as_ours(stub):
     assert {line["time"] for line in after.values()} == {12.0} and len(after[plan.AAP]["commands"]) == 5
     ours, = [line for line in before if line["flags"] == plan.OURS]
     assert after[plan.OURS] == ours | {"time": 12.0}
+
+
+@pytest.mark.parametrize("changes", [{"machine": "another"}, {"commands": ["python train.py --precision fp16"]}])
+def test_equal_time_is_refused_across_machines_and_precisions(changes, stub):
+    """Their seconds say nothing of each other."""
+    ablate.main(["--table", "5", "--seeds", "1"])
+    plain, = [line for line in lines() if line["flags"] == plan.MLP]
+    tables.put(Path("results/ablation.jsonl"), plain | changes)
+    with pytest.raises(ValueError, match="--equal-time: projector-mlp-remember-none-s1 took .* on another machine or in another"):
+        ablate.main(["--table", "5", "--seeds", "1", "--equal-time"])
+
+
+def test_blind_trains_no_model_again(stub):
+    """A clone has lines without models: they stay as they are."""
+    ablate.main(["--table", "5", "--seeds", "1"])
+    before = lines()
+    shutil.rmtree("runs")
+    stub.called.clear()
+    ablate.main(["--table", "5", "--seeds", "1", "--blind"])
+    assert lines() == before and not stub.of("train.py")
 
 
 def test_equal_time_is_refused_without_the_lines_of_equal_steps(stub):
@@ -513,8 +533,13 @@ def test_rows_that_could_not_be_asked_stop_a_line(tmp_path):
     """eval.py counts them as wrong and ends well, and the score would be too low without a word."""
     words = ["eval.py", "--out", str(tmp_path)]
     entry = {"scores": {}, "errors": []}
-    silent = SimpleNamespace(call=lambda *_: (tmp_path / "results.json").write_text(json.dumps({"gqa": entry, "other": entry})))
-    assert ablate.examined(silent, words, tmp_path / "log") == {"gqa": entry}
+    found = {task: {"scores": {}} for task in TASKS} | {"gqa": entry, "other": entry}
+    silent = SimpleNamespace(call=lambda *_: (tmp_path / "results.json").write_text(json.dumps(found)))
+    assert ablate.examined(silent, words, tmp_path / "log").keys() == TASKS.keys()
+    chartqa = found.pop("chartqa")
+    with pytest.raises(ValueError, match="^chartqa: not asked "):              # its mean would be of twelve
+        ablate.examined(silent, words, tmp_path / "log")
+    found["chartqa"] = chartqa
     entry["errors"] = [{"index": 3, "error": "no picture"}]
     with pytest.raises(ValueError, match="gqa: 1 rows could not be asked, the first: no picture"):
         ablate.examined(silent, words, tmp_path / "log")

@@ -219,6 +219,20 @@ def test_a_comment_that_asks_for_nothing_is_one_line(page, complaint, results):
     assert "\n" not in str(caught.value)
 
 
+def test_a_page_is_not_emptied_by_a_line_of_something_else(results, capsys):
+    """One run on few records at the end of the file, or a misspelt name, would else take every number away."""
+    page = results.with_name("page.md")
+    page.write_text("<!-- table 5 --><!-- end -->\n")
+    evidence.main([str(page), "--results", str(results)])
+    before = page.read_text()
+    with pytest.raises(ValueError, match="page.md is left as it was: for 1 blocks"):
+        evidence.main([str(page), "--results", str(results.with_name("misspelt.jsonl"))])
+    tables.put(results, line("--window 4", limit=48))
+    with pytest.raises(ValueError, match="page.md is left as it was: for 1 blocks"):
+        evidence.main([str(page), "--results", str(results)])
+    assert page.read_text() == before
+
+
 def test_the_command_writes_the_page(results, capsys):
     """Given its path and that of the results."""
     page = results.with_name("page.md")

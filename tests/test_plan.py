@@ -55,10 +55,11 @@ def test_the_same_flags_are_one_model_and_all_others_differ_in_architecture_or_r
 
 
 def test_a_model_is_asked_once_in_each_way_whatever_tables_want_it():
-    """Table 1 asks the uncompressed model in six ways, of which Table 5 wants one."""
+    """Table 1 asks the uncompressed model in seven ways, of which Table 5 wants one."""
     tables = plan.chosen(["1,5"])
     mlp, aap, packer, _, ours, one = plan.jobs_of(tables, [7])
-    assert mlp.asks == ("", "--prune fastv", "--prune pdrop", "--prune fastv:match", "--prune pdrop:match", "--prune resize")
+    assert mlp.asks == ("", "--prune fastv", "--prune pdrop", "--prune fastv:match", "--prune pdrop:match",
+                        "--prune fastv:K=2,R=0.84", "--prune resize")
     assert (aap.asks, ours.asks, one.asks, ours.name, aap.name) == (("",), ("",), ("",), "start-own-s7", "remember-none-s7")
     assert packer.name == "levels-1+2+4+6-projector-tokenpacker-remember-none-s7"
     labels = {table: row.label for table, rows in plan.TABLES.items() for row in rows if row[1:3] == (plan.OURS, "")}
@@ -123,6 +124,7 @@ def test_tables_are_chosen_by_name_in_the_order_of_the_plan():
     ("--window 3", "windows of 3x3 tokens do not tile 4x4"), ("--windw 3", "unrecognized arguments: --windw 3"),
     ("--lr -1", "--lr -1.0: must be a number above 0"), ("--seed 3", "--seed is set by tools.ablate: leave it out"),
     ("--na x", "--name is set by tools.ablate"), ("--phase 1", "--phase is set by tools.ablate"), ("four", "unrecognized"),
+    ("--window 4 --window=2", "--window stands there twice"), ("--precision bf16", "--precision is set by tools.ablate"),
     ('--window "4', "No closing quotation")])
 def test_a_bad_row_of_ones_own_is_one_line_before_anything_runs(flags, complaint):
     """With the flags that it is about."""

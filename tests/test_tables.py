@@ -1,5 +1,7 @@
 """The file of results of tools.ablate, and the plan and the tables that are shown of it."""
 import json
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
@@ -36,6 +38,14 @@ def test_a_line_that_was_cut_short_is_mended_not_glued_to(args):
     assert args.out.read_text().count("\n") == 2 and args.out.read_text().endswith("}\n")
 
 
+def test_processes_do_not_write_over_each_other(args):
+    """Equal steps and equal time may run side by side, with one file."""
+    code = ("import sys, json; from pathlib import Path; from tools import tables\n"
+            "for n in range(20): tables.put(Path(sys.argv[1]), json.loads(sys.argv[2]) | {'questions': n, 'seed': int(sys.argv[3])})")
+    running = [subprocess.Popen([sys.executable, "-c", code, str(args.out), json.dumps(line()), str(seed)]) for seed in (1, 2)]
+    assert [process.wait() for process in running] == [0, 0] and len(tables.read_lines(args.out)) == 40
+
+
 def test_the_same_key_is_replaced_not_doubled(args):
     """A row that is made again takes the place of its line; any part of the key makes another line."""
     changes = [{}, {"ask": "--prune pdrop"}, {"seed": 2}, {"limit": 48}, {"questions": 4}, {"world": "v"}, {"flags": "--window 1"}]
@@ -47,9 +57,10 @@ def test_the_same_key_is_replaced_not_doubled(args):
 
 
 @pytest.mark.parametrize("damaged", ["<<<<<<< HEAD", "[1]", '{"flags": ""}'])
-def test_a_damaged_line_is_named_and_never_lost(damaged, args):
-    """Only the last may be cut. Another was edited, and to rewrite the file without it would delete it."""
-    args.out.write_text(f"{json.dumps(line())}\n{damaged}\n{json.dumps(line(seed=2))}\n")
+@pytest.mark.parametrize("behind", ["", json.dumps(line(seed=2)) + "\n"])
+def test_a_damaged_line_is_named_and_never_lost(damaged, behind, args):
+    """Only the last may be cut, before its end. Another was edited, and to rewrite the file without it would delete it."""
+    args.out.write_text(f"{json.dumps(line())}\n{damaged}\n{behind}")
     with pytest.raises(ValueError, match="line 2 is no result .*: mend or remove it") as caught:
         tables.put(args.out, line(seed=3))
     assert "\n" not in str(caught.value) and damaged in args.out.read_text()

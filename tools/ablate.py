@@ -37,6 +37,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -68,7 +69,7 @@ from tools.cost import parameters
 from tools.plan import PRESET
 from tools.systems import resized, seen_by_layers, system_flops
 from tools.tables import (
-    TEXT, TILES, last_world, lines_of, listing, markdown, minutes, put, scores)
+    TEXT, TILES, last_world, lines_of, listing, markdown, minutes, opened, put, scores)
 from tools.timing import timed
 
 DRAWN = Path("data/tiny")
@@ -87,15 +88,15 @@ class Stopped(Exception):
 # ------------------------------------------------------------------------------------- programs
 
 class Programs:
-    """Programs that run side by side. While it is entered, Ctrl-C or SIGTERM stops all of them:
-    train.py then saves."""
+    """Programs that run side by side. While it is entered, Ctrl-C, SIGTERM or a terminal that
+    closes stops all of them: train.py then saves."""
 
     def __init__(self):
         self.running, self.stopped, self.lock = set(), False, threading.RLock()
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.stop)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
+                       for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         return self
 
     def __exit__(self, *error):
@@ -145,17 +146,15 @@ def last_line(path):
 @contextlib.contextmanager
 def alone_in(folder):
     """Raises ValueError where another process works in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    place = os.open(folder, os.O_RDONLY)
-    try:
+    logs = folder / "logs"              # not the folder itself, which `put` locks where it writes
+    logs.mkdir(parents=True, exist_ok=True)
+    with opened(logs) as place:
         try:
             fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder}: another tools.ablate works there; wait for it, or give "
                              "--runs another folder") from None
         yield
-    finally:
-        os.close(place)                                             # gives the lock back
 
 
 # ------------------------------------------------------------------------------------- the world
@@ -264,7 +263,8 @@ def points_of(args, job):
 def lacks(args, job, ask, line):
     """Of a line, or None -> whether its model is still to be asked, to be followed through its
     training, and to be timed."""
-    return (line is None or args.blind and not line["blind"],
+    blind = args.blind and line and not line["blind"] and is_trained(args, job)
+    return (line is None or bool(blind),
             bool(args.curve and not ask and not (line and line["curve"]) and points_of(args, job)),
             args.time and job.seed == 1 and not args.equal_time
             and ((line and line["ttft"]) or {}).get("machine") != machine())
@@ -298,9 +298,10 @@ def train_and_ask(args, programs, job):
             measure(args, programs, job, ask, line)
     except Stopped:
         return None
-    except (ValueError, OSError) as error:
-        tell(f"{job.name}: failed: {error}")
-        return f"{job.name}: {error}"
+    except Exception as error:          # whatever it is, the other models of a night go on
+        named = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        tell(f"{job.name}: failed: {named}{error}")
+        return f"{job.name}: {named}{error}"
 
 
 def measure(args, programs, job, ask, line):
@@ -330,7 +331,9 @@ def examined(programs, words, log):
     programs.call(words, log)
     results = Path(words[words.index("--out") + 1]) / "results.json"
     entries = json.loads(results.read_text(encoding="utf-8"))
-    entries = {task: entry for task, entry in entries.items() if task in TASKS}
+    if missing := TASKS.keys() - entries.keys():
+        raise ValueError(f"{', '.join(sorted(missing))}: not asked (all of it: {log})")
+    entries = {task: entries[task] for task in TASKS}
     for task, entry in entries.items():
         if entry.get("errors"):                                     # eval.py counts them as wrong
             raise ValueError(f"{task}: {len(entry['errors'])} rows could not be asked, the first: "
@@ -389,6 +392,12 @@ def equal_time(args, jobs):
     if missing:
         raise ValueError(f"--equal-time goes by the seconds of equal steps, and {args.out} has "
                          f"none of {', '.join(missing)}: run the same without it first")
+    foreign = [plan.Job(*key, ()).name for key in dict.fromkeys(needed)
+               if made_on(lines[key]) != made_on(lines[REFERENCE, key[1]])]
+    if foreign:
+        raise ValueError(f"--equal-time: {', '.join(foreign)} took {args.out}'s seconds on another "
+                         "machine or in another precision than ours of the same seed: train both "
+                         "on one, with another --out and --runs")
     seconds = {key: sum(map(math.prod, zip(line["steps"], line["seconds"]["step"])))
                for key, line in lines.items()}
     args.seconds = {job.seed: round(seconds[REFERENCE, job.seed], 1) for job in jobs}
@@ -399,6 +408,11 @@ def equal_time(args, jobs):
         found[job.flags, job.seed] = tuple(
             records_for(job.flags, phase, count, factor) for phase, count in zip("12", steps))
     return found
+
+
+def made_on(line):
+    """Machine and precision of a line's training, without which its seconds say nothing."""
+    return line["machine"], re.findall(r"--precision (\S+)", " ".join(line["commands"]))[:1]
 
 
 def records_for(flags, phase, steps, factor):
@@ -586,7 +600,8 @@ def arguments(argv=None):
     add("--quick", action="store_true", help="a few records and questions, in a folder of its own")
     add("--limit", type=int, help="train on so many records a phase; default: all")
     add("--questions", type=int, help="of each benchmark; default 100")
-    add("--blind", action="store_true", help="ask with grey pictures, too")
+    add("--blind", action="store_true",
+        help="ask with grey pictures, too, what is trained now or lies in --runs")
     add("--curve", type=int, metavar="STEPS",
         help="models that are trained now: ask also after every so many steps of phase 2")
     add("--equal-time", action="store_true",

@@ -186,6 +186,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     text = args.page.read_text(encoding="utf-8")
     new = filled(text, args.results, args.page.parent)
+    lost = new.count(NO_RUN) - text.count(NO_RUN)
+    if lost > 0:
+        raise ValueError(f"{args.page} is left as it was: for {lost} blocks that it fills now, "
+                         f"{args.results} has no line like its last one (limit, questions, world)")
     write(args.page, new)
     print(f"{args.page}: {'as it was' if new == text else 'written'}")
 

@@ -23,7 +23,8 @@ import train
 
 PRESET = "tiny"
 # Flags of train.py that tools.ablate alone sets.
-SET_HERE = ("preset", "name", "out", "seed", "phase", "limit", "resume")
+SET_HERE = ("preset", "name", "out", "seed", "phase", "limit", "resume", "precision", "workers",
+            "save_every", "keep_every", "overwrite", "accept_changes")
 
 
 class Row(NamedTuple):
@@ -245,6 +246,10 @@ def check(flags):
         changed = [name for name in SET_HERE if getattr(args, name) != getattr(plain, name)]
         if changed:
             raise ValueError(f"--{changed[0]} is set by tools.ablate: leave it out")
+        names = [word.partition("=")[0] for word in shlex.split(flags) if word.startswith("--")]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} stands there twice")
         train.make_run(args, "1", 0, 1, torch.device("cpu"))
     except SystemExit:
         *_, reason = said.getvalue().strip().split("error: ")

@@ -12,8 +12,11 @@ The tiny world has two halves. The fine half is the group OCR&Chart: print small
 token. The coarse half is the mean of the other groups. `shares` says what came back of what pooling
 lost on the fine half.
 """
+import contextlib
+import fcntl
 import json
 import math
+import os
 import re
 import statistics
 import threading
@@ -46,17 +49,18 @@ writing = threading.Lock()
 def read_lines(path):
     """The lines of a file of results as dicts; [] where there is none.
 
-    A last line that was cut short is left out, and so `put` mends it. Raises ValueError for another
-    line that is no result.
+    A last line that was cut short, before its end of line, is left out, and so `put` mends it.
+    Raises ValueError for another line that is no result.
     """
-    texts = path.read_text(encoding="utf-8").rstrip().split("\n") if path.exists() else []
+    whole = path.read_text(encoding="utf-8") if path.exists() else ""
+    texts = whole.splitlines()
     lines = []
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
             key_of(line)
         except BROKEN as error:
-            if number == len(texts):
+            if number == len(texts) and not whole.endswith("\n"):
                 break
             raise ValueError(f"{path}, line {number} is no result ({type(error).__name__}: "
                              f"{error}): mend or remove it") from None
@@ -71,11 +75,23 @@ def key_of(line):
 
 def put(path, line):
     """Add a line to a file of results, in place of one with the same key. The file is replaced as a
-    whole, so a reader never sees half a line."""
-    with writing:
+    whole, so a reader never sees half a line. Other threads and other processes wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing, opened(path.parent) as folder:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         others = [other for other in read_lines(path) if key_of(other) != key_of(line)]
         text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in [*others, line])
         write(path, text)
+
+
+@contextlib.contextmanager
+def opened(folder):
+    """The number of an open folder, which a lock can hold."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        yield number
+    finally:
+        os.close(number)                                            # gives the lock back
 
 
 def lines_of(args, equal_time=False):
