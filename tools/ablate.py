@@ -5,7 +5,7 @@
     python -m tools.ablate --table 1 2 --seeds 3      # hours; Ctrl-C stops it, the same goes on
     python -m tools.ablate --table 2 --curve 50       # ask also after 50, 100 ... steps
     python -m tools.ablate --table 2 --equal-time     # then again, each for as long as ours
-    python -m tools.ablate --set "--window 4 --lr 1e-3" --time      # a row of your own
+    python -m tools.ablate --set "--start own --window 4" --time    # a row of your own
     python -m tools.ablate --table all --print        # tables as Markdown, from the results alone
 
 The rows are data in tools/plan.py. Each trains both phases at preset tiny and is then asked the
@@ -595,7 +595,7 @@ def arguments(argv=None):
     add("--table", nargs="+", action="extend", default=[],
         help=f"of: {', '.join(plan.TABLES)}, all (default)")
     add("--set", action="append", default=[], metavar="FLAGS",
-        help='a row of your own, by flags of train.py: --set "--window 4"')
+        help='a row of your own, by flags of train.py: --set "--start own --window 4"')
     add("--seeds", type=int, help="train each model from the seeds 1 to N; default 3")
     add("--quick", action="store_true", help="a few records and questions, in a folder of its own")
     add("--limit", type=int, help="train on so many records a phase; default: all")
