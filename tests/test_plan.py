@@ -70,7 +70,8 @@ def test_a_model_is_asked_once_in_each_way_whatever_tables_want_it():
 def test_all_models_of_a_seed_come_before_the_next_seed():
     """A plan that is stopped early has every row, with fewer seeds."""
     jobs = plan.jobs_of(plan.chosen(["4c"]), [1, 2])
-    assert [job.seed for job in jobs] == [1] * 6 + [2] * 6 and jobs[0].flags == jobs[6].flags
+    half = len(jobs) // 2
+    assert [job.seed for job in jobs] == [1] * half + [2] * half and jobs[0].flags == jobs[half].flags
 
 
 def test_names_become_folders():

@@ -165,6 +165,7 @@ def test_where_pooling_lost_nothing_there_is_no_share(whole):
 
 def test_the_interval_is_that_of_students_t():
     """Of 1, 2, 3: mean 2, deviation 1, t = 4.303 at two degrees of freedom, over the root of three. Beyond nine, that of nine."""
+    assert tables.interval([-0.004]) == "0.00" and tables.interval([-0.004, 0.002]) == "0.00 (0.00 and 0.00)"
     assert tables.interval([1.0, 2.0, 3.0]) == "2.00 (-0.48 to 4.48)"
     assert tables.interval([1.0, 2.0, 3.0], 1) == "2.0 (-0.5 to 4.5)"
     assert tables.interval([0.9, 0.7]) == "0.80 (0.90 and 0.70)"               # of two, t would be 12.7

@@ -355,12 +355,19 @@ def interval(values, digits=2):
         return "-"
     mean = statistics.mean(values)
     if count == 1:
-        return f"{mean:.{digits}f}"
+        return rounded(mean, digits)
     if count == 2:
-        return f"{mean:.{digits}f} ({values[0]:.{digits}f} and {values[1]:.{digits}f})"
+        one, other = (rounded(value, digits) for value in values)
+        return f"{rounded(mean, digits)} ({one} and {other})"
     t = T_95[min(count - 1, len(T_95)) - 1]
     reach = t * statistics.stdev(values) / math.sqrt(count)
-    return f"{mean:.{digits}f} ({mean - reach:.{digits}f} to {mean + reach:.{digits}f})"
+    low, high = (rounded(value, digits) for value in (mean - reach, mean + reach))
+    return f"{rounded(mean, digits)} ({low} to {high})"
+
+
+def rounded(value, digits):
+    """-0.001, 2 -> "0.00" and not "-0.00"."""
+    return f"{round(value, digits) + 0:.{digits}f}"
 
 
 def spread(values, digits):
