@@ -404,6 +404,15 @@ def test_a_program_that_fails_is_named_with_its_last_line_and_its_log(tmp_path):
     assert log.read_text() == "1 True\nthe reason\n"
 
 
+def test_nohup_outlives_its_terminal():
+    """The signal of a closed terminal stops all, but not where it was ignored before."""
+    for before, ours in ((signal.SIG_DFL, False), (signal.SIG_IGN, True)):
+        kept = signal.signal(signal.SIGHUP, before)
+        with ablate.Programs():
+            assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == ours
+        assert signal.signal(signal.SIGHUP, kept) == before
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_programs_once_and_no_other_begins(number, tmp_path):
     """train.py saves at the first signal and ends at once at a second."""

@@ -89,14 +89,16 @@ class Stopped(Exception):
 
 class Programs:
     """Programs that run side by side. While it is entered, Ctrl-C, SIGTERM or a terminal that
-    closes stops all of them: train.py then saves."""
+    closes, unless nohup has it ignored, stops all of them: train.py then saves."""
 
     def __init__(self):
         self.running, self.stopped, self.lock = set(), False, threading.RLock()
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.stop)
-                       for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self.stop) for number in numbers}
         return self
 
     def __exit__(self, *error):

@@ -53,7 +53,7 @@ def read_lines(path):
     Raises ValueError for another line that is no result.
     """
     whole = path.read_text(encoding="utf-8") if path.exists() else ""
-    texts = whole.splitlines()
+    texts = whole.removesuffix("\n").split("\n") if whole else []
     lines = []
     for number, text in enumerate(texts, 1):
         try:
