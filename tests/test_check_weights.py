@@ -2,15 +2,17 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import TOKENIZER, tiny_model, wake
 from model import LLaVAVR
 from tiny.parts import save_clip, save_qwen2
+from tools import check_weights
 
 
-def check(folder):
+def run_it(folder):
     return subprocess.run([sys.executable, "-m", "tools.check_weights", str(folder)], capture_output=True, text=True)
 
 
@@ -27,10 +29,10 @@ def test_check_says_what_a_folder_holds(tmp_path):
     for folder, kind, lines in (("clip", "clip_vision_model", ["embeddings"]), ("llm", "qwen2", ["model"]),
                                 ("small", "llava_vr", [*(f"{counts[part]:,}  {part}" for part in counts), "torch.float32"]),
                                 ("half", "llava_vr", [f"{total:,}  numbers on disk in torch.float16"])):
-        run = check(tmp_path / folder)
-        assert run.returncode == 0 and run.stdout.startswith(f"{tmp_path / folder}: {kind}, "), run.stderr
-        assert all(line in run.stdout for line in lines), run.stdout
-    assert f"{total:,} parameters, all finite" in run.stdout
+        said = "\n".join(check_weights.check(tmp_path / folder))
+        assert said.startswith(f"{tmp_path / folder}: {kind}, ") and all(line in said for line in lines), said
+    assert f"{total:,} parameters, all finite" in said
+    assert run_it(tmp_path / "half").stdout == said + "\n"
 
 
 def test_check_names_what_is_not_a_number(tmp_path):
@@ -41,11 +43,11 @@ def test_check_names_what_is_not_a_number(tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
     tensors["model.norm.weight"][0] = float("inf")
     save_file(tensors, file)
-    run = check(tmp_path / "llm")
+    run = run_it(tmp_path / "llm")
     assert run.returncode == 1 and run.stdout == "" and run.stderr.count("\n") == 1
     assert run.stderr.startswith("tools.check_weights: ")
     assert ("NaN or infinity in model.layers.1.mlp.up_proj.weight in model.safetensors, "
             "model.norm.weight in model.safetensors; download it again") in run.stderr
     save_file({key: torch.ones_like(tensor) for key, tensor in tensors.items() if "q_proj" not in key}, file)
-    run = check(tmp_path / "llm")
-    assert run.returncode == 1 and "missing key model.layers.0.self_attn.q_proj.weight" in run.stderr
+    with pytest.raises(ValueError, match="missing key model.layers.0.self_attn.q_proj.weight"):
+        check_weights.check(tmp_path / "llm")

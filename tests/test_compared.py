@@ -14,7 +14,10 @@ from model import INTERACTIONS, PRESETS, PROJECTORS, LLaVAVR
 from test_train import CLOCK, TORCHRUN, check_weights, stop_after
 from toy import TOY_TASK, flags, folder, toy_preset, train_both_phases          # noqa: F401 (a fixture)
 
-SYSTEMS = [f"--projector {projector} --remember {remember}" for projector in PROJECTORS for remember in ("none", "1,4")]
+SYSTEMS = [f"--projector {projector} --remember 1,4" for projector in PROJECTORS]
+SYSTEMS += ["--projector aap --remember none", "--projector mlp --remember none"]
+SYSTEMS += [pytest.param(f"--projector {projector} --remember none", marks=pytest.mark.slow)     # each part alone is tested above
+            for projector in PROJECTORS if projector not in ("aap", "mlp")]
 SYSTEMS += [f"--interaction {name}" for name in INTERACTIONS if name != "sela"]
 SYSTEMS += ["--join replace", "--saliency none", "--remember 0,1,2,3,4", "--window 4", "--levels 3", "--side 2 --window 1"]
 
@@ -87,7 +90,8 @@ def test_a_stopped_run_needs_none_of_the_flags_again(folder, monkeypatch, capsys
     assert log == other and ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("system", ["--projector tokenpacker --interaction bidirectional", "--interaction narrow"])
+@pytest.mark.parametrize("system", ["--projector tokenpacker --interaction bidirectional",
+                                    pytest.param("--interaction narrow", marks=pytest.mark.slow)])
 def test_two_processes_train_it_as_one(system, folder, monkeypatch):                   # noqa: F811
     """gloo: every parameter gets a gradient on every rank, also where only one of them has a picture."""
     monkeypatch.setitem(PRESETS, "toy", toy_preset(folder))

@@ -89,11 +89,10 @@ def lines_of(module):
     return PATHS[module].read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize("program", ("train", "eval", "sample", "tools.check_weights"))
-def test_a_program_starts_without_what_it_may_not_need(program):
+def test_programs_start_without_what_they_may_not_need():
     """torch's compiler and sharded tensors take as long to import as the rest of torch: whoever compiles or shards does it."""
     slow = ("torch._dynamo", "torch.distributed.tensor")
-    code = f"import sys, {program}; print([name for name in {slow} if name in sys.modules])"
+    code = f"import sys, train, eval, sample, tools.check_weights; print([name for name in {slow} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})         # a GPU may need them at once
     assert run.stdout == "[]\n", run.stdout + run.stderr
