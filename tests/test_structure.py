@@ -135,8 +135,8 @@ def test_what_train_py_reaches_stays_an_afternoon():
     granted since: the compared systems as flags, heads that start on features of their own, a CPU in bf16, going on from any
     model, a run on many GPUs that ends when one rank fails and whose batches are fair samples, saving beside training,
     batches that know what a GPU would have to be asked for, shards that one rank reads, values that start with what the
-    projector reads, a signal that comes twice, and a start in half the time. Not counted are compared/ and what reads other people's
-    records: nobody needs them to follow the paper's own."""
+    projector reads, a signal that comes twice, and a start without torch's compiler. Not counted are compared/ and what reads other
+    people's records: nobody needs them to follow the paper's own."""
     others = ("compared", "storage.formats", "storage.columns")
     tokens = {module: tokens_of(module) for module in reachable("train") if not module.startswith(others)}
     lines = {module: len(lines_of(module)) for module in STORY}
