@@ -4,7 +4,7 @@
     python -m tools.ablate --list                     # what there is to do, and what is done
     python -m tools.ablate --table 1 2 --seeds 3      # hours; Ctrl-C stops it, the same goes on
     python -m tools.ablate --table 2 --curve 50       # ask also after 50, 100 ... steps
-    python -m tools.ablate --table 2 --equal-time     # then again, each for as long as ours
+    python -m tools.ablate --table 5 --equal-time     # then again, each for as long as ours
     python -m tools.ablate --set "--start own --window 4" --time    # a row of your own
     python -m tools.ablate --table all --print        # tables as Markdown, from the results alone
 

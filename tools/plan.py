@@ -30,7 +30,7 @@ SET_HERE = ("preset", "name", "out", "seed", "phase", "limit", "resume", "precis
 class Row(NamedTuple):
     """One line of a table."""
     label: str
-    flags: str = ""         # of train.py; OURS is the paper's model
+    flags: str = ""         # of train.py
     ask: str = ""           # of eval.py: another way to ask the same model
     paper: dict = {}        # {group, or "Avg", or "TTFT" relative to no compression: its number}
 
@@ -42,7 +42,7 @@ def by_group(*scores):
 
 MLP = "--projector mlp --remember none"
 AAP = "--remember none"
-OURS = "--start own"
+OURS = "--start own"         # the paper's model; the start of its heads is our choice
 ONE = f"{OURS} --remember 0"
 EVEN = "--start even"
 SHUFFLE = "--projector pixelshuffle --remember none"
