@@ -2,6 +2,7 @@
 
 Where a stub stands for the programs, it writes what train.py and eval.py would.
 """
+import functools
 import json
 import os
 import shlex
@@ -23,7 +24,7 @@ import train
 from benchmarks import TASKS
 from compared import choices
 from helpers import ROOT, randomise, save_checkpoint, tiny_model
-from model import LLaVAVR, LLaVAVRConfig
+from model import PRESETS, LLaVAVR, LLaVAVRConfig
 from tiny import world
 from tools import ablate, plan, tables
 from tools.cost import choose
@@ -55,7 +56,7 @@ class Stub:
         for phase in [args.phase] if args.phase else ["1", "2"]:
             folder = Path(args.out) / choices.folder_of(args) / f"phase{phase}"
             folder.mkdir(parents=True, exist_ok=True)
-            steps = [json.dumps({"step": step, "seconds": seconds}) for step in range(3)]
+            steps = [json.dumps({"step": step, "seconds": seconds}) for step in range(int(phase) + 1)]
             for step in [*range(args.keep_every, 3, args.keep_every), 3] if args.keep_every else []:
                 (folder / f"checkpoints/step-{step:08}").mkdir(parents=True)
             (folder / "log.jsonl").write_text("\n".join(steps))
@@ -111,7 +112,7 @@ def test_each_model_is_trained_once_and_each_row_gets_its_line(stub):
     line = found[plan.MLP, "--prune fastv:match", 2]
     assert line["time"] is None and line["curve"] is None
     assert line["tables"] == {"1": "FastV at the cost of 1/4"} and line["label"] == "FastV at the cost of 1/4"
-    assert line["steps"] == [3, 3] and line["seconds"] == {"training": 24.0, "step": [4.0, 4.0], "evaluation": 1.5 * len(TASKS)}
+    assert line["steps"] == [2, 3] and line["seconds"] == {"training": 20.0, "step": [4.0, 4.0], "evaluation": 1.5 * len(TASKS)}
     assert line["scores"]["OCR&Chart"] == {"score": 40.0, "stderr": 1.0, "n": 16} and line["blind"] is line["ttft"] is None
     assert line["scores"]["Avg"]["n"] == 4 * 13 and line["benchmarks"]["gqa"] == {"score": 40.0, "stderr": 2.0, "n": 4}
     assert line["vision_tokens"] == 64 and line["vision_tokens_seen"] == pytest.approx(16, abs=0.1)
@@ -298,13 +299,14 @@ def test_equal_time_trains_each_model_for_as_long_as_ours(stub):
     trained = [words for words in stub.called if words[0] == "train.py"]
     assert all(words[words.index("--out") + 1] == "runs/ablation/equal-time" for words in trained)
     assert {(words[words.index("--name") + 1], *words[-7:-1]) for words in trained} == {
-        (name, "--phase", phase, "--epochs", epochs, "--limit", limit) for phase in "12"
-        for name, epochs, limit in (("projector-mlp-remember-none-s1", "1", "32"), ("remember-none-s1", "2", "48"))}
+        (name, "--phase", phase, "--epochs", epochs, "--limit", limit) for name, phase, epochs, limit in (
+            ("projector-mlp-remember-none-s1", "1", "1", "16"), ("projector-mlp-remember-none-s1", "2", "1", "32"),
+            ("remember-none-s1", "1", "2", "32"), ("remember-none-s1", "2", "2", "48"))}
     assert len(trained) == 4 and lines()[:4] == before and len(lines()) == 7
     after = {line["flags"]: line for line in lines()[4:]}
-    assert {line["time"] for line in after.values()} == {12.0} and len(after[plan.AAP]["commands"]) == 5
+    assert {line["time"] for line in after.values()} == {10.0} and len(after[plan.AAP]["commands"]) == 5
     ours, = [line for line in before if line["flags"] == plan.OURS]
-    assert after[plan.OURS] == ours | {"time": 12.0}
+    assert after[plan.OURS] == ours | {"time": 10.0}
 
 
 @pytest.mark.parametrize("changes", [{"machine": "another"}, {"commands": ["python train.py --precision fp16"]}])
@@ -510,7 +512,7 @@ def test_a_row_is_timed_by_its_flags_alone(monkeypatch):
     assert seen == [("aap", 4, (0,), "square", ""), ("mlp", 8, (), "square", "--prune resize")]
 
 
-def test_another_world_is_told_by_its_drawings(monkeypatch, tmp_path):
+def test_another_world_is_told_by_its_drawings_and_its_parts(monkeypatch, tmp_path):
     """And no world where nothing is drawn."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(ablate, "DRAWN", tmp_path)
@@ -518,7 +520,36 @@ def test_another_world_is_told_by_its_drawings(monkeypatch, tmp_path):
     (tmp_path / "drawn.json").write_text('{"version": 6}')
     six = ablate.world_now()
     (tmp_path / "drawn.json").write_text('{"version": 7}')
-    assert len(six) == 8 and six != ablate.world_now()
+    seven = ablate.world_now()
+    assert len(six) == 8 and six != seven
+    marks = {}
+    monkeypatch.setattr(ablate, "fingerprint", lambda folder: marks.get(folder, "as it was"))
+    worlds = {ablate.world_now()}
+    for folder in (PRESETS["tiny"].clip, PRESETS["tiny"].llm):
+        marks[folder] = "trained anew"
+        worlds.add(ablate.world_now())
+    assert len(worlds) == 3
+
+
+def test_a_commit_says_whether_code_or_parts_were_changed(monkeypatch, tmp_path):
+    """Changed words and results alone make no other model. Nothing is said outside git."""
+    monkeypatch.chdir(tmp_path)
+    assert ablate.commit() == ""
+    git = functools.partial(subprocess.run, check=True, capture_output=True)
+    for folder in ("tiny", "docs"):
+        (tmp_path / folder).mkdir()
+    files = [Path("a.py"), Path("tiny/part"), Path("docs/words.md")]
+    for file in files:
+        file.write_text("as committed")
+    git(["git", "init"])
+    git(["git", "add", "."])
+    git(["git", "-c", "user.name=n", "-c", "user.email=e", "commit", "-m", "all"])
+    clean = ablate.commit()
+    assert len(clean) >= 7
+    for file, wanted in zip(files, (f"{clean}+changes", f"{clean}+changes", clean)):
+        file.write_text("changed")
+        assert ablate.commit() == wanted
+        file.write_text("as committed")
 
 
 @pytest.mark.slow
