@@ -174,7 +174,7 @@ def attention(q, k, v, scope=None):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared > 1)
     folded = q.unflatten(1, (-1, shared)).flatten(2, 3)                  # (B, G, A/G * T, D)
     mask = scope.repeat(1, 1, shared, 1)                                 # (B, 1, A/G * T, M)
-    return F.scaled_dot_product_attention(folded, k, v, mask).view_as(q)
+    return F.scaled_dot_product_attention(folded, k, v, mask).reshape_as(q)
 
 
 def packed_attention(q, k, v, packing):

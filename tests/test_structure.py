@@ -187,6 +187,6 @@ def test_everything_that_can_be_run_says_how(module):
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda path: path.stem)
 def test_tests_mirror_the_rooms(path):
     """Who changes a file finds its tests by name; what concerns the whole project is named here."""
-    whole = {"structure", "readme", "additions", "compared", "full_size", "live", "syncs"}
+    whole = {"structure", "readme", "additions", "compared", "full_size", "live", "syncs", "device"}
     names = {module.split(".")[-1] for module in PATHS} | whole
     assert path.stem.removeprefix("test_") in names
