@@ -117,7 +117,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to what it read. The CLS row is Attention's."""
+    """Pre-norm attention and MLP, each added to what it read. Passes on Attention's CLS row."""
 
     def __init__(self, config):
         super().__init__()

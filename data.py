@@ -29,7 +29,7 @@ IMAGE = -200      # in input_ids: "here stands one vision token"; never an id of
 IGNORE = -100     # in labels: not trained
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-WINDOW = 64       # blocks of records that are mixed; storage.records keeps as many in memory
+WINDOW = 64       # blocks of records that are mixed; storage.records keeps a few more in memory
 MEAN_COLOUR = (122, 116, 104)   # int(255 * mean) for each of CLIP_MEAN
 Image.MAX_IMAGE_PIXELS = 2**29  # DocVQA's scans exceed the default; Pillow refuses twice this
 
@@ -103,7 +103,7 @@ def plan_image(size, mode="a4", side=12, tile=336):
     tiles, newlines, tokens = 1, int(mode == "pad"), side * side
     if mode == "square":
         resized = tuple(int(tile * edge / min(size)) for edge in size)
-        paste = tuple(-((edge - tile) // 2) for edge in resized)
+        paste = tuple(-((edge - tile) // 2) for edge in resized)         # below 0: it is cropped
     elif mode == "pad":
         resized = canvas
         paste = tuple((max(size) - edge) // 2 for edge in size)
@@ -140,7 +140,7 @@ def _best_grid(size, grids, tile):
         canvas_w, canvas_h = grid[0] * tile, grid[1] * tile
         scale = min(canvas_w / width, canvas_h / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
-        return kept, kept - canvas_w * canvas_h          # the waste, negative: less of it is more
+        return kept, kept - canvas_w * canvas_h          # minus the waste
     return max(grids, key=kept_then_waste)
 
 
@@ -302,8 +302,8 @@ def encode_chat(tokenizer, turns, image_tokens, system="You are a helpful assist
         for piece, trained in ((frame, frame_too), (body + [end], train), (newline, frame_too)):
             ids += piece
             for token in piece:
-                in_answer = role == "assistant" and trained and token != IMAGE
-                labels.append(token if in_answer or token in anywhere else IGNORE)
+                in_turn = role == "assistant" and trained and token != IMAGE
+                labels.append(token if in_turn or token in anywhere else IGNORE)
     if generate:
         ids += [start, *text_ids(tokenizer, "assistant\n")]
         labels += [IGNORE] * (len(ids) - len(labels))
@@ -490,8 +490,8 @@ class Order:
     def epoch(self, epoch):
         """(samples,) int64: the records of an epoch in the order they are trained. Blocks (row
         groups) are shuffled, and the records of each are spread over a window of WINDOW blocks; a
-        window that reaches beyond the end of the epoch goes on at its start. Blocks of one record
-        do not count: such a record is as cheap to read anywhere. Text-only records are spread
+        window that reaches beyond the end of the epoch goes on at its start. Its width ignores
+        blocks of one record, which are as cheap to read anywhere. Text-only records are spread
         evenly: a batch with many of them would be a short one, and the next a long one."""
         random = np.random.default_rng([self.seed, epoch])
         records = np.arange(len(self.lengths))
@@ -499,7 +499,7 @@ class Order:
         blocks = random.permutation(len(self.starts))
         block = np.searchsorted(self.starts, records, "right") - 1           # of every record
         several = np.bincount(block, minlength=len(blocks)) > 1              # records in a block
-        begin = np.empty(len(blocks))        # of a block's window, counted in blocks of several
+        begin = np.empty(len(blocks))        # of a block's window, in blocks of several records
         begin[blocks] = np.cumsum(several[blocks])
         count = max(several.sum(), 1)
         order = np.argsort((begin[block] + within_window * min(WINDOW, count)) % count)
@@ -516,8 +516,8 @@ class Order:
         return self.epoch(epoch)[place * self.batch:(place + 1) * self.batch]
 
     def micro_batches(self, step, micro, rank, world, most_tiles=math.inf):
-        """This rank's share of a step: lists of at most `micro` records and, unless it is one
-        record, `most_tiles` tiles, with similar numbers of tokens. Every rank gets as many lists,
+        """This rank's share of a step: lists of at most `micro` records and `most_tiles` tiles (a
+        single record may have more), with similar numbers of tokens. Every rank gets as many lists,
         some perhaps empty: all ranks take part whenever gradients are reduced or sharded weights
         gathered."""
         batch = self.global_batch(step).tolist()

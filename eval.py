@@ -121,7 +121,7 @@ def arguments(argv):
     add("--data", type=Path, help="default data/tiny/eval for preset tiny, else data/eval")
     add("--blind", action=argparse.BooleanOptionalAction, help="ask blind, too (tiny: on)")
     add("--limit", type=int, help="only the first N rows")
-    add("--sample", type=int, help="only N rows, drawn by --seed")
+    add("--sample", type=int, help="only N rows, chosen by --seed")
     add("--seed", type=int, help="of --sample")
     add("--batch", type=int, help="samples per call of the model")
     add("--prune", metavar="RULE", help="fastv:K=2,R=0.5, pdrop, resize ...: see above")

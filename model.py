@@ -99,7 +99,7 @@ class LLaVAVRConfig:
 
     @classmethod
     def read(cls, folder, changes):
-        """A folder's config.json -> (config, with these fields changed; parts that lie elsewhere).
+        """A folder's config.json -> (config with these fields changed, parts that lie elsewhere).
 
         Raises as storage/weights.py does, and ValueError for what is not ours.
         """
@@ -108,8 +108,6 @@ class LLaVAVRConfig:
             raise ValueError(f"{folder}/config.json is not of a LLaVA-VR model: give a folder that "
                              "train.py wrote")
         parts = stored.pop("parts", {})
-        if "layers" in stored:
-            stored["levels"] = stored.pop("layers")                      # its name before
         try:
             parts = {name: {"path": part["path"], "files": part["files"]}
                      for name, part in parts.items()}
@@ -300,7 +298,7 @@ class LLaVAVR(nn.Module):
     def prefill(self, samples, pad_id, max_new_tokens):
         """Read prompts -> (logits (B, V), decode: new tokens (B, 1) -> logits (B, 1, V)).
 
-        What goes up to the last picture is read once for all prompts that share it; then the rest.
+        What stands up to the last picture is read once for all that share it; then the rest.
         """
         prefixes, prefix_of, rests = shared_prefixes(samples, self.vision_remember.reads_question)
         device = self.image_newline.device
@@ -408,11 +406,11 @@ class LLaVAVR(nn.Module):
 
 
 def shared_prefixes(samples, with_question=False):
-    """Cut each prompt behind its last picture -> (prefixes, prefix_of, rests).
+    """Cut each prompt behind its last picture, or its first token -> (prefixes, prefix_of, rests).
 
     Each prefix is listed once; prefix_of (B,) says with which of them a prompt begins. Benchmarks
-    ask several questions about a picture, and blind all of a size are the same grey one: the model
-    then reads it once, which is most of what a short answer costs.
+    ask several questions about a picture, and asked blind, pictures of one size are all the same
+    grey: the model then reads it once, which is most of what a short answer costs.
     with_question: the prefix is all but the last token of a prompt.
     """
     prefixes, prefix_of, rests = {}, [], []

@@ -65,7 +65,7 @@ class Qwen2Config:
         for name, values in built.items():
             if config.get(name) not in values:
                 raise ValueError(f"{name} {config.get(name)!r} is not built: only {values[0]!r}")
-        # its name since transformers 5, and before
+        # rope_parameters since transformers 5, rope_scaling before
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ValueError(f"rope scaling {rope} is not built; Qwen2's checkpoints have none")
@@ -74,7 +74,7 @@ class Qwen2Config:
         for field in fields(cls):
             if config.get(field.name) is not None:
                 found[field.name] = config[field.name]
-            elif field.default is MISSING or field.name == "rope_theta":     # Hugging Face's: 1e4
+            elif field.default is MISSING or field.name == "rope_theta":     # HF's is 1e4
                 raise ValueError(f"{field.name} is missing")
         self = cls(**found)
         if config.get("head_dim") not in (None, self.head_dim):
@@ -161,8 +161,8 @@ def attention(q, k, v, scope=None):
     """q (B, A, T, D), k v (B, G, M, D) -> (B, A, T, D). Query head a reads key head a // (A/G).
 
     scope: None for causal (M = T); a mask (B, 1, T, M) of bool, True = look; or a Packing (B = 1),
-    causal within each sample, see `packed_attention`. Under a mask the A/G heads that share a key
-    are laid out as more of its queries: for a mask without enable_gqa GPUs have fast kernels.
+    causal within each sample, see `packed_attention`. With a mask, the A/G query heads of a key are
+    folded into its query axis: for mask and enable_gqa together a GPU has only a slow kernel.
     """
     if isinstance(scope, Packing):
         return packed_attention(q, k, v, scope)

@@ -3,7 +3,7 @@
     laptop:   python sample.py --preset tiny --image list.png "What number stands beside Iran?"
     one GPU:  python sample.py --model runs/7b/phase2 --image a.png --image b.png "What changed?"
     a talk:   python sample.py --preset tiny --image chart.png     # an empty line ends it
-    drawn:    python sample.py --preset 7b --image a.png --temperature 0.7 --seed 1 "Tell a story."
+    sampled:  python sample.py --preset 7b --image a.png --temperature 0.7 --seed 1 "Tell a story."
     pruned:   python sample.py --model runs/1.5b-mlp/phase2 --prune pdrop --image a.png "Who?"
     (eight GPUs answer no single question sooner: torchrun eval.py asks many at once)
 

@@ -40,8 +40,8 @@ class Sizes(NamedTuple):
 
 
 def width_of_heads(C):
-    """D, the width of a head. Paper silent: we take 64, as CLIP-L and Qwen2 have, and C/4 where
-    that is less: each of a token's four features needs a head."""
+    """D, the width of a head. Paper silent: we take 64, as CLIP-L and Qwen2-0.5B have, and C/4
+    where that is less: each of a token's four features needs a head."""
     return min(64, C // 4)
 
 
@@ -170,7 +170,7 @@ class Windows(nn.Module):
         self.layout = side // s, s, head_width                           # m windows a side, s, D
 
     def forward(self, x):
-        """(t, side*side, E), or the places of all tiles end to end -> (w, A, s*s, D)."""
+        """(t, side*side, E) or (t*side*side, E) -> (w, A, s*s, D); of features s is r."""
         m, s, D = self.layout
         x = x.view(-1, m, s, m, s, x.shape[-1] // D, D)                  # (t, m, s, m, s, A, D)
         return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
@@ -193,7 +193,7 @@ class Insertions(nn.ModuleDict):
 
     module_class(*arguments) builds one. It maps vision tokens x (n, d) and a Memory to x (n, d).
     """
-    reads_question = False  # True: so LLaVAVR.prefill reads picture and question in one pass
+    reads_question = False  # True makes LLaVAVR.prefill read picture and question in one pass
 
     def __init__(self, module_class, layers, *arguments):
         super().__init__({str(layer): module_class(*arguments) for layer in layers})

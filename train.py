@@ -59,11 +59,11 @@ class Recipe:
     most_tiles: float = math.inf     # of a forward of several samples: bounds a ViT that trains
     vision_lr: float | None = None   # peak of the ViT, where it trains
     remember_lr: float | None = None  # peak of Vision Remember, if it is another
-    epochs: int = 1                  # LLaVA-NeXT's scripts
-    warmup: float = 0.03             # share of the steps; LLaVA-NeXT's scripts
-    clip: float = 1.0                # largest norm of the gradient. Paper silent: as LLaVA-NeXT
+    epochs: int = 1                  # paper, Sec. 5.1
+    warmup: float = 0.03             # share of the steps. Paper silent: as LLaVA-NeXT's scripts
+    max_norm: float = 1.0            # of the gradient. Paper silent: as LLaVA-NeXT
     betas: tuple = (0.9, 0.999)      # of AdamW, without weight decay. Paper silent: as LLaVA-NeXT
-    max_length: int = 32768          # tokens; LLaVA-NeXT's scripts. Paper silent
+    max_length: int = 32768          # tokens. Paper silent: as LLaVA-NeXT's scripts
 
     @property
     def trains_pretrained(self):
@@ -93,17 +93,17 @@ RECIPES = {
         lr=2e-5,                     # paper, Sec. 5.2
         trains=ALL,                  # paper, Sec. 5.2: all but the ViT
         template="chat",             # LLaVA-NeXT: qwen_1_5
-        mode="a4"),                  # LLaVA-NeXT: AnyRes, at most four tiles and the whole picture
+        mode="a4"),                  # paper, Sec. 5.2: AnyRes, four tiles and the whole picture
     # Table 3's. Paper, Sec. 4.4: as LLaVA-OneVision-SI, whose finetune_si.sh has these numbers.
     "si": Recipe(
         folder="si", before="phase1", batch=256, lr=1e-5, vision_lr=2e-6,
         trains=(*ALL, "vision_tower"), template="chat",
-        mode="max9",                 # AnyRes of up to 6x6 tiles, shrunk to the tokens of nine
+        mode="max9",                 # paper, Sec. 5.1: 6x6 tiles at most, shrunk to tokens of nine
         micro=2, most_tiles=40),
 }
 
 # What drawn presets change: small batches, for many steps in minutes; higher rates, which a small
-# model bears (but in phase 2 its decoder forgets what it knew at 1e-3); one tile a picture.
+# model bears (but at 1e-3 its decoder forgets in phase 2); in phases 1 and 2 one tile a picture.
 DRAWN = {"1": {"batch": 16, "micro": 16, "lr": 2e-3, "remember_lr": 1e-3},
          "2": {"batch": 16, "micro": 16, "lr": 3e-4, "remember_lr": 1e-3, "mode": "square"},
          "si": {"batch": 16, "micro": 16, "lr": 3e-4, "remember_lr": 1e-3, "vision_lr": 1e-4}}
@@ -129,7 +129,7 @@ class Run:
     world: int                   # how many there are
     device: torch.device
     out: Path                    # folder of the finished model
-    partial: Path                # what there is until then: the log and checkpoints
+    unfinished: Path             # what there is until then: the log and checkpoints
     before: Path | None          # the model it goes on from; None: pre-trained parts
     paths: dict                  # of "clip", "llm" and "data"
     architecture: dict           # fields of LLaVAVRConfig to set; the others are those of the start
@@ -202,7 +202,7 @@ def freeze(model, trains):
 
 
 def cast_frozen_to_bf16(model, run):
-    """Under bf16, frozen weights then take half the memory, and need no cast in every step. A
+    """Cast once, frozen weights take half the memory under bf16, and need no cast in every step. A
     frozen ViT runs without autocast, which on a GPU would keep norms and residuals in float32.
     -> {name: tensor} of those weights that rank 0 will write, as they were, on the CPU."""
     originals, tower = {}, model.vision_tower
@@ -286,7 +286,7 @@ def build_optimizer(model, recipe):
 
 
 def lr_at(step, steps, warmup):
-    """Share of the peak rate at 0-based `step`: linear warm-up, then half a cosine down to 0."""
+    """Share of the peak rate at 0-based `step`: linear warm-up, then half a cosine (Sec. 5.1)."""
     warm = math.ceil(warmup * steps)
     if step < warm:
         return (step + 1) / warm
@@ -356,8 +356,7 @@ def batches_of(run, samples, order, first, stop):
             waited = time.perf_counter() - begun
             batches, skipped = zip(*loaded)
             problems = sum(skipped, [])
-            for problem in problems:
-                tqdm.write(problem, file=sys.stderr)
+            tell(problems)
             due = any(every and (step + 1) % every == 0
                       for every in (flags.save_every, flags.keep_every))
             late = run.rank == 0 and time.monotonic() - saved > 60 * flags.save_minutes
@@ -372,6 +371,12 @@ def batches_of(run, samples, order, first, stop):
     finally:
         if flags.workers:
             loader._shutdown_workers()                              # they would ignore SIGTERM
+
+
+def tell(problems):
+    """Print why records were skipped."""
+    for problem in problems:
+        tqdm.write(problem, file=sys.stderr)
 
 
 def ignore_signals_in_worker(worker):
@@ -410,7 +415,7 @@ def autocast(run):
 
 def no_sync_unless_last(module, last):
     """With DDP, the ranks average their gradients in the backward pass of the last micro-batch.
-    With FSDP in each: waiting, every rank would hold them whole, 31 GB for 7B."""
+    With FSDP in each: else every rank would hold them whole, 31 GB for 7B."""
     if isinstance(module, DistributedDataParallel) and not last:
         return module.no_sync()
     return contextlib.nullcontext()
@@ -428,7 +433,7 @@ def train_step(run, module, optimizer, batches, targets, step):
             loss = module(batch.to(run.device, non_blocking=True), denominator)
             loss.backward()
         losses.append(loss.detach() / run.world)                    # its part of the step's loss
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), run.recipe.clip)
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), run.recipe.max_norm)
     norm = norm.full_tensor() if run.flags.shard else norm
     *losses, norm = torch.stack([*losses, norm]).tolist()           # waits for the GPU, once
     loss = summed(run, loss=sum(losses)).loss
@@ -453,30 +458,31 @@ def complaint(loss, norm, losses, batches, step):
 
 @torch.no_grad()
 def validate(run, module, samples, held_out):
-    """Mean loss per trained token over the held-out records, each rank its part."""
+    """Mean loss per trained token over the held-out records, each rank its part; nan if none."""
     loss, tokens = 0.0, 0
     stride = run.world * run.recipe.micro
     for begin in range(0, len(held_out), stride):                   # as many forwards on every rank
         mine = held_out[begin + run.rank:begin + stride:run.world]
-        batch, _ = samples[mine.tolist()]
+        batch, problems = samples[mine.tolist()]
+        tell(problems)
         with autocast(run):
             loss += module(batch.to(run.device), 1).item()
         tokens += len(batch.trained)
     total = summed(run, loss=loss, tokens=tokens)
-    return total.loss / max(total.tokens, 1)
+    return total.loss / (total.tokens or math.nan)
 
 
 # --------------------------------------------------------------------------------------- the loop
 
 def start_log(run, model, order, first):
     """Hold the folder, and print what is about to be trained, on what, and how -> the Log."""
-    choices.hold(run.partial, run.flags)
-    choices.write(run.partial / "choices.json", model.config, run.flags)
+    choices.hold(run.unfinished, run.flags)
+    choices.write(run.unfinished / "choices.json", model.config, run.flags)
     recipe, trained = run.recipe, sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"phase {run.phase} of preset {run.flags.preset} on {run.world} x {run.device.type}, "
           f"{run.flags.precision}\n  {recipe}\n  {order.steps:,} steps over {order.samples:,} "
           f"records, training {trained:,} parameters", flush=True)
-    return Log(run.partial, first, run.flags.wandb, asdict(recipe))
+    return Log(run.unfinished, first, run.flags.wandb, asdict(recipe))
 
 
 def train(run, stop):
@@ -493,7 +499,7 @@ def train(run, stop):
     optimizer = build_optimizer(model, run.recipe)
     samples, order = open_data(run, model)
     identity = identity_of(run, samples, order, model)
-    saver = checkpoint.Saver(run.partial / "checkpoints", flags.keep_every)
+    saver = checkpoint.Saver(run.unfinished / "checkpoints", flags.keep_every)
     first = 0
     if flags.resume:
         first = checkpoint.resume(saver.folder, model, optimizer, identity, flags.accept_changes)
@@ -550,10 +556,9 @@ def identity_of(run, samples, order, model):
                 "data": samples.source.fingerprint(), "model": checkpoint.digest(files, before),
                 "samples": order.samples, "without pictures": checkpoint.digest(order.tiles == 0),
                 "steps": order.steps, "validate": flags.validate, "precision": flags.precision,
+                "labels": flags.labels,
                 "parameters": sum(p.numel() for p in model.parameters())}
     del identity["micro"], identity["most_tiles"], identity["before"]
-    if flags.labels != "answer":                                    # older checkpoints lack the key
-        identity["labels"] = flags.labels
     return identity
 
 
@@ -571,7 +576,7 @@ def finish(run, model, originals, order, log):
     if the weights hold what is no number."""
     skipped = log.last.get("skipped", 0) if log else 0
     if skipped == order.samples * run.recipe.epochs:
-        checkpoint.remove(run.partial)                              # nothing to go on with
+        checkpoint.remove(run.unfinished)                              # nothing to go on with
         raise ValueError(f"none of the {skipped} records could be used (the reasons stand above); "
                          f"is {run.paths['data']} the data of phase {run.phase}?")
     state = {name: checkpoint.gather(tensor, run.rank == 0)
@@ -579,15 +584,15 @@ def finish(run, model, originals, order, log):
     for name, tensor in state.items():
         if tensor is not None and not tensor.isfinite().all():
             raise ValueError(f"{name} holds a value that is no number after the last step: lower "
-                             f"--lr; {run.partial} is kept")
+                             f"--lr; {run.unfinished} is kept")
     if log:
         log.close()
-        files = {"log.jsonl": log.path, "choices.json": run.partial / "choices.json"}
+        files = {"log.jsonl": log.path, "choices.json": run.unfinished / "choices.json"}
         model.save_pretrained(run.out, files, whole=run.recipe.trains_pretrained,
                               state=lora.merge({**state, **originals}))
         if run.flags.validate or run.flags.keep_every:
-            os.rename(run.partial / "checkpoints", run.out / "checkpoints")
-        checkpoint.remove(run.partial)
+            os.rename(run.unfinished / "checkpoints", run.out / "checkpoints")
+        checkpoint.remove(run.unfinished)
         more = f"; {skipped} records skipped" if skipped else ""
         print(f"phase {run.phase}: done, {run.out} holds the model{more}\n"
               f"  its curve: python -m tools.plot {run.out}/log.jsonl", flush=True)

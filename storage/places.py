@@ -69,8 +69,8 @@ def check_places(runs):
     first, missing = runs[0], {}
     flags = first.flags
     for run in runs:
-        if not flags.resume and any(run.partial.glob("checkpoints/step-*")):
-            raise FileExistsError(f"{run.partial} holds a run that was stopped: go on with: "
+        if not flags.resume and any(run.unfinished.glob("checkpoints/step-*")):
+            raise FileExistsError(f"{run.unfinished} holds a run that was stopped: go on with: "
                                   f"train.py {flags.typed} --resume, or remove it to begin anew")
         for name, path in run.paths.items():
             needed = not flags.draws if name == "data" else not run.before

@@ -191,11 +191,10 @@ def test_a_finished_phase_and_another_flag_do_not_go_unnoticed(tmp_path):
 
 
 def test_folders_from_before_a_field_was_there_have_its_default(tmp_path):
-    """`interaction` and `join` are younger than the first models, and levels were called layers."""
+    """`interaction` and `join` are younger than the first models."""
     out = finished(tmp_path / "phase1")
     stored = json.loads((out / "config.json").read_text())
     del stored["interaction"], stored["join"]
-    stored["layers"] = stored.pop("levels")
     (out / "config.json").write_text(json.dumps(stored))
     refuse_another_architecture(parse("--interaction", "sela", "--levels", "13,18,23"), out)
     for words in (["--interaction", "global"], ["--levels", "12,18,23"], ["--join", "replace"]):

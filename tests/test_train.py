@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from storage import checkpoint
 from storage.places import check_shared_memory
 from tiny import standins
+import data
 import train
 from clip import CLIPConfig, CLIPVision
 from helpers import ROOT, TOKENIZER, batch_of, picture, randomise, sample, tiny_model
@@ -47,8 +48,7 @@ def world(tmp_path_factory):
     vision = CLIPConfig(hidden_size=64, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2,
                         image_size=56, patch_size=7)
     save_clip(randomise(CLIPVision(vision, (2, 4, 6)), 0.1), folder / "clip")
-    from data import load_tokenizer
-    text = Qwen2Config(load_tokenizer(TOKENIZER).get_vocab_size(), 16, 16, 5, 2, 1, tie_word_embeddings=True)
+    text = Qwen2Config(data.load_tokenizer(TOKENIZER).get_vocab_size(), 16, 16, 5, 2, 1, tie_word_embeddings=True)
     save_qwen2(randomise(Qwen2(text), 0.1), folder / "llm", {"tokenizer.json": TOKENIZER / "tokenizer.json"})
     write_captions(folder / "data", RECORDS)
     records = json.loads((folder / "data/captions.json").read_text())
@@ -125,7 +125,7 @@ def test_every_number_of_a_recipe_stands_beside_its_source():
     """A researcher must see what is the paper's, what LLaVA-NeXT's, what ours, and what the drawn presets change."""
     text = (ROOT / "train.py").read_text()
     head = text[text.index("class Recipe"):text.index("DRAWN = ")]
-    for name in ("batch", "lr", "trains", "template", "mode", "epochs", "warmup", "clip", "betas", "max_length"):
+    for name in ("batch", "lr", "trains", "template", "mode", "epochs", "warmup", "max_norm", "betas", "max_length"):
         lines = [line for line in head.splitlines() if re.match(rf"    +{name}(:|=)", line) and re.search(r"\d|=", line)]
         assert any(re.search("paper|Paper|LLaVA|Face", line) for line in lines), name
     for phase, recipe in train.RECIPES.items():
@@ -612,6 +612,25 @@ def test_the_held_out_records_are_never_trained_and_choose_the_best_checkpoint(w
     assert validated and all(set(indices) <= set(held) for indices in validated)
 
 
+def test_held_out_records_that_cannot_be_used_are_named_and_count_for_nothing(capsys):
+    """Where there are no others the loss is no number, so no checkpoint becomes the best by it."""
+    run = SimpleNamespace(recipe=train.RECIPES["2"], world=1, rank=0, device=torch.device("cpu"),
+                          flags=SimpleNamespace(precision="fp32"))
+    model = tiny_model()
+    good, empty = batch_of(model, sample(model)), data.pack([{"id": "(empty)", "input_ids": [0], "labels": [data.IGNORE], "tiles": [], "plans": []}])
+
+    class Samples:
+        def __getitem__(self, indices):
+            return (empty, ["skipped: id 5: no picture"]) if indices == [5] else (good, [])
+
+    def module(batch, denominator):
+        return torch.tensor(3.0 * len(batch.trained))
+    run.recipe = replace(run.recipe, micro=1)
+    assert train.validate(run, module, Samples(), train.np.array([4, 5])) == 3
+    assert capsys.readouterr().err == "skipped: id 5: no picture\n"
+    assert str(train.validate(run, module, Samples(), train.np.array([5]))) == "nan"
+
+
 @pytest.mark.slow
 def test_killed_at_twenty_moments_the_run_ends_as_the_straight_one(world, straight, tmp_path):
     """kill -9, each time later than before, with a checkpoint after every step: some kills fall into its writing."""
@@ -886,7 +905,7 @@ def test_a_drawn_preset_trains_on_a_part_unless_told_otherwise(more, samples, wo
 
 
 def test_labels_of_the_reference_are_a_flag_and_a_reason_to_refuse_a_checkpoint(world, straight, tmp_path):
-    """--labels llava also trains the frames of the turns. A checkpoint saved before there was the flag stays good."""
+    """--labels llava also trains the frames of the turns."""
     def opened(*more):
         run = train.make_run(train.arguments(flags(world, straight, "--phase", "2", "--overwrite", *more)), "2", 0, 1, torch.device("cpu"))
         model = train.build_model(run)
@@ -894,7 +913,7 @@ def test_labels_of_the_reference_are_a_flag_and_a_reason_to_refuse_a_checkpoint(
         return len(samples[[0, 1]][0].trained), train.identity_of(run, samples, order, model)
     answers, usual = opened()
     more, identity = opened("--labels", "llava")
-    assert more > answers and "labels" not in usual and {**usual, "labels": "llava"} == identity
+    assert more > answers and usual["labels"] == "answer" and {**usual, "labels": "llava"} == identity
 
 
 def test_vision_remember_learns_at_its_own_rate(world, tmp_path):
