@@ -6,8 +6,8 @@
 `python eval.py --task all --preset tiny` draws them by itself. They let every reader, prompt and
 scorer run in minutes on a laptop, and their scores mean something: every question is of a form that
 tiny/world.py trains, about a picture of its test split, and can be answered. What a benchmark asks
-is in world.BENCHMARKS; OCR&Chart asks about the fine half, all others about the coarse one. No
-picture comes twice within a benchmark.
+is in world.BENCHMARKS; OCR&Chart asks about the fine half, all others about the coarse one. GQA
+and MME ask two questions about each picture; no other picture comes twice.
 
 A few rows are there for the readers' sake. MMMU's second row shows two pictures, its third none
 (the caption stands in the question), its fourth is open, and ScienceQA's second has a hint. Rules
