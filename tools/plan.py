@@ -47,6 +47,8 @@ ONE = f"{OURS} --remember 0"
 EVEN = "--start even"
 SHUFFLE = "--projector pixelshuffle --remember none"
 PACKER = "--projector tokenpacker --levels 1,2,4,6 --remember none"
+LDPV2 = "--projector ldpv2 --remember none"
+DEFORMABLE = "--projector deformable --remember none"
 
 # The paper's numbers: Tables 1, 2, 4 and 5 (arXiv 2506.03928). Table 1 is of 1.5B, with TTFT in ms,
 # and so is TTFT in Table 5(b): 83.6 without compression. The others are of 0.5B.
@@ -81,9 +83,9 @@ TABLES = {
         Row("PixelShuffle", SHUFFLE, "", {"Avg": 43.7}),
         Row("PixelShuffle + Vision Remember", f"{OURS} --projector pixelshuffle", "",
             {"Avg": 46.2}),
-        Row("Defor Attn", "--projector deformable --remember none", "", {"Avg": 44.1}),
+        Row("Defor Attn", DEFORMABLE, "", {"Avg": 44.1}),
         Row("Defor Attn + Vision Remember", f"{OURS} --projector deformable", "", {"Avg": 46.3}),
-        Row("LDPv2", "--projector ldpv2 --remember none", "", {"Avg": 43.3}),
+        Row("LDPv2", LDPV2, "", {"Avg": 43.3}),
         Row("LDPv2 + Vision Remember", f"{OURS} --projector ldpv2", "", {"Avg": 45.9}),
     ],
     "4a": [
@@ -170,6 +172,8 @@ PAIRS = {
     "ours - one module": (OURS, ONE),
     "ours - PixelShuffle": (OURS, SHUFFLE),
     "PixelShuffle with - without Vision Remember": (f"{OURS} --projector pixelshuffle", SHUFFLE),
+    "Defor Attn with - without Vision Remember": (f"{OURS} --projector deformable", DEFORMABLE),
+    "LDPv2 with - without Vision Remember": (f"{OURS} --projector ldpv2", LDPV2),
     "ours with windows of 4 - of 2": (f"{OURS} --window 4", OURS),
     "ours - (A.A.P, twice the steps)": (OURS, f"{AAP} --epochs 2"),
     "one module - A.A.P, both twice the steps": (f"{ONE} --epochs 2", f"{AAP} --epochs 2"),
