@@ -298,7 +298,7 @@ class LLaVAVR(nn.Module):
     def prefill(self, samples, pad_id, max_new_tokens):
         """Read prompts -> (logits (B, V), decode: new tokens (B, 1) -> logits (B, 1, V)).
 
-        What stands up to the last picture is read once for all that share it; then the rest.
+        The part up to the last picture is read once for all that share it; then the rest.
         """
         prefixes, prefix_of, rests = shared_prefixes(samples, self.vision_remember.reads_question)
         device = self.image_newline.device

@@ -93,12 +93,12 @@ RECIPES = {
         lr=2e-5,                     # paper, Sec. 5.2
         trains=ALL,                  # paper, Sec. 5.2: all but the ViT
         template="chat",             # LLaVA-NeXT: qwen_1_5
-        mode="a4"),                  # paper, Sec. 5.2: AnyRes, four tiles and the whole picture
+        mode="a4"),                  # paper, Sec. 5.2: AnyRes-4. LLaVA-NeXT adds the whole picture
     # Table 3's. Paper, Sec. 4.4: as LLaVA-OneVision-SI, whose finetune_si.sh has these numbers.
     "si": Recipe(
         folder="si", before="phase1", batch=256, lr=1e-5, vision_lr=2e-6,
         trains=(*ALL, "vision_tower"), template="chat",
-        mode="max9",                 # paper, Sec. 5.1: 6x6 tiles at most, shrunk to tokens of nine
+        mode="max9",                 # paper, Sec. 5.1: AnyRes-9; up to 6x6 tiles, tokens of nine
         micro=2, most_tiles=40),
 }
 
@@ -155,7 +155,7 @@ def make_run(flags, phase, rank, world, device):
              "data": flags.data or default_data(phase, preset.drawn)}
     out = folder / recipe.folder
     before, architecture = choices.begin(flags, paths, out, recipe.before)
-    return Run(flags, phase, recipe, rank, world, device, out, choices.partial_of(out), before,
+    return Run(flags, phase, recipe, rank, world, device, out, choices.unfinished_of(out), before,
                paths, architecture)
 
 
@@ -286,7 +286,7 @@ def build_optimizer(model, recipe):
 
 
 def lr_at(step, steps, warmup):
-    """Share of the peak rate at 0-based `step`: linear warm-up, then half a cosine (Sec. 5.1)."""
+    """Share of the peak rate at 0-based `step`: linear warm-up, half a cosine to 0 (Sec. 5.1)."""
     warm = math.ceil(warmup * steps)
     if step < warm:
         return (step + 1) / warm
@@ -458,7 +458,8 @@ def complaint(loss, norm, losses, batches, step):
 
 @torch.no_grad()
 def validate(run, module, samples, held_out):
-    """Mean loss per trained token over the held-out records, each rank its part; nan if none."""
+    """-> {"validation": mean loss per trained token over the held-out records}, each rank its part;
+    nothing where none of them can be used."""
     loss, tokens = 0.0, 0
     stride = run.world * run.recipe.micro
     for begin in range(0, len(held_out), stride):                   # as many forwards on every rank
@@ -469,7 +470,7 @@ def validate(run, module, samples, held_out):
             loss += module(batch.to(run.device), 1).item()
         tokens += len(batch.trained)
     total = summed(run, loss=loss, tokens=tokens)
-    return total.loss / (total.tokens or math.nan)
+    return {"validation": total.loss / total.tokens} if total.tokens else {}
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -518,7 +519,7 @@ def train(run, stop):
             losses = {"loss": loss} if counts.targets else {}
             last, asked = step + 1 == order.steps, counts.asked > 0
             if flags.validate and (last or (step + 1) % flags.validate_every == 0):
-                losses["validation"] = validate(run, module, samples, order.held_out)
+                losses |= validate(run, module, samples, order.held_out)
 
             counts.seconds = time.perf_counter() - clock
             clock += counts.seconds
@@ -572,11 +573,11 @@ def wait_for_disk(saver):
 
 
 def finish(run, model, originals, order, log):
-    """Write the model, and remove the partial folder. Raises ValueError if nothing was trained, or
-    if the weights hold what is no number."""
+    """Write the model, and remove the unfinished folder. Raises ValueError if nothing was trained,
+    or if the weights hold what is no number."""
     skipped = log.last.get("skipped", 0) if log else 0
     if skipped == order.samples * run.recipe.epochs:
-        checkpoint.remove(run.unfinished)                              # nothing to go on with
+        checkpoint.remove(run.unfinished)                           # nothing to go on with
         raise ValueError(f"none of the {skipped} records could be used (the reasons stand above); "
                          f"is {run.paths['data']} the data of phase {run.phase}?")
     state = {name: checkpoint.gather(tensor, run.rank == 0)

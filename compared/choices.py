@@ -177,7 +177,7 @@ def begin(args, paths, out, before):
 def is_finished(args, out):
     """Whether the phase of this folder is done, and is not to be trained anew."""
     if args.resume:                              # a run beside it was begun by --overwrite
-        begun_anew = partial_of(out).exists()
+        begun_anew = unfinished_of(out).exists()
     else:
         begun_anew = args.overwrite
     return (out / "config.json").exists() and not begun_anew
@@ -217,7 +217,7 @@ def flag(name, value):
 def refuse_another_beginning(args, out):
     """ValueError where a run that is resumed did not begin with the --from or the --lora that are
     typed."""
-    begun = partial_of(out) / "choices.json"
+    begun = unfinished_of(out) / "choices.json"
     kept = load(begun).get("flags") if begun.exists() else None
     for name in ("origin", "lora") if kept else ():
         now, then = getattr(args, name), kept.get(name)
@@ -243,7 +243,7 @@ def from_model(args, out):
     if out.exists() and out.samefile(folder):
         raise ValueError(f"--from {folder}: the run would replace the model that it goes on from: "
                          "give another --name")
-    begun, chosen = partial_of(out) / "choices.json", given(args)
+    begun, chosen = unfinished_of(out) / "choices.json", given(args)
     if config.projector == "mlp" and chosen.get("projector", "mlp") != "mlp":
         chosen = {"side": config.feature_side // 2, **chosen}        # the paper's ratio of 1/4
     chosen = with_side(chosen, config)
@@ -291,7 +291,7 @@ def for_training(args, paths, out):
     they differ from those of the resumed run.
     """
     config = with_sizes(PRESETS[args.preset].config, paths)
-    chosen, unfinished = with_side(given(args), config), partial_of(out)
+    chosen, unfinished = with_side(given(args), config), unfinished_of(out)
     begun = unfinished / "choices.json"
     if args.resume and begun.exists():
         kept = read_fields(begun)
@@ -308,29 +308,29 @@ def for_training(args, paths, out):
     return chosen
 
 
-def partial_of(out):
+def unfinished_of(out):
     """The folder of a run in progress: runs/0.5b/phase1 -> runs/0.5b/phase1.partial."""
     return out.with_name(f"{out.name}.partial")
 
 
-def hold(partial, args):
+def hold(unfinished, args):
     """Keep a run to this process, until it ends: two that write into one folder spoil both. Raises
     ValueError where another process has it.
 
     With --overwrite of both phases that of phase 2 is made, too: by it --resume knows that a phase
     2 that is there is to be replaced.
     """
-    partial.mkdir(parents=True, exist_ok=True)
+    unfinished.mkdir(parents=True, exist_ok=True)
     if args.overwrite and args.phase is None:
-        partial.with_name("phase2.partial").mkdir(exist_ok=True)
+        unfinished.with_name("phase2.partial").mkdir(exist_ok=True)
     if fcntl is None:                                                # Windows
         return
-    file = open(partial / "lock", "w")
+    file = open(unfinished / "lock", "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)             # ends with the process
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"{partial}: another process is training there: wait for its end, or give "
-                         "another --name") from None
+        raise ValueError(f"{unfinished}: another process is training there: wait for its end, or "
+                         "give another --name") from None
     except OSError:                                                  # a disk that knows no locks
         pass
     HELD.enter_context(file)

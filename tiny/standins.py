@@ -7,7 +7,7 @@
 scorer run in minutes on a laptop, and their scores mean something: every question is of a form that
 tiny/world.py trains, about a picture of its test split, and can be answered. What a benchmark asks
 is in world.BENCHMARKS; OCR&Chart asks about the fine half, all others about the coarse one. GQA
-and MME ask two questions about each picture; no other picture comes twice.
+and MME ask two questions about each picture; no other comes twice within a benchmark.
 
 A few rows are there for the readers' sake. MMMU's second row shows two pictures, its third none
 (the caption stands in the question), its fourth is open, and ScienceQA's second has a hint. Rules
