@@ -170,7 +170,7 @@ class Windows(nn.Module):
         self.layout = side // s, s, head_width                           # m windows a side, s, D
 
     def forward(self, x):
-        """(t, side*side, E) or (t*side*side, E) -> (w, A, s*s, D); for features, r is s."""
+        """(t, side*side, E) or (t*side*side, E) -> (w, A, s*s, D); for features, s is r."""
         m, s, D = self.layout
         x = x.view(-1, m, s, m, s, x.shape[-1] // D, D)                  # (t, m, s, m, s, A, D)
         return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
