@@ -2,7 +2,7 @@
 
 A GPU refuses tensors that lie elsewhere. So do `Far` tensors: they compute on the CPU, but say that they lie on "meta",
 and mix with no other. They are stricter than a GPU, which takes an index from the CPU and waits for it. What comes out
-must be what the CPU says. Attention's result is laid out as a GPU's kernel does. All other kernels, autocast and
+must be what the CPU says. Attention's result is laid out as one of a GPU's kernels does. All others, autocast and
 FlashAttention stay unseen.
 """
 import contextlib
