@@ -136,7 +136,7 @@ def test_the_benchmarks_of_the_fine_half_are_a_table_of_their_own(results):
 def test_differences_are_a_table_with_cells_of_its_own(results):
     """Of the pairs of the plan; an unknown pair or column is named."""
     rows = [evidence.cells_of(row) for row in filled("<!-- paired --><!-- end -->", results).split("\n") if row.startswith("|")]
-    assert [row[0] for row in rows[2:]] == list(plan.PAIRS) and rows[0][3] == "fine half"
+    assert [row[0] for row in rows[2:]] == list(plan.PAIRS) and rows[0][2] == "fine half"
     cell = filled("by <!-- cell paired | ours - A.A.P | fine half --><!-- end -->", results)
     assert re.sub("<!--.*?-->", "", cell) == "by 30.0 (30.0 and 30.0)"
     for what, message in (("paired | x | Avg", "the pairs are"), ("paired | ours - A.A.P | x", "the columns are")):

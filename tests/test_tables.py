@@ -216,15 +216,25 @@ def test_pairs_are_subtracted_seed_by_seed(args):
     for flags, scores in ((plan.AAP, {1: 50.0, 2: 55.0, 3: 52.0}), (plan.OURS, {3: 62.5, 1: 60.0})):
         for seed, score in scores.items():
             tables.put(args.out, line(plan.normal(flags), seed=seed, score=score))
-    pairs = {"ours - A.A.P": (plan.OURS, plan.AAP), "A.A.P - ours": (plan.AAP, plan.OURS), "none": (plan.MLP, plan.AAP)}
-    rows = rows_of(tables.paired_table(pairs, tables.lines_of(args)), 6)
-    assert rows["difference"] == ["seeds", "Avg", "fine half", "coarse half", "Vision-Centric"]
-    assert rows["ours - A.A.P"] == ["2", *["10.2 (10.0 and 10.5)"] * 4]
-    assert rows["A.A.P - ours"][2] == "-10.2 (-10.0 and -10.5)" and rows["none"] == ["0", "-", "-", "-", "-"]
+    pairs = {"ours - A.A.P": plan.Pair(plan.OURS, plan.AAP), "A.A.P - ours": plan.Pair(plan.AAP, plan.OURS),
+             "none": plan.Pair(plan.MLP, plan.AAP)}
+    rows = rows_of(tables.paired_table(pairs, tables.lines_of(args)), 8)
+    assert rows["difference"] == ["seeds", "fine half", "coarse half", "Avg", "General", "Knowledge", "Vision-Centric"]
+    assert rows["ours - A.A.P"] == ["2", *["10.2 (10.0 and 10.5)"] * 6]
+    assert rows["A.A.P - ours"][1] == "-10.2 (-10.0 and -10.5)" and rows["none"] == ["0", *["-"] * 6]
     only_fine = line(plan.normal(plan.MLP)) | {"scores": {"OCR&Chart": {"score": 90.0, "stderr": 1.0, "n": 4}}}
     tables.put(args.out, only_fine)
-    rows = rows_of(tables.paired_table(pairs, tables.lines_of(args)), 6)
-    assert rows["none"] == ["1", "-", "40.0", "-", "-"]
+    rows = rows_of(tables.paired_table(pairs, tables.lines_of(args)), 8)
+    assert rows["none"] == ["1", "40.0", *["-"] * 5]
+
+
+def test_the_other_of_a_pair_may_be_asked_in_another_way(args):
+    """As a model that is pruned; how it is asked without that is another line."""
+    for ask, score in (("", 90.0), ("--prune pdrop", 40.0)):
+        tables.put(args.out, line(plan.normal(plan.MLP), ask=ask, score=score))
+    tables.put(args.out, line(plan.normal(plan.OURS), score=60.0))
+    rows = rows_of(tables.paired_table({"it": plan.Pair(plan.OURS, plan.MLP, "--prune pdrop")}, tables.lines_of(args)), 8)
+    assert rows["it"] == ["1", *["20.0"] * 6]
 
 
 def test_table_4_has_the_papers_numbers_by_group(args):

@@ -35,6 +35,13 @@ class Row(NamedTuple):
     paper: dict = {}        # {group, or "Avg", or "TTFT" relative to no compression: its number}
 
 
+class Pair(NamedTuple):
+    """Two systems to subtract: the first minus the other."""
+    flags: str              # of train.py
+    other: str              # the same of the other
+    other_ask: str = ""     # of eval.py, where the other is asked in another way
+
+
 def by_group(*scores):
     """A line of Table 4: four groups and the average."""
     return dict(zip(("General", "Knowledge", "OCR&Chart", "Vision-Centric", "Avg"), scores))
@@ -49,6 +56,14 @@ SHUFFLE = "--projector pixelshuffle --remember none"
 PACKER = "--projector tokenpacker --levels 1,2,4,6 --remember none"
 LDPV2 = "--projector ldpv2 --remember none"
 DEFORMABLE = "--projector deformable --remember none"
+SHUFFLE_VR = f"{OURS} --projector pixelshuffle"
+DEFORMABLE_VR = f"{OURS} --projector deformable"
+LDPV2_VR = f"{OURS} --projector ldpv2"
+RESAMPLE = "--interaction deformable-multi"     # deformable attention as Vision Remember
+GLOBAL = "--interaction global"
+AAP_16 = "--side 2 --remember none"
+OURS_16 = f"{OURS} --side 2 --window 1"
+LIKE_OURS = "--prune fastv:K=2,R=0.84"
 
 # The paper's numbers: Tables 1, 2, 4 and 5 (arXiv 2506.03928). Table 1 is of 1.5B, with TTFT in ms,
 # and so is TTFT in Table 5(b): 83.6 without compression. The others are of 0.5B.
@@ -59,8 +74,8 @@ TABLES = {
         Row("no compression", MLP),
         Row("A.A.P, 1/4", AAP),
         Row("A.A.P + Vision Remember, 1/4", OURS),
-        Row("A.A.P, 1/16", "--side 2 --remember none"),
-        Row("A.A.P + Vision Remember, 1/16", f"{OURS} --side 2 --window 1"),
+        Row("A.A.P, 1/16", AAP_16),
+        Row("A.A.P + Vision Remember, 1/16", OURS_16),
         Row("A.A.P, 1/64", "--side 1 --remember none"),
     ],
     "1": [
@@ -69,7 +84,7 @@ TABLES = {
         Row("PDrop", MLP, "--prune pdrop", {"Avg": 51.3, "TTFT": 75.76 / 83.6}),
         Row("FastV at the cost of 1/4", MLP, "--prune fastv:match"),
         Row("PDrop at the cost of 1/4", MLP, "--prune pdrop:match"),
-        Row("FastV at the cost of ours", MLP, "--prune fastv:K=2,R=0.84"),
+        Row("FastV at the cost of ours", MLP, LIKE_OURS),
         Row("the picture resized to as many tokens", MLP, "--prune resize"),
         Row("DeCo: A.A.P", AAP, "", {"Avg": 50.4, "TTFT": 48.48 / 83.6}),
         Row("TokenPacker", PACKER, "", {"Avg": 51.2, "TTFT": 51.95 / 83.6}),
@@ -81,26 +96,25 @@ TABLES = {
         Row("A.A.P", AAP, "", {"Avg": 44.8}),
         Row("A.A.P + Vision Remember", OURS, "", {"Avg": 47.1}),
         Row("PixelShuffle", SHUFFLE, "", {"Avg": 43.7}),
-        Row("PixelShuffle + Vision Remember", f"{OURS} --projector pixelshuffle", "",
-            {"Avg": 46.2}),
+        Row("PixelShuffle + Vision Remember", SHUFFLE_VR, "", {"Avg": 46.2}),
         Row("Defor Attn", DEFORMABLE, "", {"Avg": 44.1}),
-        Row("Defor Attn + Vision Remember", f"{OURS} --projector deformable", "", {"Avg": 46.3}),
+        Row("Defor Attn + Vision Remember", DEFORMABLE_VR, "", {"Avg": 46.3}),
         Row("LDPv2", LDPV2, "", {"Avg": 43.3}),
-        Row("LDPv2 + Vision Remember", f"{OURS} --projector ldpv2", "", {"Avg": 45.9}),
+        Row("LDPv2 + Vision Remember", LDPV2_VR, "", {"Avg": 45.9}),
     ],
     "4a": [
         Row("A.A.P", AAP, "", by_group(57.3, 42.6, 39.7, 46.1, 44.8)),
         Row("+ Vision Resample, one level", "--interaction deformable", "",
             by_group(57.7, 44.0, 40.4, 45.2, 45.3)),
-        Row("+ multi-level fusion", "--interaction deformable-multi", "",
+        Row("+ multi-level fusion", RESAMPLE, "",
             by_group(57.9, 43.4, 43.7, 45.2, 46.1)),
         Row("+ SELA", OURS, "", by_group(58.6, 43.4, 45.7, 46.2, 47.1)),
     ],
     # Open in the paper: whether tokens are added to or overwritten. So both.
     "4b": [
-        Row("Global Attn", "--interaction global", "", by_group(49.5, 41.8, 20.2, 43.4, 36.7)),
-        Row("Global Attn, tokens overwritten", "--interaction global --join replace"),
-        Row("Defor Attn", "--interaction deformable-multi", "",
+        Row("Global Attn", GLOBAL, "", by_group(49.5, 41.8, 20.2, 43.4, 36.7)),
+        Row("Global Attn, tokens overwritten", f"{GLOBAL} --join replace"),
+        Row("Defor Attn", RESAMPLE, "",
             by_group(57.9, 43.4, 43.7, 45.2, 46.1)),
         Row("SELA", OURS, "", by_group(58.6, 43.4, 45.7, 46.2, 47.1)),
         Row("SELA, tokens overwritten", f"{OURS} --join replace"),
@@ -134,7 +148,8 @@ TABLES = {
         Row("values start as mixtures of all levels", "--start mixed"),
         Row("last linear starts small, not at zero", "--start small"),
         Row("deformable attention starts on own features",
-            "--start points --interaction deformable-multi"),
+            f"{RESAMPLE} --start points"),
+        Row("1,4 of six layers, at rate 4e-3", f"{OURS} --remember 1,4 --remember-lr 4e-3"),
         Row("one module, windows of 1", f"{ONE} --window 1"),
         Row("one module, at rate 2e-3", f"{ONE} --remember-lr 2e-3"),
         Row("one module, the deepest level", f"{ONE} --levels 6"),
@@ -158,26 +173,37 @@ TABLES = {
         Row("one module, four levels, four times the steps",
             f"{ONE} --levels 1,2,4,6 --epochs 4"),
         Row("heads start evenly, twice the steps", f"{EVEN} --epochs 2"),
-        Row("deformable attention, twice the steps", "--interaction deformable-multi --epochs 2"),
+        Row("deformable attention, twice the steps", f"{RESAMPLE} --epochs 2"),
     ],
 }
 
-# What docs/evidence.md subtracts seed by seed: the flags of one model, and of another.
+# What docs/evidence.md subtracts seed by seed.
 PAIRS = {
-    "A.A.P - no compression": (AAP, MLP),
-    "ours - A.A.P": (OURS, AAP),
-    "one module - A.A.P": (ONE, AAP),
-    "PixelShuffle - A.A.P": (SHUFFLE, AAP),
-    "heads start evenly - A.A.P": (EVEN, AAP),
-    "ours - one module": (OURS, ONE),
-    "ours - PixelShuffle": (OURS, SHUFFLE),
-    "PixelShuffle with - without Vision Remember": (f"{OURS} --projector pixelshuffle", SHUFFLE),
-    "Defor Attn with - without Vision Remember": (f"{OURS} --projector deformable", DEFORMABLE),
-    "LDPv2 with - without Vision Remember": (f"{OURS} --projector ldpv2", LDPV2),
-    "ours with windows of 4 - of 2": (f"{OURS} --window 4", OURS),
-    "ours - (A.A.P, twice the steps)": (OURS, f"{AAP} --epochs 2"),
-    "one module - A.A.P, both twice the steps": (f"{ONE} --epochs 2", f"{AAP} --epochs 2"),
-    "one module - A.A.P, both four times the steps": (f"{ONE} --epochs 4", f"{AAP} --epochs 4"),
+    "A.A.P - no compression": Pair(AAP, MLP),
+    "ours - no compression": Pair(OURS, MLP),
+    "ours - A.A.P": Pair(OURS, AAP),
+    "one module - A.A.P": Pair(ONE, AAP),
+    "PixelShuffle - A.A.P": Pair(SHUFFLE, AAP),
+    "LDPv2 - A.A.P": Pair(LDPV2, AAP),
+    "heads start evenly - A.A.P": Pair(EVEN, AAP),
+    "ours - one module": Pair(OURS, ONE),
+    "ours - PixelShuffle": Pair(OURS, SHUFFLE),
+    "PixelShuffle with - without Vision Remember": Pair(SHUFFLE_VR, SHUFFLE),
+    "Defor Attn with - without Vision Remember": Pair(DEFORMABLE_VR, DEFORMABLE),
+    "LDPv2 with - without Vision Remember": Pair(LDPV2_VR, LDPV2),
+    "SELA - Defor Attn, to remember with": Pair(OURS, RESAMPLE),
+    "SELA - Global Attn": Pair(OURS, GLOBAL),
+    "SELA whose heads start evenly - Defor Attn": Pair(EVEN, RESAMPLE),
+    "ours with windows of 4 - of 2": Pair(f"{OURS} --window 4", OURS),
+    "ours - PDrop": Pair(OURS, MLP, "--prune pdrop"),
+    "ours - FastV": Pair(OURS, MLP, "--prune fastv"),
+    "ours - FastV at the cost of ours": Pair(OURS, MLP, LIKE_OURS),
+    "A.A.P - no compression, at 1/16": Pair(AAP_16, MLP),
+    "with - without Vision Remember, both at 1/16": Pair(OURS_16, AAP_16),
+    "ours - (A.A.P, twice the steps)": Pair(OURS, f"{AAP} --epochs 2"),
+    "one module - A.A.P, both twice the steps": Pair(f"{ONE} --epochs 2", f"{AAP} --epochs 2"),
+    "one module - A.A.P, both four times the steps":
+        Pair(f"{ONE} --epochs 4", f"{AAP} --epochs 4"),
 }
 
 

@@ -253,12 +253,12 @@ def score_table(rows, lines, columns):
 
 
 def paired_table(pairs, lines):
-    """{label: (flags of a model, flags of another)} -> how far the first scores above the second,
-    seed by seed, as lines of Markdown."""
+    """{label: plan.Pair} -> how far the first scores above the other, seed by seed, as lines of
+    Markdown."""
     found = []
     for label, pair in pairs.items():
-        one, other = ({line["seed"]: line for line in of_flags(flags, "", lines)}
-                      for flags in pair)
+        one, other = ({line["seed"]: line for line in of_flags(*system, lines)}
+                      for system in ((pair.flags, ""), (pair.other, pair.other_ask)))
         seeds = sorted(one.keys() & other.keys())
         cells = [label, str(len(seeds))]
         for score_of in PAIR_COLUMNS.values():
@@ -300,8 +300,8 @@ def coarse(line):
     return None if None in others else statistics.mean(others)
 
 
-PAIR_COLUMNS = {"Avg": partial(score_in, "scores", "Avg"), "fine half": fine, "coarse half": coarse,
-                "Vision-Centric": partial(score_in, "scores", "Vision-Centric")}
+PAIR_COLUMNS = {"fine half": fine, "coarse half": coarse} | {
+    name: partial(score_in, "scores", name) for name in COLUMNS if name != FINE}
 
 
 def shares(mine, lines):
