@@ -76,8 +76,8 @@ class ImagePlan:
         # The cell under the centre of token i: floor((i + 1/2) * full / kept), in integers.
         row = top + (2 * np.arange(rows)[:, None] + 1) * full_rows // (2 * rows)      # (rows, 1)
         column = left + (2 * np.arange(columns) + 1) * full_columns // (2 * columns)  # (columns,)
-        tile = first + 1 + row // p * self.grid[0] + column // p             # (rows, columns)
-        cells = np.stack(np.broadcast_arrays(tile, row % p, column % p), -1)
+        number = first + 1 + row // p * self.grid[0] + column // p           # (rows, columns)
+        cells = np.stack(np.broadcast_arrays(number, row % p, column % p), -1)
         cells = np.insert(cells, columns, -1, axis=1)            # (rows, columns + 1, 3)
         return np.concatenate([base, cells.reshape(-1, 3)])
 
@@ -512,8 +512,8 @@ class Order:
 
     def global_batch(self, step):
         """(at most `batch`,) the records of 0-based `step`; the last of an epoch may be smaller."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return self.epoch(epoch)[place * self.batch:(place + 1) * self.batch]
+        epoch, number = divmod(step, self.steps_per_epoch)
+        return self.epoch(epoch)[number * self.batch:(number + 1) * self.batch]
 
     def micro_batches(self, step, micro, rank, world, most_tiles=math.inf):
         """This rank's share of a step: lists of at most `micro` records and `most_tiles` tiles (a

@@ -14,7 +14,7 @@ files of your own questions (docs/own_data.md), which are called own-<name of th
 Prints a table (score and standard error in points of 100; MME-P 0..2000) and writes, into --out
 (default <model>/eval): chartqa.jsonl, a line per sample in the order of the dataset;
 chartqa_blind.jsonl, the same with every picture replaced by a grey one of its size (a model that
-uses its eyes scores clearly more); results.json, in lmms-eval's key names; with --report,
+uses the picture scores clearly more); results.json, in lmms-eval's key names; with --report,
 report.html. Answers go to <out>/answers as they come: a run that was stopped goes on where it was.
 --compare reads two such folders, of models that were asked the same.
 
@@ -26,8 +26,8 @@ then by default <model>/eval-fastv-K2-R0.5 or <model>/eval-remembernone.
 Decoding is greedy, prompts and limits are those of lmms-eval v0.3.4, but for two limits that
 docs/evaluation.md names. In float32 answers do not depend on --batch or the number of ranks; in
 bfloat16 sums round differently in another batch, and a near tie may turn out otherwise. --precision
-auto takes bfloat16 on a GPU, and on a CPU for models from 0.5b on if it is at least 1.5 times as
-fast there. Nothing is downloaded here.
+auto is explained in compared/precision.py; answers that are there decide first. Nothing is
+downloaded here.
 """
 import argparse
 import functools
@@ -74,7 +74,7 @@ class Run:
 
     argparse also sets the flags of compared/choices.py on it.
     """
-    task: list = field(default_factory=list)    # words of the command line, see `tasks`
+    task: list = field(default_factory=list)    # words of the command line: `tasks_of`
     metric: str | None = None       # of own questions
     images: Path | None = None      # where their pictures lie
     preset: str = "0.5b"
@@ -112,7 +112,8 @@ def arguments(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", nargs="+", action="extend",
-        help=f"of: {', '.join([*TASKS, *groups(), 'all'])}; or your own questions, a .jsonl")
+        help=f"of: {', '.join([*TASKS, *groups(), 'all'])}; or your own questions, a .jsonl; "
+             "default: chartqa")
     add("--metric", choices=own.METRICS, help="how replies to your own questions are scored")
     add("--images", type=Path, help="folder of their pictures (default: beside the file)")
     add("--preset", choices=PRESETS, help="sets the three defaults below")

@@ -214,7 +214,7 @@ class LLaVAVR(nn.Module):
     def remember(self, layer, x, memory):
         """Before decoder layer `layer` vision tokens look back at a Memory (Sec. 4.3).
 
-        x (B, T, d) -> (B, T, d); all but vision tokens passes unchanged.
+        x (B, T, d) -> (B, T, d); text and newlines pass unchanged.
         """
         if layer not in self.config.remember:
             return x
@@ -364,7 +364,7 @@ class LLaVAVR(nn.Module):
         with torch.device("meta"):                                       # shapes only
             vision = CLIPVision(config.vision, config.levels, config.saliency).to(dtype)
             text = Qwen2(config.text).to(dtype)
-        # on the CPU, or nowhere where the caller asks for torch.device("meta"): train.build_model
+        # on the CPU, or on meta where train.build_model asks for it
         vision.to_empty(device=torch.get_default_device())
         text.to_empty(device=torch.get_default_device()).tie()
         model = cls(config, vision, text).to(dtype)
@@ -391,7 +391,7 @@ class LLaVAVR(nn.Module):
 
         whole: False leaves out the ViT and the decoder that `from_parts` read: both stayed frozen.
             config.json then says where they lie and how to recognise them (weights.fingerprint).
-        state: what to write instead of state_dict(), where weights lie in shards: gathered ones.
+        state: what to write instead of state_dict(): see train.finish.
         """
         parts = {} if whole else self.parts
         tensors = {name: tensor for name, tensor in (state or self.state_dict()).items()
@@ -410,7 +410,7 @@ def shared_prefixes(samples, with_question=False):
 
     Each prefix is listed once; prefix_of (B,) says with which of them a prompt begins. Benchmarks
     ask several questions about a picture, and asked blind, pictures of one size are all the same
-    grey: the model then reads it once, which is most of what a short answer costs.
+    grey. Reading it is most of what a short answer costs, so the model reads it once.
     with_question: the prefix is all but the last token of a prompt.
     """
     prefixes, prefix_of, rests = {}, [], []

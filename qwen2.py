@@ -74,7 +74,7 @@ class Qwen2Config:
         for field in fields(cls):
             if config.get(field.name) is not None:
                 found[field.name] = config[field.name]
-            elif field.default is MISSING or field.name == "rope_theta":     # HF's is 1e4
+            elif field.default is MISSING or field.name == "rope_theta":     # HF: 1e4, we: 1e6
                 raise ValueError(f"{field.name} is missing")
         self = cls(**found)
         if config.get("head_dim") not in (None, self.head_dim):
@@ -227,7 +227,7 @@ def rotate(x, cos, sin):
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square, in float32: in half precision squares overflow."""
+    """Divide by the root mean square, in float32; round, then weigh. nn.RMSNorm rounds last."""
 
     def __init__(self, size, eps):
         super().__init__()

@@ -32,8 +32,8 @@ class Sampler:
     temperature: logits are divided by it. Near 0 the most likely token is always drawn, at 1 each
         token with the probability that the model gives it, above 1 they come more evenly.
     top_p: only the fewest tokens that together have this probability (arXiv:1904.09751).
-    seed: row r of a batch is drawn with seed + r, as it would be alone. So the same question asked
-        several times in a batch gets several answers, and each can be repeated.
+    seed: row r of a batch is drawn with seed + r, as it would be alone with that seed. So the same
+        question asked several times in a batch gets several answers; each can be repeated.
     Raises ValueError for values without meaning.
     """
 
@@ -60,8 +60,8 @@ class Sampler:
         kept = torch.where(before < self.top_p, probs, 0)                # at least the first
         ends = kept.cumsum(-1)                                           # (B, V)
         place = torch.searchsorted(ends, draws * ends[:, -1:], right=True)       # (B, 1)
-        last = (kept > 0).sum(-1, keepdim=True) - 1                      # (B, 1)
-        return tokens.gather(-1, place.minimum(last)).squeeze(-1)        # rounding stays inside
+        last = (kept > 0).sum(-1, keepdim=True) - 1                      # (B, 1) if sums overshoot
+        return tokens.gather(-1, place.minimum(last)).squeeze(-1)
 
 
 # --------------------------------------------------------------------------- the command line

@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 
 def width_of_heads(C):
     """D, the width of a head. Paper silent: we take 64, as CLIP-L and Qwen2-0.5B have, and C/4
-    where that is less: each of a token's four features needs a head."""
+    where that is less, so that attention C wide has a head for each of a token's four features."""
     return min(64, C // 4)
 
 
@@ -71,11 +71,11 @@ class VisionRemember(nn.Module):
     Raises ValueError if windows do not tile tokens and features, or heads do not divide E.
     """
 
-    def __init__(self, sizes, window=2, join="residual", head_width=None):
+    def __init__(self, sizes, window=2, join="residual"):
         super().__init__()
         d, C, L, p, g = sizes
         E, r = L * C, sizes.reach(window)
-        head_width = head_width or width_of_heads(C)
+        head_width = width_of_heads(C)
         if E % head_width:
             raise ValueError(f"{L} levels of width {C} do not divide into heads of width "
                              f"{head_width}")

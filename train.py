@@ -8,9 +8,9 @@
     python train.py --from runs/0.5b/phase2 --name mine --data my.json    # from a model on own data
     python train.py --preset tiny --resume               # goes on where a stopped run was saved
 
-Without --phase, 1 and 2 run one after the other. runs/<preset>/phase1 and phase2 hold the finished
-models with log.jsonl, one line a step; phase1.partial holds log and checkpoints while a phase runs.
-Ctrl-C or SIGTERM saves and ends the run. Read the recipes first, then `train`, the loop.
+Without --phase, 1 and 2 run in order; with --from, 2 alone. runs/<preset>/phase1 and phase2 hold
+the finished models with log.jsonl, one line a step; phase1.partial holds log and checkpoints while
+a phase runs. Ctrl-C or SIGTERM saves and ends the run. Read the recipes first, then `train`.
 """
 import argparse
 import contextlib
@@ -336,9 +336,9 @@ class Samples:
 
 
 def batches_of(run, samples, order, first, stop):
-    """Yields (step, this rank's micro-batches, counts) from step `first` on. counts: what all ranks
-    have together: targets, tokens, samples, records skipped, ranks that are asked to stop, and
-    whether a checkpoint is due, by --save-every and --keep-every or by the clock of rank 0."""
+    """Yields (step, this rank's micro-batches, counts) from step `first` on. counts: of all ranks
+    targets, tokens, samples, records skipped, ranks that are asked to stop, and whether a checkpoint
+    is due, by --save-every and --keep-every or rank 0's clock; waited: seconds of this rank."""
     def share(step):
         recipe = run.recipe
         return order.micro_batches(step, recipe.micro, run.rank, run.world, recipe.most_tiles)
@@ -364,7 +364,7 @@ def batches_of(run, samples, order, first, stop):
                             tokens=sum(batch.input_ids.numel() for batch in batches),
                             samples=sum(len(batch.packed) for batch in batches),
                             skipped=len(problems), asked=stop.is_set(), due=due or late)
-            counts.waited = waited                                  # seconds, of this rank
+            counts.waited = waited
             if counts.due:
                 saved = time.monotonic()
             yield step, batches, counts
@@ -608,7 +608,7 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--phase", choices=RECIPES, help="default: 1 and 2, in order")
+    add("--phase", choices=RECIPES, help="default: 1 and 2, in order; with --from 2")
     add("--preset", choices=PRESETS, help="default: that of --from, else 0.5b")
     choices.add_beginning(parser)
     add("--clip", help="folder of the CLIP weights (phase 1)")
@@ -671,11 +671,11 @@ def join_ranks():
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
-        # torchrun's store keeps what killed ranks said: each restart meets under its own prefix
+        # torchrun's store keeps the keys of killed ranks, so each restart has its own prefix
         store = next(dist.rendezvous("env://", rank, world))[0]
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                timeout=timedelta(minutes=10))      # checkpoint.from_all: hours
+                                timeout=timedelta(minutes=10))      # from_all waits for hours
     if rank > 0:
         sys.stdout = open(os.devnull, "w")                          # rank 0 prints for all
     return rank, world, device
@@ -699,7 +699,7 @@ def main(argv=None):
         for run in runs:
             if not train(run, stop):
                 break
-            gc.collect()                                        # FSDP's modules hold each other
+            gc.collect()                                        # FSDP leaves reference cycles
     if world > 1:                       # not on the way out of an error: NCCL waits for peers then
         dist.destroy_process_group()
 

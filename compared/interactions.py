@@ -38,7 +38,8 @@ def heads_of(width, head_width):
     return width // head_width
 
 
-# How fresh modules may start: the name that ends the parameters it changes, "" for none.
+# How fresh modules may start: what the names of the parameters that it changes end with. "own"
+# changes none.
 STARTS = {"own": "", "even": "position_bias", "mixed": "v_proj.weight", "small": "down.weight",
           "points": "sampling_offsets.bias"}
 
@@ -51,7 +52,7 @@ def start(insertions, way):
         last linear at zero
     even: as own, but heads look at all features alike
     mixed: as own, but values are small random mixtures of all levels, as torch starts a linear
-    small: as own, but the last linear is drawn from N(0, 0.02)
+    small: as own, but the last linear is normal, of standard deviation 0.02
     points: as own, and heads of deformable attention start on features of their own, too
 
     Raises ValueError for another word, and for a way that changes nothing in these modules.
@@ -96,19 +97,19 @@ class Global(VisionRemember):
     is ignored. 52,705,024 and 56,638,464 parameters.
     """
 
-    def __init__(self, sizes, window=None, join="residual", head_width=None):
+    def __init__(self, sizes, window=None, join="residual"):
         p, g = sizes.side, sizes.feature_side
         # VisionRemember makes windows and a bias, which are replaced below: the smallest that tile
         smallest = p // math.gcd(p, g)
-        super().__init__(sizes, smallest, join, head_width)
+        super().__init__(sizes, smallest, join)
         self.position_bias = None
-        head_width = head_width or width_of_heads(sizes.level_width)
+        head_width = width_of_heads(sizes.level_width)
         self.token_windows = Windows(p, p, head_width)
         self.feature_windows = Windows(g, g, head_width)
-        # no head has a feature of its own, so all channels of the deepest level are told
+        # no head has a feature of its own, so all channels of the deepest level are read
         heads = sizes.levels * sizes.level_width // head_width
-        alone = deepest_level(sizes._replace(side=g), heads, head_width)
-        self.v_proj.weight = nn.Parameter(alone)
+        weight = deepest_level(sizes._replace(side=g), heads, head_width)
+        self.v_proj.weight = nn.Parameter(weight)
 
 
 class Deformable(nn.Module):
@@ -169,10 +170,10 @@ class Deformable(nn.Module):
 class WindowKeys(nn.Module):
     """Keys and values of all windows, from all levels, C wide. ValueError: see Sizes.reach."""
 
-    def __init__(self, sizes, window, head_width=None):
+    def __init__(self, sizes, window):
         super().__init__()
         C, L = sizes.level_width, sizes.levels
-        head_width = head_width or width_of_heads(C)
+        head_width = width_of_heads(C)
         self.level_norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(L))
         self.k_proj = nn.Linear(L * C, C, bias=False)
         self.v_proj = nn.Linear(L * C, C, bias=False)
@@ -198,10 +199,10 @@ class WindowAttention(nn.Module):
     Raises ValueError where windows do not tile the tile, or heads do not divide C.
     """
 
-    def __init__(self, sizes, window, head_width=None):
+    def __init__(self, sizes, window):
         super().__init__()
         C = sizes.level_width
-        head_width = head_width or width_of_heads(C)
+        head_width = width_of_heads(C)
         heads = heads_of(C, head_width)
         self.side, self.window = sizes.side, window                      # p, s
         self.q_proj = nn.Linear(C, C, bias=False)
@@ -227,12 +228,12 @@ class Narrow(nn.Module):
     6,297,600 parameters, without what is shared.
     """
 
-    def __init__(self, sizes, window=2, join="residual", head_width=None):
+    def __init__(self, sizes, window=2, join="residual"):
         super().__init__()
         d, C = sizes.width, sizes.level_width
         self.norm = nn.RMSNorm(d, eps=1e-6)
         self.up = two_layers(d, C)
-        self.attention = WindowAttention(sizes, window, head_width)
+        self.attention = WindowAttention(sizes, window)
         self.down = Join(C, d, join)
 
     def forward(self, x, memory):
@@ -249,10 +250,10 @@ class NarrowInsertions(Insertions):
     attention instead of two, it would be 14.2 M and 4.8 GMAC.
     """
 
-    def __init__(self, layers, sizes, window=2, join="residual", head_width=None):
-        super().__init__(Narrow, layers, sizes, window, join, head_width)
+    def __init__(self, layers, sizes, window=2, join="residual"):
+        super().__init__(Narrow, layers, sizes, window, join)
         if layers:
-            self["shared"] = WindowKeys(sizes, window, head_width)
+            self["shared"] = WindowKeys(sizes, window)
 
     def prepare(self, memory, batch, embedded):
         """A Memory -> the same with keys and values, each (w, A, r*r, D), as its features."""
@@ -291,13 +292,14 @@ class DeepStackInsertions(Insertions):
     """The first insertion adds group 0, the next group 1; after the last group, 0 comes again.
 
     `window` is ignored. Raises ValueError for join "replace", where p does not divide g, and where
-    the projector is more than an MLP on each feature: it needs a method project(features (t, n, C))
-    -> (t, n, d), as AAP and MLP have.
+    the projector is more than an MLP on each feature: it needs a method
+    project(features (t, p*p, C)) -> (t, p*p, d), as AAP and MLP have.
     """
 
     def __init__(self, layers, sizes, window=None, join="residual"):
         only_adds("deepstack", join)
-        modules = {str(layer): DeepStack(sizes, n) for n, layer in enumerate(sorted(layers))}
+        modules = {str(layer): DeepStack(sizes, number)
+                   for number, layer in enumerate(sorted(layers))}
         nn.ModuleDict.__init__(self, modules)
 
     def check(self, projector):
@@ -310,9 +312,9 @@ class SVA(nn.Module):
     """Cambrian's spatial vision aggregator: a token looks at its own k*k features in each level.
 
     cambrian-mllm/cambrian cambrian/model/vision_sampler.py, cambrian_arch.py. The query is the
-    token beside a mean over its tile. Each level has its own keys and values. Heads of width 64
-    (16 there), norms before q, k, v, no biases, and a learned vector for each place, N(0, 1) at
-    first, added to the features. `window` is ignored.
+    token beside a mean over its tile. Each level has its own keys and values. Heads of width
+    64 (16 of them there), norms before q, k, v, no biases, and a learned vector for each place,
+    N(0, 1) at first, added to the features. `window` is ignored.
 
     Cambrian's levels are encoders, each behind an MLP and a norm, and the mean is of the first.
     We take: a LayerNorm for each level in place of MLP and norm, and the mean of the deepest level,
@@ -324,11 +326,11 @@ class SVA(nn.Module):
     not divide C.
     """
 
-    def __init__(self, sizes, window=None, join="residual", head_width=64):
+    def __init__(self, sizes, window=None, join="residual"):
         super().__init__()
         only_adds("sva", join)
         d, C, L, p, _ = sizes
-        self.side, self.heads = p, heads_of(C, head_width)
+        self.side, self.heads = p, heads_of(C, 64)
         self.blocks = Blocks(sizes)
         self.level_norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(L))
         self.proj_context = nn.Linear(C, C, bias=False)
@@ -388,16 +390,16 @@ class SampleAttention(nn.Module):
     Raises ValueError where heads do not divide C.
     """
 
-    def __init__(self, width, head_width=64):
+    def __init__(self, width):
         super().__init__()
-        self.heads = heads_of(width, head_width)
+        self.heads = heads_of(width, width_of_heads(width))
         square = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = square
 
     def forward(self, h, guides, counts):
         """Tokens h (n, C), sample by sample, as many as counts say; guides (samples, C) -> (n, C).
 
-        Each sample by itself, so that none sees another. A text has no tokens here.
+        Each sample by itself, so that none sees another. A sample without a picture has none.
         """
         samples = zip(h.split(counts), guides.split(1))
         found = [self.attend(tokens, guide) for tokens, guide in samples if len(tokens)]
@@ -430,17 +432,17 @@ class Bidirectional(nn.Module):
     only looked at; and SELA's zero start. 16,400,128 and 18,367,488 parameters.
     """
 
-    def __init__(self, sizes, window=2, join="residual", head_width=None):
+    def __init__(self, sizes, window=2, join="residual"):
         super().__init__()
         d, C = sizes.width, sizes.level_width
         self.norm = nn.RMSNorm(d, eps=1e-6)
         self.up = two_layers(d, C)
-        self.window_keys = WindowKeys(sizes, window, head_width)
+        self.window_keys = WindowKeys(sizes, window)
         self.cross_norm = nn.LayerNorm(C)
-        self.cross_attention = WindowAttention(sizes, window, head_width)
+        self.cross_attention = WindowAttention(sizes, window)
         self.guide = nn.Linear(d, C)
         self.self_norm = nn.LayerNorm(C)
-        self.self_attention = SampleAttention(C, head_width or width_of_heads(C))
+        self.self_attention = SampleAttention(C)
         self.down = Join(C, d, join)
 
     def forward(self, x, memory):
@@ -483,14 +485,14 @@ def question_mean(ids, labels, embedded):
     """Ids and labels (T,) of a sample, embedded (T, d) -> the mean of its question (d,), or zeros.
 
     The question is the text between the first picture and the next trained token: earlier answers
-    are trained ones, in a prompt, too. The last of its tokens, a line break, is left out, because
+    count as trained in a prompt, too. The last of its tokens, a line break, is left out, because
     `generate` reads it apart. So training and answering take the mean of the same tokens.
     """
     is_image = ids < 0                                                   # (T,) data.IMAGE
     begun = is_image.cumsum(0) > 0
     trained = begun & (labels >= 0)                                      # data.IGNORE is below 0
-    told = F.pad(trained[1:], (0, 1))                        # by the token before
-    asks = begun & ~is_image & (told.cumsum(0) == 0)                     # (T,)
+    predicts = F.pad(trained[1:], (0, 1))                    # (T,) the next token is trained
+    asks = begun & ~is_image & (predicts.cumsum(0) == 0)                     # (T,)
     total = (embedded * asks.unsqueeze(1)).sum(0)                        # (d,)
     return total / asks.sum().clamp(min=1)
 

@@ -2,7 +2,7 @@
 
     B   rows of a batch                     A   attention heads, D their width
     T   tokens of a row, padded right       G   key/value heads
-    M   places of a cache to look at        N   image places of a row: vision tokens and newlines
+    M   places of a cache to look at        I   image places of a row: vision tokens and newlines
     d   width of the LLM                    V   vocabulary rows
 
     python eval.py --task all --model FOLDER --prune fastv:K=2,R=0.5        # rules: see parse_rule
@@ -32,7 +32,7 @@ class Drop(NamedTuple):
     """Image tokens are dropped before decoder layer `before` (from 0)."""
     before: int
     ranked_by: int              # the layer whose attention ranks them
-    share: float                # of the N tokens that a row began with: so many stay
+    share: float                # of a row's I image tokens that stay
 
 
 def _whole_numbers(text):
@@ -56,34 +56,34 @@ class FastV:
     renumbers = False
 
     @classmethod
-    def default(cls, layers):
+    def default(cls, depth):
         """Half of the tokens from layer 2 on, in a decoder of any depth."""
         return cls()
 
     @classmethod
-    def matched(cls, layers):
-        """R for which layers see a quarter of the image tokens in the mean. K is 2, or 1 where two
+    def matched(cls, depth):
+        """R for which layers see a quarter of the image tokens on average. K is 2, or 1 where two
         layers would use that up."""
-        if layers < 5:
-            raise ValueError(f"needs a decoder of 5 layers or more, not of {layers}")
-        K = min(2, (layers - 1) // 4)
-        return cls(K, R=1 - (layers / 4 - K) / (layers - K))
+        if depth < 5:
+            raise ValueError(f"needs a decoder of 5 layers or more, not of {depth}")
+        K = min(2, (depth - 1) // 4)
+        return cls(K, R=1 - (depth / 4 - K) / (depth - K))
 
     def __str__(self):
         return f"fastv:K={self.K},R={self.R}"
 
-    def drops(self, layers):
+    def drops(self, depth):
         """-> [Drop] in a decoder of so many layers. ValueError where the rule does not fit it."""
-        if not (1 <= self.K < layers and 0 <= self.R <= 1):
-            raise ValueError(f"K must be from 1 to {layers - 1}, and R from 0 to 1")
+        if not (1 <= self.K < depth and 0 <= self.R <= 1):
+            raise ValueError(f"K must be from 1 to {depth - 1}, and R from 0 to 1")
         return [Drop(before=self.K, ranked_by=self.K - 1, share=1 - self.R)]
 
 
 @dataclass(frozen=True)
 class PyramidDrop:
-    """After so many `layers` have run, so large a ratio of the first N tokens stays (CVPR 2025).
+    """Before each of `layers` a smaller ratio of a row's I image tokens is left (CVPR 2025).
 
-    The layer that comes next ranks them. After a drop, positions are counted anew from 0.
+    That layer ranks them. After a drop, positions are counted anew from 0.
     """
     layers: tuple
     ratios: tuple = (0.5, 0.25, 0.125)
@@ -92,24 +92,24 @@ class PyramidDrop:
     renumbers = True
 
     @classmethod
-    def default(cls, layers):
+    def default(cls, depth):
         """Drops at the quarter points: after 8, 16 and 24 of 32 layers, as in its paper."""
-        return cls(tuple(layers * quarter // 4 for quarter in (1, 2, 3)))
+        return cls(tuple(depth * quarter // 4 for quarter in (1, 2, 3)))
 
     @classmethod
-    def matched(cls, layers):
-        """Drops for which layers see a quarter of the image tokens in the mean.
+    def matched(cls, depth):
+        """Drops for which layers see a quarter of the image tokens on average.
 
         At the quarter points the first stage alone would use that up. So two layers see all tokens,
-        or one of less than nine. The others are three stages, each with half of the tokens of the
-        stage before.
+        or one, if there are fewer than nine. The others are three stages, each with half of the
+        tokens of the stage before.
         """
-        if layers < 6:
-            raise ValueError(f"needs a decoder of 6 layers or more, not of {layers}")
-        full = min(2, (layers - 1) // 4)                # layers that see all
-        stage = -(-(layers - full) // 3)                # rounded up; the first takes what is left
-        first = layers - full - 2 * stage
-        ratio = (layers / 4 - full) / (first + stage / 2 + stage / 4)
+        if depth < 6:
+            raise ValueError(f"needs a decoder of 6 layers or more, not of {depth}")
+        full = min(2, (depth - 1) // 4)                # layers that see all
+        stage = -(-(depth - full) // 3)                # rounded up; the first takes what is left
+        first = depth - full - 2 * stage
+        ratio = (depth / 4 - full) / (first + stage / 2 + stage / 4)
         return cls((full, full + first, full + first + stage), (ratio, ratio / 2, ratio / 4))
 
     def __str__(self):
@@ -117,15 +117,15 @@ class PyramidDrop:
         ratios = "/".join(str(ratio) for ratio in self.ratios)
         return f"pdrop:layers={layers},ratios={ratios}"
 
-    def drops(self, layers):
+    def drops(self, depth):
         """-> [Drop] in a decoder of so many layers. ValueError where the rule does not fit it."""
         rise = list(self.layers) == sorted(set(self.layers))
         fall = list(self.ratios) == sorted(self.ratios, reverse=True)
-        layers_fit = rise and all(1 <= layer < layers for layer in self.layers)
+        layers_fit = rise and all(1 <= layer < depth for layer in self.layers)
         ratios_fit = fall and all(0 <= ratio <= 1 for ratio in self.ratios)
         if not (layers_fit and ratios_fit and len(self.layers) == len(self.ratios)):
             raise ValueError("give as many ratios as layers; layers must rise and be from 1 to "
-                             f"{layers - 1}, ratios must fall and be from 1 to 0")
+                             f"{depth - 1}, ratios must fall and be from 1 to 0")
         return [Drop(before=layer, ranked_by=layer, share=ratio)
                 for layer, ratio in zip(self.layers, self.ratios)]
 
@@ -134,14 +134,14 @@ class PyramidDrop:
 RULES = {"fastv": FastV, "pdrop": PyramidDrop}
 
 
-def parse_rule(text, layers):
+def parse_rule(text, depth):
     """A rule for a decoder of so many layers. ValueError, in one line, for a wrong one.
 
         fastv:K=2,R=0.5     layers from 2 on see half of the image tokens; the same as fastv
         pdrop               1/2, 1/4 and 1/8 of them stay after each quarter of the layers
         pdrop:layers=7/14/21,ratios=0.5/0.25/0.125          the same in a decoder of 28 layers
-        fastv:match         layers see 25 % of them in the mean: the cost of a projector that
-        pdrop:match         keeps a quarter, so the two can be compared
+        fastv:match, pdrop:match    layers see a quarter of them on average, which costs as much as
+                                    a projector that keeps a quarter
 
     str(rule) writes all numbers out, and can be parsed again.
     """
@@ -153,10 +153,10 @@ def parse_rule(text, layers):
     try:
         if given == "match" and not hasattr(kind, "matched"):
             raise ValueError("has no form that matches 4x compression")
-        rule = kind.matched(layers) if given == "match" else kind.default(layers)
+        rule = kind.matched(depth) if given == "match" else kind.default(depth)
         if colon and given != "match":
             rule = replace(rule, **_read_pairs(given, kind.reads))
-        rule.drops(layers)
+        rule.drops(depth)
     except ValueError as error:
         raise ValueError(f"pruning rule {text!r}: {error}") from None
     return rule
@@ -233,7 +233,7 @@ class PrunedQwen2:
         """
         places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)    # (B, T)
         rows = Rows(x, is_image, places, places, lengths)
-        totals = is_image.sum(1).tolist()                                # N of each row
+        totals = is_image.sum(1).tolist()                                # I of each row
         stages = []
         for index, layer in enumerate(self.decoder.model.layers):
             if index in self.rankers:
@@ -333,7 +333,7 @@ class PrunedLLaVAVR(LLaVAVR):
 
     @classmethod
     def from_pretrained(cls, folder, rule, dtype=torch.float32):
-        """As LLaVAVR's. rule: a text, see `parse_rule`. A wrong one is told before loading."""
+        """As LLaVAVR's. rule: a text, see `parse_rule`. A wrong one is refused before loading."""
         rule = read_rule(rule, folder)
         return super().from_pretrained(folder, dtype).prune_by(rule)
 

@@ -13,14 +13,14 @@ from data import plan_image
 from helpers import ROOT, randomise
 from sela import Memory, Sizes, VisionRemember, deepest_level, own_features
 
-SIDE, FEATURES, WINDOW, WIDTH, LEVEL = 4, 8, 2, 12, 8               # p, g, s, d, C; so r = 4, two levels, heads of 4
+SIDE, FEATURES, WINDOW, WIDTH, LEVEL = 4, 8, 2, 12, 16              # p, g, s, d, C; so r = 4, two levels, 8 heads of 4
 
 SIZES = Sizes(WIDTH, LEVEL, levels=2, side=SIDE, feature_side=FEATURES)
 
 
 def module(window=WINDOW, std=0.5):
     """A module with random weights, also in `down` and in the position bias, which start as zeros."""
-    made = VisionRemember(SIZES, window, head_width=4)
+    made = VisionRemember(SIZES, window)
     return randomise(made, std)
 
 
@@ -59,7 +59,7 @@ def what_matters(remember, cells, tiles):
 
 def test_it_starts_as_if_it_were_not_there():
     """The last linear is zero: a model gains Vision Remember without losing what it knew. Bit for bit, not nearly."""
-    remember = VisionRemember(SIZES, WINDOW, head_width=4)
+    remember = VisionRemember(SIZES, WINDOW)
     cells = all_cells(3)
     x, features, saliency = inputs(cells, 3)
     assert torch.equal(remember(x, Memory(features, saliency, cells)), x)
@@ -96,7 +96,7 @@ def test_it_is_the_equations_written_token_by_token():
     remember, cells = module(), all_cells(2)[torch.randperm(32)[:25]]
     x, features, saliency = inputs(cells, 2)
     assert remember.position_bias.abs().max() > 0.1, "a bias of zero would prove nothing"
-    heads, width, reach = 4, 4, WINDOW * FEATURES // SIDE
+    heads, width, reach = 8, 4, WINDOW * FEATURES // SIDE
     expected = []
     for i, (tile, row, column) in enumerate(cells.tolist()):
         rms = (x[i].square().mean() + 1e-6).sqrt()
@@ -160,13 +160,13 @@ def test_tokens_that_were_unpadded_away_change_nothing_for_the_others():
 @pytest.mark.parametrize("sizes, choices, complaint", [
     (SIZES, dict(window=3), "windows of 3x3 tokens do not tile 4x4"),
     (SIZES._replace(feature_side=6), dict(window=1), "do not tile 4x4 tokens over 6x6"),
-    (SIZES, dict(head_width=5), "heads of width 5"),
+    (SIZES._replace(level_width=14, levels=1), dict(), "1 levels of width 14 do not divide into heads of width 3"),
     (SIZES, dict(join="add"), "join 'add' is unknown: use one of residual, replace")])
 def test_choices_that_do_not_fit_are_refused(sizes, choices, complaint):
     """With the numbers, in one line; a view error from inside the forward would name neither."""
-    VisionRemember(SIZES, window=2, head_width=4)
+    VisionRemember(SIZES, window=2)
     with pytest.raises(ValueError, match=complaint) as caught:
-        VisionRemember(sizes, **{"window": 2, "head_width": 4, **choices})
+        VisionRemember(sizes, **{"window": 2, **choices})
     assert "\n" not in str(caught.value)
 
 
@@ -174,8 +174,8 @@ def test_replacing_forgets_the_token_and_does_not_start_at_zero():
     """Without a residual a last linear of zeros would be a token of zeros."""
     cells = all_cells(1)
     x, features, saliency = inputs(cells, 1)
-    replaces = VisionRemember(SIZES, WINDOW, "replace", head_width=4)
-    adds = VisionRemember(SIZES, WINDOW, head_width=4)
+    replaces = VisionRemember(SIZES, WINDOW, "replace")
+    adds = VisionRemember(SIZES, WINDOW)
     assert replaces.down.weight.std() > 0.01
     adds.load_state_dict(replaces.state_dict())
     memory = Memory(features, saliency, cells)
