@@ -337,8 +337,8 @@ class Samples:
 
 def batches_of(run, samples, order, first, stop):
     """Yields (step, this rank's micro-batches, counts) from step `first` on. counts: of all ranks
-    targets, tokens, samples, records skipped, ranks that are asked to stop, and whether a checkpoint
-    is due, by --save-every and --keep-every or rank 0's clock; waited: seconds of this rank."""
+    targets, tokens, samples, records skipped, ranks asked to stop, and whether a checkpoint is due,
+    by --save-every and --keep-every or rank 0's clock; waited: seconds of this rank."""
     def share(step):
         recipe = run.recipe
         return order.micro_batches(step, recipe.micro, run.rank, run.world, recipe.most_tiles)
