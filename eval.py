@@ -154,7 +154,13 @@ def arguments(argv):
 def tasks_of(run):
     """-> (names of what --task asks for, whether each was named by itself). Reads the files of own
     questions. ValueError for an unknown name, OSError for a missing file."""
-    typed = run.task or ("chartqa",)
+    typed = []
+    for word in run.task or ["chartqa"]:
+        typed += [word] if Path(word).exists() else word.split(",")
+    for word in typed:
+        if Path(word).suffix.lower() == ".csv":
+            raise ValueError(f"--task {word}: a spreadsheet; python -m tools.spreadsheet makes "
+                             "questions of it")
     files = [word for word in typed if Path(word).suffix.lower() in own.SUFFIXES]
     words = " ".join(word for word in typed if word not in files)
     refuse_metric(run.metric, map(own.task_name, files))
@@ -273,7 +279,7 @@ def question_of(task, row):
 
 
 def ask_batch(model, answers, kind, questions):
-    """Ask the model some questions at once and note its replies."""
+    """Ask the model some questions at once and note its replies, or why one cannot be asked."""
     if not questions:
         return
     shown = []
@@ -283,7 +289,15 @@ def ask_batch(model, answers, kind, questions):
             pictures = [Image.new("RGB", picture.size, GREY) for picture in pictures]
         shown.append(pictures[0] if len(pictures) == 1 else pictures or None)
     prompts = [question.prompt for question in questions]
-    replies = model.generate(shown, prompts, max_new_tokens=TASKS[answers.task].max_new_tokens)
+    try:
+        replies = model.generate(shown, prompts, max_new_tokens=TASKS[answers.task].max_new_tokens)
+    except ValueError as error:                             # of one of them, say too long
+        if len(questions) == 1:
+            answers.add(kind, questions[0].index, questions[0].row, "", str(error))
+        else:
+            for question in questions:
+                ask_batch(model, answers, kind, [question])
+        return
     for question, reply in zip(questions, replies, strict=True):
         answers.add(kind, question.index, question.row, reply)
 

@@ -144,6 +144,8 @@ def talk(model, pictures, args, choose):
             answer = reply(model, pictures, longer, args, choose)
         except KeyboardInterrupt:                           # ends this answer, not the talk
             print()
+        except ValueError as error:                         # of this question: the next may do
+            print(error, file=sys.stderr)
         else:
             turns = [*longer, {"role": "assistant", "content": answer}]
 

@@ -300,15 +300,16 @@ def open_data(run, model):
     if flags.validate >= len(source):
         raise ValueError(f"--validate {flags.validate}: the set has {len(source)} records, and "
                          "some must be left to train on")
+    longest = min(recipe.max_length, config.text.max_position_embeddings)
     form = data.SampleFormat(recipe.template, recipe.mode, config.side, config.vision.image_size,
-                             flags.labels, recipe.max_length)
+                             flags.labels, longest)
     index = records.load_index(source)
     index = records.estimate(source) if index is None else index
     lengths, tiles = data.planned(index, form)
     check_shared_memory(flags.workers, 3 * form.tile**2, recipe, tiles, run.world)  # uint8 tiles
     held_out = np.random.default_rng(flags.seed).permutation(len(source))[:flags.validate]
     order = data.Order(starts=getattr(source, "starts", [0]), batch=recipe.batch,
-                       lengths=lengths.clip(max=recipe.max_length), tiles=tiles, seed=flags.seed,
+                       lengths=lengths.clip(max=longest), tiles=tiles, seed=flags.seed,
                        epochs=recipe.epochs, limit=flags.limit, held_out=held_out)
     return Samples(source, model.tokenizer, form), order
 
@@ -397,6 +398,7 @@ def stop_on_signal():
         if times[-1] > times[0] + 1:
             signal.signal(number, before[number])
             signal.raise_signal(number)
+        print("stops after this step and saves; Ctrl-C again: at once", flush=True)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -693,7 +695,8 @@ def main(argv=None):
     check_places(runs)
     if args.draws and rank == 0:
         draw = [sys.executable, "-m", "tiny.world", "--out", Path("data/tiny").resolve()]
-        subprocess.run(draw, cwd=Path(__file__).parent, check=True)
+        if subprocess.Popen(draw, cwd=Path(__file__).parent).wait():
+            raise ValueError("the tiny world is not drawn, see above")
     checkpoint.from_all(None)                                       # none reads before it is drawn
     with stop_on_signal() as stop, choices.HELD:
         for run in runs:
@@ -710,3 +713,5 @@ if __name__ == "__main__":
     except (ValueError, OSError, ImportError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         sys.exit(f"train.py: {rank}{error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped at once; --resume goes on from the last checkpoint")

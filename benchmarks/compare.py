@@ -144,11 +144,11 @@ def compare_runs(runs, tasks=None, metric=None, out=None):
         samples += some
     folder = out or found[1][next(iter(results))].parent
     path = folder / "compare" / f"{_slug(runs[0])}.jsonl"
-    write(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples))
     print(table(results, runs))
     print(first_changes(samples, results))
     differ, asked = (sum(found[key] for found in results.values()) for key in ("differ", "n"))
     print(f"{differ} of {asked} replies differ")
+    write(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples))
     print(f"{len(samples)} samples changed: {path}")
     return results
 

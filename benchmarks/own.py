@@ -185,8 +185,10 @@ class Questions:
         self.places = [self.path.parent / "images", self.path.parent]
         if images:
             self.places = [Path(images)]
+            if not self.places[0].exists():
+                raise FileNotFoundError(f"--images {images} does not exist")
         self.rows, self.sources = [], []    # a source: the row's pictures, or (record, reader)
-        lines = [] if self.path.suffix == ".parquet" else self._lines()
+        lines = [] if self.path.suffix.lower() == ".parquet" else self._lines()
         if lines and "question" in lines[0][1]:
             for line, entry in lines:
                 self._add_entry(entry, f"{self.path}:{line}")
@@ -213,7 +215,7 @@ class Questions:
         """[(line, entry)] of a .jsonl or .json; of a list in a .json, the number of the entry."""
         text, found, place = read_text(self.path), [], ""
         try:
-            if self.path.suffix == ".json":
+            if self.path.suffix.lower() == ".json":
                 found = list(enumerate(as_list(json.loads(text)), 1))
             else:
                 for number, line in enumerate(text.split("\n"), 1):

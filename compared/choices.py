@@ -158,6 +158,9 @@ def begin(args, paths, out, before):
     """
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite begins anew: give one")
+    if args.origin and args.name is None:
+        raise ValueError(f"--from {args.origin} needs a --name: its runs lie in "
+                         "runs/<preset>-<NAME>")
     if args.resume:
         refuse_another_beginning(args, out)
     refuse_to_replace(args, out)
@@ -233,8 +236,6 @@ def from_model(args, out):
     """{field: value} to change in the model of --from. Prints which parts start fresh. Raises as
     `begin` does."""
     folder = args.origin
-    if args.name is None:
-        raise ValueError(f"--from {folder} needs a --name: its runs lie in runs/<preset>-<NAME>")
     for name in ("clip", "llm"):
         if getattr(args, name):
             raise ValueError(f"--{name} {getattr(args, name)}: with --from all weights are those "

@@ -438,7 +438,8 @@ def open_records(path, images=None, problems=None):
         raise FileNotFoundError(f"no .parquet, .json or .jsonl file below {path}: fetch or write "
                                 "the records there")
     else:
-        raise ValueError(f"{path} is neither .json, .jsonl, .parquet, a folder of them nor a .mix")
+        raise ValueError(f"{path} is neither .json, .jsonl, .parquet, a folder of them nor a "
+                         ".mix; of a .csv tools.spreadsheet makes a set")
     if reader.marks_first and os.environ.get("RANK", "0") == "0":
         print(f"{path}: no record has {MARK} marks, so pictures stand before the first question",
               file=sys.stderr)

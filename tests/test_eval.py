@@ -38,6 +38,19 @@ def test_every_sample_is_written_in_order_and_scored(setup, tmp_path, capfd):
     assert not list((tmp_path / "model/eval").glob("*.tmp"))
 
 
+def test_a_question_that_the_model_cannot_take_is_named_and_the_others_are_asked(setup, tmp_path, monkeypatch):
+    """One that is too long, say: it counts as wrong, as a picture does that cannot be decoded."""
+    def generate(self, images, prompts, *others, real=Stub.generate, **choices):
+        if any("How red is 1?" in prompt for prompt in prompts):
+            raise ValueError("prompt and answer may take 18122 tokens")
+        return real(self, images, prompts, *others, **choices)
+    monkeypatch.setattr(Stub, "generate", generate)
+    evaluate.main(setup + ["--batch", "4", "--blind"])
+    for name, scores in (("chartqa", [1, 0, 1, 0, 1, 1]), ("chartqa_blind", [0, 0, 1, 0, 0, 0])):
+        rows = lines(tmp_path / f"model/eval/{name}.jsonl")
+        assert [row["score"] for row in rows] == scores and "may take 18122 tokens" in rows[1]["error"]
+
+
 def test_batches_hold_pictures_of_like_area_and_blind_ones_of_the_same_size(setup):
     """Sorting by area keeps padding small; a grey picture must keep the size, else it changes the tokens too."""
     evaluate.main(setup + ["--batch", "2", "--blind"])

@@ -119,8 +119,9 @@ def test_another_run_and_another_metric_leave_the_others_scores_alone(setup, tmp
 
 
 def test_beside_benchmarks_they_are_in_the_table_and_not_in_avg(setup, tmp_path, capsys):
-    """Both by name in one --task."""
+    """Both by name in one --task, with a blank or a comma between them."""
     file = write(tmp_path / "mine", ROWS)
+    assert evaluate.tasks_of(evaluate.Run(task=[f"gqa,{file}"], metric="exact")) == (["gqa", "own-reds"], True)
     assert list(evaluate.main(setup + ["--task", "chartqa", file, "--metric", "exact"])) == ["chartqa", "own-reds"]
     out = capsys.readouterr().out
     assert re.search(r"^own-reds +100.0 .* -$", out, re.M) and "not in the paper's row, so not in Avg: own-reds" in out
@@ -235,6 +236,8 @@ def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(setup, tmp_pat
     (["--task", "{file}"], "--task .*reds.jsonl needs --metric: one of exact, relaxed"),
     (["--task", "nowhere.jsonl", "--metric", "exact"], "nowhere.jsonl is not there"),
     (["--task", "chartqa", "--metric", "exact"], "--metric exact: the paper's benchmarks have their own"),
+    (["--task", "m.csv", "--metric", "exact"], "--task m.csv: a spreadsheet; python -m tools.spreadsheet makes questions of it"),
+    (["--task", "{file}", "--images", "nowhere", "--metric", "exact"], "--images nowhere does not exist"),
     (["--task", "{file}", "{other}", "--metric", "exact"], "would both be called own-reds: rename")])
 def test_a_command_line_that_means_nothing_is_one_line(setup, tmp_path, arguments, message):
     """A metric is never guessed, and never ignored."""

@@ -51,6 +51,19 @@ def test_sample_keeps_the_history_until_an_empty_line(talker, monkeypatch):
     assert [len(prompts[0]) for _, prompts in Talker.asked] == [1, 3] and Talker.asked[0][0] == [None]
 
 
+def test_a_question_that_cannot_be_asked_ends_no_conversation(talker, monkeypatch, capsys):
+    """It is told, and forgotten; what was said before and the next question stay."""
+    def generate(self, images, prompts, *others, real=Talker.generate, **choices):
+        if prompts[0][-1]["content"] == "Two?":
+            raise ValueError("3 <image> marks in the text but 1 pictures")
+        return real(self, images, prompts, *others, **choices)
+    monkeypatch.setattr(Talker, "generate", generate)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One?\nTwo?\nThree?\n"))
+    turns = sample.main(talker)
+    assert [turn["content"] for turn in turns] == ["One?", "two parts", "Three?", "two parts"]
+    assert capsys.readouterr().err == "3 <image> marks in the text but 1 pictures\n"
+
+
 def test_a_system_prompt_stands_before_every_question(talker, monkeypatch):
     """It is no part of what was said, so the talk that comes back is without it."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("One?\nTwo?\n\n"))

@@ -72,7 +72,9 @@ def test_columns_may_have_other_names_and_one_question_may_do(table, tmp_path):
     (["image,question,answer", "0.png,a,b", "0.png,c,d"], "1 pictures are too few to hold 1 back"),
     (["image,question,answer,answer", "0.png,a,b,c"], "meters.csv has two columns called 'answer': rename one of them"),
     (["image,question,answer", "0.png,<image> a,b"], "meters.csv:2: the question has <image> in it"),
-    (["image,question,answer", '0.png,a,"b'], "no valid CSV")])
+    (["image,question,answer", '0.png,"a', 'b",1', '1.png,a,"b', "2.png,a,b"], "meters.csv:4: no valid CSV"),
+    (["image,question,answer", "0.png,a,1", "", '1.png,"a', 'b",'], "meters.csv:4: nothing in answer: mend"),
+    (["sep=;", "image;question;answer", "0.png;a;1"], "meters.csv:2: another number of cells .* sep= has to go")])
 def test_a_table_that_cannot_be_used_is_one_line(table, tmp_path, lines, message):
     """With file, line and what to do; and nothing is written."""
     (tmp_path / "photos/bad.png").write_bytes(b"no picture")
@@ -86,14 +88,23 @@ def test_other_files_and_what_is_there_are_refused(table, tmp_path):
     good = ["image,question,answer", "0.png,Größe?,1", "1.png,b,2"]
     for run, message in ((table(good, "a.xlsx"), "a.xlsx is no text: save it as CSV UTF-8"),
                          (table(good, "b.csv", "latin-1"), "is not UTF-8: save it as CSV UTF-8"),
-                         ([*table(good), "--test", "1.5"], "--test 1.5: give a share")):
-        with pytest.raises(ValueError, match=message):
+                         ([*table(good), "--test", "1.5"], "--test 1.5: give a share"),
+                         ([*table(good), "--out", "."], "--out .: give what the names of both sets begin with"),
+                         ([*table(good), "--ask", ""], "--ask '': give a question"),
+                         ([*table(good), "--images", "nowhere"], "--images nowhere: there is no such folder")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             spreadsheet.main(run)
     training, _ = spreadsheet.main(table(good))
     before = training.read_bytes()
     with pytest.raises(FileExistsError, match="meters-train.json is there: remove it, or give another --out"):
         spreadsheet.main(table(good))
     assert training.read_bytes() == before
+
+
+def test_rows_of_nothing_at_the_end_are_left_out(table):
+    """Spreadsheet programs write them where cells were once filled."""
+    training, test = spreadsheet.main(table(["image,question,answer", "0.png,a,1", "1.png,b,2", ",,", ",,", ""]))
+    assert len(json.loads(training.read_text())) == 1 and len(test.read_text().splitlines()) == 1
 
 
 def test_sets_below_a_linked_folder_find_their_pictures(table, tmp_path):

@@ -493,7 +493,7 @@ def test_a_model_that_is_no_number_is_never_called_done(world, tmp_path, monkeyp
     assert not (tmp_path / "tiny/phase1").exists()
 
 
-def test_a_signal_that_torchrun_passes_on_is_the_same_and_a_later_one_ends_the_run(monkeypatch):
+def test_a_signal_that_torchrun_passes_on_is_the_same_and_a_later_one_ends_the_run(monkeypatch, capsys):
     """Where a signal goes to torchrun and its ranks, a rank gets it twice; it must save all the same."""
     ended, now = [], iter((10.0, 10.2, 12.0))
     monkeypatch.setattr(train.time, "monotonic", lambda: next(now))
@@ -502,7 +502,7 @@ def test_a_signal_that_torchrun_passes_on_is_the_same_and_a_later_one_ends_the_r
         with train.stop_on_signal() as stop:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
-            assert stop.is_set() and not ended
+            assert stop.is_set() and not ended and "stops after this step and saves" in capsys.readouterr().out
             signal.raise_signal(signal.SIGTERM)
             assert len(ended) == 1
     finally:
@@ -902,6 +902,16 @@ def test_a_drawn_preset_trains_on_a_part_unless_told_otherwise(more, samples, wo
     args.phase, run = "own", train.make_run(args, "2", 0, 1, torch.device("cpu"))
     assert run.flags.limit == ((3 if "--limit" in more else train.DRAWN_LIMIT) if args.draws else None)
     assert train.arguments(["--preset", "tiny"]).draws and not args.draws == ("--data" in more)
+
+
+@pytest.mark.parametrize("positions, longest", ((77, 77), (10**6, 8192)))
+def test_no_sample_is_longer_than_the_decoder_reads(positions, longest, world, tmp_path):
+    """generate refuses such a prompt. The recipe's own limit holds where it is the smaller."""
+    run = train.make_run(train.arguments(flags(world, tmp_path, "--phase", "1")), "1", 0, 1, torch.device("cpu"))
+    model = train.build_model(run)
+    model.config.text.max_position_embeddings = positions
+    samples, order = train.open_data(run, model)
+    assert samples.form.max_length == longest and order.lengths.max() <= longest
 
 
 def test_labels_of_the_reference_are_a_flag_and_a_reason_to_refuse_a_checkpoint(world, straight, tmp_path):

@@ -4,8 +4,10 @@ import ast
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
 
 import pytest
@@ -424,6 +426,30 @@ def test_a_finished_folder_is_not_drawn_again(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"pretrain", "finetune", "drawn.json"}
     world.write_conversations(tmp_path / "alone", 2, seed=1_000_000)
     assert (tmp_path / "alone/data" / shard.name).read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_drawing_that_is_stopped_leaves_no_process_behind(number, tmp_path):
+    """Ctrl-C reaches all processes of a terminal, and SIGTERM the first alone. Workers that waited for ever would hold memory."""
+    command = [sys.executable, "-m", "tiny.world", "--out", str(tmp_path / "drawn")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    shown = tmp_path / "drawn/pretrain/images"
+    while not (shown.exists() and any(shown.iterdir())):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and said == "tiny.world: stopped; the same command draws anew\n"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert not (tmp_path / "drawn/drawn.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    """As a full disk."""
+    (tmp_path / "file").touch()
+    run = subprocess.run([sys.executable, "-m", "tiny.world", "--out", str(tmp_path / "file")], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.startswith("tiny.world: ") and run.stderr.count("\n") == 1
 
 
 def test_another_version_is_drawn_over_and_its_stand_ins_are_put_aside(tmp_path):

@@ -28,6 +28,8 @@ import itertools
 import json
 import math
 import random
+import signal
+import sys
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -292,12 +294,22 @@ def write_all(folder, pretrain=PRETRAIN, finetune=FINETUNE, side=TILE, scale=1):
         (folder / "eval").rename(next(name for name in names if not name.exists()))
     finished.unlink(missing_ok=True)
     options = {"side": side, "scale": scale}
-    with ProcessPoolExecutor() as pool:
+    pool = ProcessPoolExecutor(initializer=leave_ctrl_c_to_parent)
+    try:
         mapper = partial(pool.map, chunksize=32)
         write_captions(folder / "pretrain", pretrain, 0, mapper=mapper, **options)
         write_conversations(folder / "finetune", finetune, 1_000_000, mapper=mapper, **options)
+    finally:
+        pool.shutdown(cancel_futures=True)      # or what is left would be drawn after a Ctrl-C
     finished.write_text(json.dumps(wanted))
     return True
+
+
+def leave_ctrl_c_to_parent():
+    """In a process of the pool: a terminal signals all, and a worker that ends on its own leaves
+    the others waiting for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def overview(count, kinds=KINDS, side=TILE, zoom=3, seed=0):
@@ -335,6 +347,7 @@ def arguments(argv=None):
 def main(argv=None):
     """Draw what the command line asks for."""
     args = arguments(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C: ends the workers
     side = TILE * args.tiles
     if args.show:
         kinds = HALVES[args.half] if args.half else KINDS
@@ -347,4 +360,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"tiny.world: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tiny.world: stopped; the same command draws anew")

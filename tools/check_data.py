@@ -287,14 +287,19 @@ def print_sample(sample, where, tokenizer):
     print(spell(sample, tokenizer, start, end))
 
 
-def show_sources(source, args):
-    """Prints the first sample of each source that can be trained on. Without the tokenizer of the
-    weights, that of tiny/qwen2 cuts the text, and a line says so."""
+def tokenizer_of(args):
+    """What cuts the text of samples that are shown: without that of the weights that of tiny/qwen2,
+    and a line says so."""
     folder = args.tokenizer
     if not os.path.exists(folder) and folder == TOKENIZER:
         folder = "tiny/qwen2"
         print(f"samples are shown with the tokenizer of {folder}, as {TOKENIZER} is not there")
-    tokenizer = data.load_tokenizer(folder)
+    return data.load_tokenizer(folder)
+
+
+def show_sources(source, args):
+    """Prints the first sample of each source that can be trained on."""
+    tokenizer = tokenizer_of(args)
     form = data.SampleFormat(args.template, args.mode, args.side, args.tile)
     for part, rows in sources_of(source):
         for row in rows[:TRIED]:
@@ -367,7 +372,7 @@ def main(argv=None):
     if args.tiny and not os.path.exists(args.data):
         raise FileNotFoundError(f"{args.data} does not exist: "
                                 "python -m tiny.world --out data/tiny draws it; or give --data")
-    tokenizer = data.load_tokenizer(args.tokenizer)
+    tokenizer = tokenizer_of(args)
     form = data.SampleFormat(args.template, args.mode, args.side, args.tile)
     show(records.open_records(args.data, args.images), args.show, tokenizer, form, args.out)
     return 0

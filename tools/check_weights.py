@@ -67,3 +67,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"tools.check_weights: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tools.check_weights: stopped")

@@ -297,3 +297,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"tools.convert: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tools.convert: stopped")

@@ -478,3 +478,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"tools.cost: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tools.cost: stopped")

@@ -225,3 +225,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"tools.density: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tools.density: stopped")

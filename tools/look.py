@@ -366,3 +366,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"tools.look: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tools.look: stopped")

@@ -544,3 +544,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"tools.plot: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tools.plot: stopped")

@@ -32,28 +32,33 @@ def read_table(path):
     """[(line, {column: text})] of a CSV. ValueError in one line for what is no table of text."""
     if path.suffix.lower() in (".xlsx", ".xls", ".ods", ".numbers"):
         raise ValueError(f"{path} is no text: save it as CSV UTF-8 in your spreadsheet program")
+    line, rows = 1, []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             head = file.readline()
             file.seek(0)
             separator = max(",;\t", key=head.count)
-            reader = csv.DictReader(file, delimiter=separator, strict=True)
-            rows = [(reader.line_num, row) for row in reader]
-            names = reader.fieldnames or []
+            reader = csv.reader(file, delimiter=separator, strict=True)
+            for cells in reader:
+                if any(cells):                      # spreadsheets end with rows of nothing
+                    rows.append((line, cells))
+                line = reader.line_num + 1          # where the next row begins
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8: save it as CSV UTF-8") from None
     except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: no valid CSV ({error})") from None
-    if not rows:
+        raise ValueError(f"{path}:{line}: no valid CSV ({error})") from None
+    if len(rows) < 2:
         raise ValueError(f"{path} has no rows below its first line, which names the columns")
+    (_, names), *rows = rows
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(f"{path} has two columns called {twice[0]!r}: rename one of them")
-    for line, row in rows:
-        if None in row or None in row.values():
+    for line, cells in rows:
+        if len(cells) != len(names):
             raise ValueError(f"{path}:{line}: another number of cells than the first line has: a "
-                             f"text with {separator!r} in it needs quotation marks")
-    return rows
+                             f"text with {separator!r} in it needs quotation marks (and a first "
+                             "line that only says sep= has to go)")
+    return [(line, dict(zip(names, cells))) for line, cells in rows]
 
 
 def find_columns(args, there):
@@ -101,7 +106,7 @@ def read_questions(args):
         questions.append({"id": f"line {line}", **cells})
     if wrong:
         more = f" (and {len(wrong) - 1} more bad rows)" if len(wrong) > 1 else ""
-        raise ValueError(wrong[0] + more + ": mend or remove it")
+        raise ValueError(f"{wrong[0]}{more}: mend or remove what is wrong")
     return questions
 
 
@@ -110,7 +115,7 @@ def picture_problem(path):
     try:
         load_image(path)
     except (ValueError, OSError) as error:
-        return str(error).splitlines()[0]
+        return str(error).splitlines()[0].removesuffix(": replace or remove it")
     return ""
 
 
@@ -152,6 +157,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not 0 < args.test < 1:
         raise ValueError(f"--test {args.test}: give a share between 0 and 1")
+    if not args.out.name:
+        raise ValueError(f"--out {args.out}: give what the names of both sets begin with, as in "
+                         "data/meters")
+    if args.ask is not None and not args.ask.strip():
+        raise ValueError("--ask '': give a question, or leave it out")
+    if not args.images.is_dir():
+        raise FileNotFoundError(f"--images {args.images}: there is no such folder")
     training = args.out.with_name(f"{args.out.name}-train.json")
     test = args.out.with_name(f"{args.out.name}-test.jsonl")
     for path in (training, test):
@@ -171,3 +183,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"tools.spreadsheet: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tools.spreadsheet: stopped")

@@ -269,3 +269,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"tools.web: {error}")
+    except KeyboardInterrupt:
+        sys.exit("tools.web: stopped")
