@@ -595,6 +595,7 @@ def finish(run, model, originals, order, log):
                               state=lora.merge({**state, **originals}))
         if run.flags.validate or run.flags.keep_every:
             os.rename(run.unfinished / "checkpoints", run.out / "checkpoints")
+        choices.HELD.close()                        # NFS removes no folder of an open file
         checkpoint.remove(run.unfinished)
         more = f"; {skipped} records skipped" if skipped else ""
         print(f"phase {run.phase}: done, {run.out} holds the model{more}\n"

@@ -904,6 +904,18 @@ def test_a_drawn_preset_trains_on_a_part_unless_told_otherwise(more, samples, wo
     assert train.arguments(["--preset", "tiny"]).draws and not args.draws == ("--data" in more)
 
 
+def test_no_file_of_the_unfinished_folder_is_open_when_it_is_removed(world, tmp_path, monkeypatch):
+    """NFS keeps an open file under another name, and then removes no folder: the phase would end with an error."""
+    opened = []
+    def remove(folder, real=train.checkpoint.remove):
+        links = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        opened.append([link for link in links if link.startswith(str(folder))])
+        real(folder)
+    monkeypatch.setattr(train.checkpoint, "remove", remove)
+    train.main(flags(world, tmp_path, "--phase", "1", "--limit", "8"))
+    assert opened and not any(opened)
+
+
 @pytest.mark.parametrize("positions, longest", ((77, 77), (10**6, 8192)))
 def test_no_sample_is_longer_than_the_decoder_reads(positions, longest, world, tmp_path):
     """generate refuses such a prompt. The recipe's own limit holds where it is the smaller."""
