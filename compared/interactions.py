@@ -492,7 +492,7 @@ def question_mean(ids, labels, embedded):
     begun = is_image.cumsum(0) > 0
     trained = begun & (labels >= 0)                                      # data.IGNORE is below 0
     predicts = F.pad(trained[1:], (0, 1))                    # (T,) the next token is trained
-    asks = begun & ~is_image & (predicts.cumsum(0) == 0)                     # (T,)
+    asks = begun & ~is_image & (predicts.cumsum(0) == 0)                 # (T,)
     total = (embedded * asks.unsqueeze(1)).sum(0)                        # (d,)
     return total / asks.sum().clamp(min=1)
 
