@@ -103,8 +103,8 @@ class VisionRemember(nn.Module):
         q = q.index_copy(0, index, self.q_proj(u))                       # (t*p*p, E)
         q = self.token_windows(q)                                        # (w, A, s*s, D)
         k = self.feature_windows(self.k_proj(f))                         # (w, A, r*r, D)
-        v = saliency.to(f.dtype).unsqueeze(-1) * self.v_proj(f)          # (t, N, E)  S * V, Eq. 3
-        v = self.feature_windows(v)                                      # (w, A, r*r, D)
+        v = self.v_proj(f)                                               # (t, N, E)
+        v = self.feature_windows(v * saliency.to(v.dtype)[..., None])    # (w, A, r*r, D)  Eq. 3
         # softmax(QK' / sqrt(D) + bias (A, s*s, r*r)) V, each window by itself
         o = F.scaled_dot_product_attention(q, k, v, self.position_bias)  # (w, A, s*s, D)
         o = self.token_windows.undo(o)[index]                            # (n, E)

@@ -40,7 +40,7 @@ from compared import choices, lora
 from model import PRESETS, LLaVAVR, recomputed
 from storage import checkpoint, records
 from storage.log import Log, step_line
-from storage.places import check_places, check_shared_memory, default_data
+from storage.places import check_places, check_shared_memory, default_data, read_ahead
 from storage.weights import fingerprint
 
 # ---------------------------------------------------------------------------------------- recipes
@@ -240,6 +240,7 @@ def distribute(model, run):
     also divides the weights among them, and gathers them one decoder layer at a time."""
     layers, vit = model.language_model.model.layers, model.vision_tower.encoder.layers
     if run.flags.compile:
+        torch._dynamo.config.optimize_ddp = False                   # it would cut each block in three
         for block in [*layers, *vit]:
             block.forward = torch.compile(block.forward)
     if run.flags.recompute:              # around what is compiled, so that it runs the same twice
@@ -341,15 +342,14 @@ def batches_of(run, samples, order, first, stop):
     targets, tokens, samples, records skipped, ranks asked to stop, and whether a checkpoint is due,
     by --save-every and --keep-every or rank 0's clock; waited: seconds of this rank."""
     def share(step):
-        recipe = run.recipe
         return order.micro_batches(step, recipe.micro, run.rank, run.world, recipe.most_tiles)
 
-    flags, saved = run.flags, time.monotonic()
+    flags, recipe, saved = run.flags, run.recipe, time.monotonic()
     steps = range(first, order.steps)
     loader = iter(DataLoader(samples, sampler=(part for step in steps for part in share(step)),
-                             batch_size=None, num_workers=flags.workers,
-                             worker_init_fn=ignore_signals_in_worker,
-                             pin_memory=run.device.type == "cuda"))
+                             batch_size=None, pin_memory=run.device.type == "cuda",
+                             num_workers=flags.workers, worker_init_fn=ignore_signals_in_worker,
+                             prefetch_factor=read_ahead(flags.workers, recipe, run.world)))
     try:
         for step in steps:
             begun = time.perf_counter()

@@ -198,8 +198,8 @@ def digest(*values):
     """Twelve hex digits of arrays of numbers or of what JSON can hold."""
     found = hashlib.sha256()
     for value in values:
-        is_array = isinstance(value, np.ndarray)
-        found.update(value.tobytes() if is_array else json.dumps(value, sort_keys=True).encode())
+        found.update(value.tobytes() if isinstance(value, np.ndarray)
+                     else json.dumps(value, sort_keys=True).encode())
     return found.hexdigest()[:12]
 
 

@@ -1,6 +1,8 @@
 """Where weights and training data lie by default, the commands that fetch them, and what must be
 there before a run begins."""
+import math
 import os
+import shutil
 from pathlib import Path
 
 # Training data, by the phases of train.py.
@@ -40,10 +42,16 @@ def default_data(phase, drawn):
     return places.get(phase, places["2"])
 
 
-def check_shared_memory(workers, tile_bytes, recipe, tiles, world=1, place="/dev/shm"):
-    """Two micro-batches of each worker wait in shared memory; where it is full, a worker dies of a
-    bus error. tiles: (records,) planned for each. Raises ValueError if the largest micro-batches of
-    all workers of all processes here would not fit. Without the folder nothing is checked.
+def read_ahead(workers, recipe, world):
+    """Micro-batches that each worker reads ahead: its part of a step and one more, so that the next
+    step need not wait for data. None without workers."""
+    return 1 + math.ceil(recipe.batch / (world * recipe.micro * workers)) if workers else None
+
+
+def check_shared_memory(workers, tile_bytes, recipe, tiles, world, place="/dev/shm"):
+    """What workers read ahead waits in shared memory; where it is full, a worker dies of a bus
+    error. tiles: (records,) planned for each. Raises ValueError if the largest micro-batches of all
+    workers of all processes here would not fit. Without the folder nothing is checked.
 
     Not counted: without a GPU, those of the step at work lie there as well.
     """
@@ -52,13 +60,12 @@ def check_shared_memory(workers, tile_bytes, recipe, tiles, world=1, place="/dev
     samples = min(recipe.micro, recipe.batch // world)                  # of a micro-batch
     largest = sorted(tiles.tolist())[-samples:]
     most_tiles = min(sum(largest), max(recipe.most_tiles, largest[-1]))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed = 2 * workers * processes * most_tiles * tile_bytes
-    disk = os.statvfs(place)
-    free = disk.f_bavail * disk.f_frsize
+    readers = workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # of all processes here
+    needed = readers * read_ahead(workers, recipe, world) * most_tiles * tile_bytes
+    free = shutil.disk_usage(place).free
     if needed > free:
         raise ValueError(
-            f"{place} has {free / 1e6:,.0f} MB free, and {processes * workers} workers need up to "
+            f"{place} has {free / 1e6:,.0f} MB free, and {readers} workers need up to "
             f"{needed / 1e6:,.0f} MB: make it larger (docker run --shm-size=8g), or give fewer "
             "--workers; 0 needs none")
 

@@ -42,23 +42,7 @@ KEPT = 80                       # row groups in memory: the 64 that data.Order m
 SEED = 20250606                 # of `random` in a mixture
 
 
-class PerProcess:
-    """Open handles that every DataLoader worker opens for itself: processes that share an open file
-    share its position too."""
-
-    def handle(self, key, opener):
-        """What `opener()` returned for `key` in this process; opened on first use."""
-        handles = vars(self).setdefault("_handles", {})
-        key = key, os.getpid()  # a forked worker inherits the handles of its parent, too
-        if key not in handles:
-            handles[key] = opener()
-        return handles[key]
-
-    def __getstate__(self):
-        return vars(self) | {"_handles": {}}
-
-
-class Pictures(PerProcess):
+class Pictures:
     """Where the pictures lie that records name by path: in a folder, or in a .zip that stays
     packed. By default images/, the set's own folder or images.zip in it, whichever has one."""
 
@@ -92,7 +76,7 @@ class Pictures(PerProcess):
         if not place.is_file():
             return None
         try:
-            archive = self.handle(place, lambda: zipfile.ZipFile(place))
+            archive = self._archive(place, os.getpid())
             for member in (name, f"images/{name}", f"{place.stem}/{name}"):
                 if member in archive.NameToInfo:
                     return archive.read(member)
@@ -101,11 +85,17 @@ class Pictures(PerProcess):
                              "fetch it again") from error
         return None
 
+    @functools.cache
+    def _archive(self, place, process):
+        """A .zip, which each DataLoader worker opens for itself: processes that share an open file
+        share its position too."""
+        return zipfile.ZipFile(place)
+
     def __str__(self):
         return ", ".join(map(str, self.places))
 
 
-class Reader(PerProcess):
+class Reader:
     """What the readers of JSON and of Parquet share. Each has `path`, `pictures`, and for a row of
     the set `_load`, its record as it is stored, and `_file`, the file that holds it."""
     marks_first = False  # whether pictures are put before the first question: no record has a mark

@@ -228,22 +228,51 @@ def test_with_shards_rank_0_alone_reads_the_weights(start, world, straight, tmp_
 
 
 def test_shared_memory_must_hold_what_the_workers_read(monkeypatch):
-    """Two micro-batches for each worker of each process: else a worker dies of a bus error."""
+    """A part of a step and one micro-batch more for each worker of each process: else a worker dies of a bus error."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(os, "statvfs", lambda place: SimpleNamespace(f_bavail=64, f_frsize=10**6))
+    disk = SimpleNamespace(free=64 * 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: disk)
     recipe, tiles = train.RECIPES["2"], torch.tensor([0, 5, 5, 1, 5, 3])               # micro: 4, so 18 tiles
-    check = partial(check_shared_memory, tile_bytes=3 * 336**2, recipe=recipe, tiles=tiles, place="/tmp")
+    check = partial(check_shared_memory, tile_bytes=3 * 336**2, recipe=recipe, tiles=tiles, world=1, place="/tmp")
     with pytest.raises(ValueError, match="/tmp has 64 MB free, and 16 workers need up to 195 MB: .*--shm-size"):
-        check(2)
-    monkeypatch.setattr(os, "statvfs", lambda place: SimpleNamespace(f_bavail=196, f_frsize=10**6))
-    check(2)
+        check(2, world=8)
+    with pytest.raises(ValueError, match="16 workers need up to 488 MB"):
+        check(2)                                                                     # 8 micro-batches a step on one rank
+    disk.free = 196 * 10**6
+    check(2, world=8)
     check(0, place="/tmp")
     check(2, place="/no/such/folder")
+    disk.free = 42 * 10**6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     with pytest.raises(ValueError, match="up to 43 MB"):
-        monkeypatch.setattr(os, "statvfs", lambda place: SimpleNamespace(f_bavail=42, f_frsize=10**6))
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
         check(8, recipe=replace(recipe, most_tiles=8))
     check(8, world=32)                                                               # one sample a rank: 27 MB
+
+
+@torch._dynamo.config.patch(optimize_ddp=True)
+def test_a_compiled_block_stays_one_graph_under_ddp(monkeypatch):
+    """Torch cuts what it compiles where DDP's buckets end, which is for whole models; a layer of the 0.5B spans three."""
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda forward: seen.append(torch._dynamo.config.optimize_ddp) or forward)
+    run = SimpleNamespace(flags=SimpleNamespace(compile=True, recompute=False, shard=False), world=1,
+                          device=torch.device("cpu"))
+    train.distribute(tiny_model(), run)
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("phase, workers, world, ahead", [("si", 4, 8, 5), ("si", 0, 8, None), ("1", 4, 8, 2), ("2", 4, 1, 3)])
+def test_workers_read_a_whole_step_ahead(monkeypatch, phase, workers, world, ahead):
+    """With torch's own two each, half of the 16 micro-batches of Table 3's step would be read only once it has begun."""
+    def loader(samples, **named):
+        raise OSError(named["prefetch_factor"])
+
+    monkeypatch.setattr(train, "DataLoader", loader)
+    run = SimpleNamespace(flags=SimpleNamespace(workers=workers), recipe=train.RECIPES[phase], rank=0, world=world,
+                          device=torch.device("cpu"))
+    with pytest.raises(OSError, match=f"^{ahead}$"):
+        next(train.batches_of(run, None, SimpleNamespace(steps=0), 0, None))
+    if workers:
+        assert ahead * workers >= run.recipe.batch / world / run.recipe.micro + workers
 
 
 @pytest.mark.slow
