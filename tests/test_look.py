@@ -17,7 +17,7 @@ from PIL import Image
 import data
 import model as model_file
 from helpers import ROOT, batch_of, picture, tiny_model, wake
-from sela import Insertions, VisionRemember
+from sela import Insertions, VisionRemember, own_features
 from tools import look
 from tools.density import densities
 
@@ -118,6 +118,19 @@ def test_the_share_of_own_features_is_that_of_the_weights_on_them(window):
             shares.append(weights[:, i:i + 2, j:j + 2].sum((1, 2)))
         assert abs(torch.stack(shares).mean().item() - insertion["own"]) < 1e-3
         assert window == 1 or 0.3 / window**2 < insertion["own"] < 0.999
+
+
+def test_what_content_alone_looks_at_is_what_the_same_model_does_without_its_bias_for_places():
+    model = wake(tiny_model())
+    bias = model.vision_remember["1"].position_bias
+    with torch.no_grad():
+        bias.copy_(own_features(model.config.sizes, 2, len(bias)))
+    first = page_of(model).data["insertions"][0]
+    with torch.no_grad():
+        bias.zero_()
+    unbiased = page_of(model).data["insertions"][0]
+    assert first["content"] == unbiased["content"] == unbiased["own"]
+    assert abs(first["content"] - first["own"]) > 0.1
 
 
 @pytest.mark.parametrize("mode, size", KINDS)

@@ -21,9 +21,10 @@ vision      the ViT alone, from noise. Every half of a patch says what is printe
             drawing program knows all that. And a linear layer brings each patch near to the token
             that "tokens" made of it. It stands in for CLIP's contrastive training
 
-No projector and no Vision Remember takes part. So the parts favour no way to compress: how to say
-in few tokens what the ViT sees is for the two phases to learn. But a decoder that reads several
-things in one token had to be made: a large one has the width for it, a small one must learn it.
+No projector and no Vision Remember takes part in these stages: how to say in few tokens what the
+ViT sees is for the two phases to learn. But a decoder that reads several things in one token had to
+be made: a large one has the width for it, a small one must learn it. The parts in tiny/ had another
+stage on their way, see results/pretrain.md.
 
 The log has figures on pictures of the test split, by size of print, at every checkpoint. A stage
 writes a checkpoint every 500 steps and goes on from it when it is started again. Checkpoints and

@@ -51,6 +51,7 @@ class Insertion(NamedTuple):
     weights: torch.Tensor       # (n, A, r*r) of every token on the features of its window
     change: torch.Tensor        # (n,) |x_new - x| / |x|
     own: float                  # share of the weights on features that their token was pooled from
+    content: float              # what that share would be without the bias for places
 
 
 class Seen(NamedTuple):
@@ -110,8 +111,10 @@ def insertion_of(layer, module, calls):
     k = calls[module.feature_windows][0][1]                              # the second call is v's
     weights = weights_of(module, q, k, memory.cells)                     # (n, A, r*r)
     change = (new.float() - x.float()).norm(dim=-1) / x.float().norm(dim=-1)     # (n,)
-    own = (weights * own_of(module, memory.cells).unsqueeze(1)).sum(-1).mean()
-    return Insertion(layer, weights.cpu(), change.cpu(), own.item())
+    is_own = own_of(module, memory.cells).unsqueeze(1)                   # (n, 1, r*r)
+    own, content = ((each * is_own).sum(-1).mean().item() for each in
+                    (weights, weights_of(module, q, k, memory.cells, bias=0)))
+    return Insertion(layer, weights.cpu(), change.cpu(), own, content)
 
 
 def own_of(module, cells):
@@ -128,15 +131,15 @@ def own_of(module, cells):
     return own[row % s * s + column % s]
 
 
-def weights_of(module, q, k, cells):
+def weights_of(module, q, k, cells, bias=None):
     """The attention weights of a sela.VisionRemember, again from its own queries and keys.
 
     q (w, A, s*s, D), k (w, A, r*r, D), cells (n, 3) -> (n, A, r*r): every row has the sum 1.
+    bias: for places, (A, s*s, r*r) or a number; by default the module's own.
     """
+    bias = module.position_bias.float() if bias is None else bias
     scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1]**-0.5         # (w, A, s*s, r*r)
-    if module.position_bias is not None:
-        scores = scores + module.position_bias.float()
-    weights = scores.softmax(-1)
+    weights = (scores + bias).softmax(-1)
     heads, features = weights.shape[1], weights.shape[3]                 # A, r*r
     s = module.token_windows.layout[1]
     rows = Windows(module.side, s, features).undo(weights)               # (t*p*p, A*r*r)
@@ -290,8 +293,8 @@ def shown_insertions(insertions):
 
     return [{"layer": layer, "mean": rounded(weights.mean(1)), "change": rounded(change),
              "heads": rounded(weights) if weights.numel() <= MOST_NUMBERS else [],
-             "own": round(own, 4)}
-            for layer, weights, change, own in insertions]
+             "own": round(own, 4), "content": round(content, 4)}
+            for layer, weights, change, own, content in insertions]
 
 
 def page(model, picture, question, name, limit):
