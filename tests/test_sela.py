@@ -170,6 +170,30 @@ def test_choices_that_do_not_fit_are_refused(sizes, choices, complaint):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("window", (1, 2, 4))
+def test_bf16_learns_what_float32_does(window):
+    """Of the tiny preset's size, up to rounding. A processor may have a kernel of its own for one query or for bf16: then this
+    fails there, and --precision fp32 is to be used."""
+    sizes = Sizes(256, 128, levels=3, side=SIDE, feature_side=FEATURES)
+    torch.manual_seed(0)
+    made, cells = VisionRemember(sizes, window), all_cells(8)
+    torch.nn.init.normal_(made.down.weight, std=0.05)
+    x, seed = torch.randn(2, len(cells), sizes.width)
+    memory = Memory([torch.randn(8, FEATURES ** 2, 128) for _ in range(3)], torch.rand(8, FEATURES ** 2), cells)
+    found = []
+    for bf16 in (False, True):
+        made.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y = made(x, memory)
+        y.float().backward(seed)
+        # the biases of the first levels, which start unread, learn nothing but noise
+        learned = {name: p.grad.clone() for name, p in made.named_parameters() if not name.startswith("level_norms")}
+        found.append({"output": y.detach().float(), **learned})
+    for name, exact in found[0].items():
+        off = (found[1][name] - exact).norm() / exact.norm()
+        assert off < 0.05, f"{name}: {off:.3f}"
+
+
 def test_replacing_forgets_the_token_and_does_not_start_at_zero():
     """Without a residual a last linear of zeros would be a token of zeros."""
     cells = all_cells(1)
