@@ -19,7 +19,7 @@ from helpers import ROOT
 from record_sets import ask, pack, png, three_records, write_numbers, write_parquet, write_set
 import data
 from storage import formats, records
-from storage.records import open_records
+from storage.records import Pictures, open_records
 
 
 # ------------------------------------------------------------------------------------------- readers
@@ -408,3 +408,16 @@ def test_a_hundred_thousand_records_open_and_estimate_in_seconds(tmp_path):
     seconds = time.process_time() - start
     print(f"100,000 records opened and estimated in {seconds:.1f} s")
     assert len(guess) == 100_000 and (guess["pictures"] == 1).all() and seconds < 10
+
+
+def test_each_process_opens_a_zip_once_and_for_itself(tmp_path, monkeypatch):
+    """Forked workers that shared an open file would move each other's place in it; opening it anew for each picture is slow."""
+    path = tmp_path / "pictures.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.png", b"a")
+        archive.writestr("b.png", b"b")
+    pictures, opened, zip_file = Pictures(tmp_path / "set.json", path), [], zipfile.ZipFile
+    monkeypatch.setattr(zipfile, "ZipFile", lambda place: opened.append(place) or zip_file(place))
+    assert [pictures.get("a.png"), pictures.get("b.png")] == [b"a", b"b"] and len(opened) == 1
+    monkeypatch.setattr(os, "getpid", lambda: -1)                                    # as a worker sees it
+    assert [pictures.get("a.png"), pictures.get("b.png")] == [b"a", b"b"] and len(opened) == 2
