@@ -240,7 +240,7 @@ def distribute(model, run):
     also divides the weights among them, and gathers them one decoder layer at a time."""
     layers, vit = model.language_model.model.layers, model.vision_tower.encoder.layers
     if run.flags.compile:
-        torch._dynamo.config.optimize_ddp = False               # it would cut each block in three
+        torch._dynamo.config.optimize_ddp = False               # DDP's buckets would cut a block
         for block in [*layers, *vit]:
             block.forward = torch.compile(block.forward)
     if run.flags.recompute:              # around what is compiled, so that it runs the same twice

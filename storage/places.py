@@ -66,8 +66,8 @@ def check_shared_memory(workers, tile_bytes, recipe, tiles, world, place="/dev/s
     if needed > free:
         raise ValueError(
             f"{place} has {free / 1e6:,.0f} MB free, and {readers} workers need up to "
-            f"{needed / 1e6:,.0f} MB: make it larger (docker run --shm-size=8g), or give fewer "
-            "--workers; 0 needs none")
+            f"{needed / 1e6:,.0f} MB: make it larger (docker run --shm-size=8g), or give "
+            "--workers 0, which needs none and is slower")
 
 
 def check_places(runs):
