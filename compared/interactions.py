@@ -7,7 +7,8 @@
     s   tokens along a side of a window, w windows        r   features along it
     B   rows of a batch, T tokens of a row                S   saliency (Eq. 3)
 
-Table 4 compares SELA with "global" and "deformable". "narrow" is SELA at a third of its cost.
+Table 4 compares SELA with "global" and "deformable". "narrow" is SELA at a third of its cost, and
+"gather" is SELA whose heads do not look at what they find.
 "deepstack" and "sva" are what the second version of the paper compares itself with, and
 "bidirectional" follows that version's abstract.
 
@@ -163,6 +164,30 @@ class Deformable(nn.Module):
         places = token_places(self.side, u)                              # (p*p, 2)
         found = self.attention(u, places, levels)                        # (t, p*p, C)
         return self.down(x, found.flatten(0, 1)[index])                  # (n, d)
+
+
+# ------------------------------------------------------------------- what of SELA is needed
+
+class Gather(VisionRemember):
+    """SELA without queries and keys: heads learn where in the window to look, not what to look for.
+
+    Ours, to see what attention to content adds. All else is as in SELA. So the tokens only say
+    where to look, and all of them look in the same way. 21,636,992 and 23,603,712 parameters.
+    """
+
+    def __init__(self, sizes, window=2, join="residual"):
+        super().__init__(sizes, window, join)
+        self.norm = self.up = self.q_proj = self.k_proj = None
+
+    def forward(self, x, memory):
+        index = flat_index(memory.cells, self.side)                      # (n,)
+        levels = [norm(level) for norm, level in zip(self.level_norms, memory.features)]
+        v = self.v_proj(torch.cat(levels, -1))                           # (t, N, E)
+        v = v * memory.saliency.to(v.dtype).unsqueeze(-1)                # Eq. 3
+        v = self.feature_windows(v)                                      # (w, A, r*r, D)
+        o = self.position_bias.softmax(-1) @ v                           # (w, A, s*s, D)
+        o = self.token_windows.undo(o)[index]                            # (n, E)
+        return self.down(x, self.o_proj(o))                              # (n, d)
 
 
 # --------------------------------------------------------------- windows of attention C wide
@@ -502,6 +527,7 @@ INTERACTIONS = {
     "global": partial(Insertions, Global),
     "deformable": partial(Insertions, Deformable),
     "deformable-multi": partial(Insertions, partial(Deformable, every_level=True, heads=16)),
+    "gather": partial(Insertions, Gather),
     "narrow": NarrowInsertions,
     "deepstack": DeepStackInsertions,
     "sva": partial(Insertions, SVA),

@@ -28,6 +28,7 @@ PARAMETERS = {                                                          # d = 89
     "global": (52_705_024, 56_638_464),
     "deformable": (5_087_072, 6_399_072),
     "deformable-multi": (5_583_168, 6_895_168),
+    "gather": (21_636_992, 23_603_712),
     "narrow": (4_985_600, 6_297_600),
     "deepstack": (0, 0),
     "sva": (13_405_056, 14_716_416),
@@ -204,6 +205,16 @@ def slow_deformable(levels, heads, made, x, memory, cell):
     return x + m.down.weight @ m.attention.output_proj(torch.cat(found)) + m.down.bias
 
 
+def slow_gather(made, x, memory, cell):
+    """Softmax of the bias alone: queries of zero say nothing."""
+    m, (tile, row, column) = made["1"], cell
+    places = own_places(row, column, WINDOW)
+    values = [memory.saliency[tile, place] * m.v_proj(joined(m.level_norms, memory, tile, place)) for place in places]
+    bias, nothing = m.position_bias[:, row % WINDOW * WINDOW + column % WINDOW], torch.zeros(2 * LEVEL).double()
+    found = attend(nothing, [nothing for _ in places], values, WIDE, bias)
+    return x + m.down.weight @ m.o_proj(found) + m.down.bias
+
+
 def slow_narrow(made, x, memory, cell):
     m = made["1"]
     q = m.up(rms(m.norm, x))
@@ -265,7 +276,8 @@ def slow_bidirectional(made, x, memory):
 
 
 SLOW = {"global": slow_global, "deformable": partial(slow_deformable, 1, 8),
-        "deformable-multi": partial(slow_deformable, 2, 16), "narrow": slow_narrow,
+        "deformable-multi": partial(slow_deformable, 2, 16), "gather": slow_gather,
+        "narrow": slow_narrow,
         "deepstack": slow_deepstack, "sva": slow_sva}
 
 
@@ -402,6 +414,18 @@ def gmacs(build, width):
             for layer in ("1", "4"):
                 made[layer](torch.empty(144, width), read)
     return round(counter.get_total_flops() / 2e9, 1)
+
+
+@torch.no_grad()
+def test_gather_is_sela_that_asks_nothing():
+    """Weights of SELA load as they are; with queries of zero both find the same."""
+    asked, (x, memory) = randomise(VisionRemember(SIZES, WINDOW).double(), 0.08), memory_of()
+    gather = INTERACTIONS["gather"]((1,), SIZES, WINDOW, "residual").double()["1"]
+    kept = {name: asked.get_parameter(name) for name in gather.state_dict()}
+    gather.load_state_dict(kept)
+    assert not torch.allclose(asked(x, memory), gather(x, memory), atol=0.01)
+    asked.q_proj.weight.zero_()
+    assert torch.allclose(asked(x, memory), gather(x, memory), rtol=0, atol=1e-10)
 
 
 def test_narrow_costs_a_sixth_of_sela():

@@ -154,6 +154,16 @@ def window_attention(work, width, everywhere=False):
     return 2 * product(work.tiles * p**2 * keys * width, x, features)
 
 
+def gather(work):
+    """As SELA without queries and keys: weights that are the same in all windows, times values."""
+    d, C, L, p, g = work.config.sizes
+    E, keys = L * C, (work.config.window * g // p)**2
+    _, features, weights = work.for_insertion()
+    total = linears(work.tiles * g**2, (E, E), features, weights)        # v
+    total += product(work.tiles * p**2 * keys * E, features or weights, weights)
+    return total + linears(sum(work.counts), (E, E, d), features or weights, weights)    # o, down
+
+
 def deformable_remember(work, every_level=False, heads=8):
     """Up to the width of a level, deformable attention, down."""
     d, C, _, _, _ = work.config.sizes
@@ -222,12 +232,13 @@ INTERACTION_FLOPS = {
     "global": partial(sela, everywhere=True),
     "deformable": deformable_remember,
     "deformable-multi": partial(deformable_remember, every_level=True, heads=16),
+    "gather": gather,
     "narrow": narrow,
     "bidirectional": bidirectional,
     "deepstack": deepstack,
     "sva": sva,
 }
-READ_SALIENCY = ("sela", "global", "narrow")
+READ_SALIENCY = ("sela", "global", "gather", "narrow")
 
 
 # ----------------------------------------------------------------------- systems without a formula
