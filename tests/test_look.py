@@ -133,6 +133,21 @@ def test_what_content_alone_looks_at_is_what_the_same_model_does_without_its_bia
     assert abs(first["content"] - first["own"]) > 0.1
 
 
+@pytest.mark.parametrize("window", (1, 2))
+def test_what_heads_keep_is_their_weight_on_the_feature_each_starts_with(window):
+    """At the start nearly all of it. Heads that swap places keep nothing, though each token still looks at its own features."""
+    model = tiny_model(window=window)
+    module = model.vision_remember["1"]
+    with torch.no_grad():
+        module.q_proj.weight.zero_()                                 # it is random in this model
+        module.position_bias.copy_(own_features(model.config.sizes, window, len(module.position_bias)))
+    first = page_of(model).data["insertions"][0]
+    with torch.no_grad():
+        module.position_bias.copy_(module.position_bias.roll(1, 0))
+    swapped = page_of(model).data["insertions"][0]
+    assert first["kept"] > 0.99 and swapped["kept"] < 0.01 < 0.99 < swapped["own"]
+
+
 @pytest.mark.parametrize("mode, size", KINDS)
 def test_the_window_that_is_outlined_is_what_the_token_depends_on(mode, size):
     """Its own window of its own tile, by the gradient of the module itself."""

@@ -52,6 +52,7 @@ class Insertion(NamedTuple):
     change: torch.Tensor        # (n,) |x_new - x| / |x|
     own: float                  # share of the weights on features that their token was pooled from
     content: float              # what that share would be without the bias for places
+    kept: float                 # share on the features that heads start with: sela.own_features
 
 
 class Seen(NamedTuple):
@@ -111,24 +112,25 @@ def insertion_of(layer, module, calls):
     k = calls[module.feature_windows][0][1]                              # the second call is v's
     weights = weights_of(module, q, k, memory.cells)                     # (n, A, r*r)
     change = (new.float() - x.float()).norm(dim=-1) / x.float().norm(dim=-1)     # (n,)
-    is_own = own_of(module, memory.cells).unsqueeze(1)                   # (n, 1, r*r)
-    own, content = ((each * is_own).sum(-1).mean().item() for each in
-                    (weights, weights_of(module, q, k, memory.cells, bias=0)))
-    return Insertion(layer, weights.cpu(), change.cpu(), own, content)
+    is_first = starts_of(module, memory.cells, weights.shape[1])         # (n, A, r*r)
+    is_own = starts_of(module, memory.cells, weights.shape[2]).amax(1, keepdim=True)     # any head
+    own, content, kept = (share.sum(-1).mean().item() for share in (
+        weights * is_own, weights_of(module, q, k, memory.cells, bias=0) * is_own,
+        weights * is_first))
+    return Insertion(layer, weights.cpu(), change.cpu(), own, content, kept)
 
 
-def own_of(module, cells):
-    """Which features of its window each of the tokens at cells (n, 3) was pooled from.
+def starts_of(module, cells, heads):
+    """Which features of its window each of the tokens at cells (n, 3) starts to look at, by head.
 
-    -> (n, r*r), 1 or 0
+    With as many heads as features, all that the token was pooled from. -> (n, A, r*r), 1 or 0
     """
     s, r = module.token_windows.layout[1], module.feature_windows.layout[1]
     sizes = Sizes(width=0, level_width=0, levels=0, side=module.side,
                   feature_side=module.side // s * r)
-    one_each = own_features(sizes, s, heads=r * r)                       # (A, s*s, r*r)
-    own = (one_each > 0).any(0).float().to(cells.device)                 # (s*s, r*r)
+    starts = (own_features(sizes, s, heads) > 0).float().to(cells.device)        # (A, s*s, r*r)
     _, row, column = cells.unbind(1)
-    return own[row % s * s + column % s]
+    return starts[:, row % s * s + column % s].transpose(0, 1)
 
 
 def weights_of(module, q, k, cells, bias=None):
@@ -293,8 +295,8 @@ def shown_insertions(insertions):
 
     return [{"layer": layer, "mean": rounded(weights.mean(1)), "change": rounded(change),
              "heads": rounded(weights) if weights.numel() <= MOST_NUMBERS else [],
-             "own": round(own, 4), "content": round(content, 4)}
-            for layer, weights, change, own, content in insertions]
+             "own": round(own, 4), "content": round(content, 4), "kept": round(kept, 4)}
+            for layer, weights, change, own, content, kept in insertions]
 
 
 def page(model, picture, question, name, limit):
