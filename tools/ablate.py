@@ -2,7 +2,7 @@
 
     python -m tools.ablate --table fig1a --quick      # minutes: does the whole path run?
     python -m tools.ablate --list                     # what there is to do, and what is done
-    python -m tools.ablate --table 1 2 --seeds 3      # hours; Ctrl-C stops it, the same goes on
+    python -m tools.ablate --table 1 2 --seeds 3      # seeds 1 to 3, hours; stopped, it goes on
     python -m tools.ablate --table 2 --curve 50       # ask also after 50, 100 ... steps
     python -m tools.ablate --table 5 --equal-time     # then again, each for as long as ours
     python -m tools.ablate --set "--start own --window 4" --time    # a row of your own
@@ -21,9 +21,9 @@ not made again, a finished model is not trained again, and a stopped one goes on
 Lines and models belong to a world: the drawings, and the pre-trained parts in tiny/.
 
 --time measures the time to the first token beside that of an uncompressed model, in turn, so that
-both see the same load of the machine. Weights do not change it, so fresh ones are timed, for seed 1
-of equal steps alone, and a line of another machine is timed anew: --table all --seeds 1 --jobs 1
---time makes rows comparable. A row without a line is trained and asked first.
+both see the same load of the machine. Weights do not change it, so untrained ones are timed, for
+seed 1 alone and not with --equal-time. A line of another machine is timed anew: --table all
+--seeds 1 --jobs 1 --time makes rows comparable. A row without a line is trained and asked first.
 
 The ViT is frozen, and yet every model computes its features again: that is about 5 % of a step of
 phase 2 at tiny (0.04 of 0.9 s on one thread), too little to keep features for.
