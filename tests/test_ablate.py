@@ -163,16 +163,23 @@ def test_what_is_done_is_not_done_again(stub, capsys):
     assert {line["flags"] for line in lines()} == {line["flags"] for line in before} | added
 
 
-def test_a_stopped_training_is_resumed_and_not_asked(stub, capsys):
-    """What train.py still works on is no model, even where it will replace one. It ends without an error when it is stopped."""
+def test_a_stopped_training_is_resumed_and_not_asked(stub, monkeypatch, capsys):
+    """What train.py still works on is no model, even where it will replace one. It ends without an error when it is stopped.
+    Its line names every commit and machine that trained it."""
     stub.stops = "remember-none-s1"
+    monkeypatch.setattr(ablate, "commit", lambda: "older")
+    monkeypatch.setattr(ablate, "machine", lambda: "one, 2 cores")
     with pytest.raises(ValueError, match="1 of 3 models failed"):
         ablate.main(["--table", "5", "--seeds", "1"])
     assert "remember-none-s1: failed: train.py was stopped before its end" in capsys.readouterr().out
     stub.stops = None
     stub.called.clear()
+    monkeypatch.setattr(ablate, "commit", lambda: "newer")
+    monkeypatch.setattr(ablate, "machine", lambda: "other, 2 cores")
     ablate.main(["--table", "5", "--seeds", "1"])
     assert stub.of("train.py") == ["remember-none-s1"] and len(lines()) == 3
+    made = {(line["flags"] == plan.normal(plan.AAP), line["commit"], line["machine"]) for line in lines()}
+    assert made == {(False, "older", "one, 2 cores"), (True, "older, newer", "one, 2 cores; other, 2 cores")}
     assert all("--resume" in words for words in stub.called if words[0] == "train.py")
 
 

@@ -180,8 +180,10 @@ def test_a_cell_may_be_of_one_seed(results):
     """So a row of one seed can stand beside the same seed of a row that has several."""
     tables.put(results, line(plan.OURS, 2, 90.0))
     asked = "{}<!-- cell 5 | ours | fine half{} --><!-- end -->"
-    shown = [re.sub("<!--.*?-->", "", filled(asked.format("x ", of), results)) for of in ("", ", seed 2", ", seed 9")]
-    assert shown == ["x 85.0 ± 7.1", "x 90.0", "x -"]
+    shown = [re.sub("<!--.*?-->", "", filled(asked.format("x ", of), results)) for of in ("", ", seed 2")]
+    assert shown == ["x 85.0 ± 7.1", "x 90.0"]
+    with pytest.raises(ValueError, match=r"there are lines of the seeds \[1, 2\]"):
+        filled(asked.format("x ", ", seed 9"), results)
     with pytest.raises(ValueError, match="the columns are"):
         filled(asked.format("x ", ", sed 2"), results)
 
@@ -233,6 +235,7 @@ def test_the_runs_are_counted_and_the_blind_scores_shown(results):
     ("<!-- table 5, equal tim --><!-- end -->", "<!-- table 5, equal tim -->: there are"),
     ("is <!-- cell 5 | sela | Avg --><!-- end -->", "the rows of table 5 are"),
     ("is <!-- cell 5 | ours | avg --><!-- end -->", "the columns are .*'Avg'"),
+    ("is <!-- cell 5 | ours | Avg | more --><!-- end -->", "write cell TABLE | ROW | COLUMN"),
     ("is\n<!-- cell 5 | ours | Avg --><!-- end -->", "begins a line, where Markdown ends the paragraph"),
     ("<!-- table 5 -->", "needs an <!-- end --> behind it"), ("<!-- end -->", "needs an <!-- end --> behind it"),
     ("<!-- table 5 --> <!-- table 1 --><!-- end -->", "before the next one begins")])
@@ -241,6 +244,21 @@ def test_a_comment_that_asks_for_nothing_is_one_line(page, complaint, results):
     with pytest.raises(ValueError, match=complaint) as caught:
         filled(page, results)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["<!-- table 5 --><!-- end -->\n", "is <!-- cell 5 | ours | Avg --><!-- end -->\n",
+                                  "is <!-- cell paired | ours - A.A.P | Avg --><!-- end -->\n"])
+def test_a_page_loses_no_row_or_cell_whose_lines_are_gone(text, results):
+    """A file of results that lost lines would else turn their numbers into "-", and a test that compares both would agree."""
+    page = results.with_name("page.md")
+    page.write_text(text)
+    evidence.main([str(page), "--results", str(results)])
+    before = page.read_text()
+    rest = [one for one in tables.read_lines(results) if one["flags"] != plan.normal(plan.OURS)]
+    results.write_text("".join(json.dumps(one) + "\n" for one in rest))
+    with pytest.raises(ValueError, match="left as it was: .* has no lines any more for 1 rows and cells, .*ours.* the first"):
+        evidence.main([str(page), "--results", str(results)])
+    assert page.read_text() == before
 
 
 def test_a_page_is_not_emptied_by_a_line_of_something_else(results, capsys):

@@ -124,6 +124,7 @@ def test_tables_are_chosen_by_name_in_the_order_of_the_plan():
 @pytest.mark.parametrize("flags, complaint", [
     ("--window 3", "windows of 3x3 tokens do not tile 4x4"), ("--windw 3", "unrecognized arguments: --windw 3"),
     ("--lr -1", "--lr -1.0: must be a number above 0"), ("--seed 3", "--seed is set by tools.ablate: leave it out"),
+    ("--seed 42", "--seed is set by tools.ablate: leave it out"), ("--name own", "--name is set by tools.ablate"),
     ("--na x", "--name is set by tools.ablate"), ("--phase 1", "--phase is set by tools.ablate"), ("four", "unrecognized"),
     ("--window 4 --window=2", "--window stands there twice"), ("--precision bf16", "--precision is set by tools.ablate"),
     ('--window "4', "No closing quotation")])

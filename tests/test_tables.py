@@ -56,7 +56,35 @@ def test_the_same_key_is_replaced_not_doubled(args):
     assert len(found) == len(changes) and [one["scores"]["Avg"]["score"] for one in found] == [50.0] * 6 + [60.0]
 
 
-@pytest.mark.parametrize("damaged", ["<<<<<<< HEAD", "[1]", '{"flags": ""}'])
+def test_what_a_line_got_later_stays_when_another_run_writes_it_again(args):
+    """One run times a line while another follows its training: each read the line before the other wrote."""
+    tables.put(args.out, line(curve=[{"step": 50}], blind=SCORES))
+    tables.put(args.out, line(ttft={"relative": 0.9}))
+    found, = tables.read_lines(args.out)
+    assert (found["curve"], found["blind"], found["ttft"]) == ([{"step": 50}], list(SCORES), {"relative": 0.9})
+    tables.put(args.out, line(score=60.0))
+    found, = tables.read_lines(args.out)
+    assert "curve" not in found and found["ttft"] is None, "of another model"
+
+
+def test_two_lines_of_the_same_key_are_named(args):
+    """As a merge that keeps both sides leaves them: which of them counts is not for us to say."""
+    args.out.write_text(2 * (json.dumps(line()) + "\n"))
+    with pytest.raises(ValueError, match="line 2 is of the same model and questions as line 1: remove one of them"):
+        tables.read_lines(args.out)
+
+
+def test_results_that_cannot_be_written_are_said_before_the_work(args):
+    """Not after a night of training. The check leaves nothing behind."""
+    tables.check_results(args.out)
+    assert list(args.out.parent.iterdir()) == []
+    args.out.touch()
+    with pytest.raises(OSError):
+        tables.check_results(args.out / "in_a_file.jsonl")
+
+
+@pytest.mark.parametrize("damaged", ["<<<<<<< HEAD", "[1]", '{"flags": ""}', json.dumps(line(seed="1")), json.dumps(line(score=float("nan"))),
+                                     json.dumps({name: value for name, value in line().items() if name != "seconds"})])
 @pytest.mark.parametrize("behind", ["", json.dumps(line(seed=2)) + "\n"])
 def test_a_damaged_line_is_named_and_never_lost(damaged, behind, args):
     """Only the last may be cut, before its end. Another was edited, and to rewrite the file without it would delete it."""

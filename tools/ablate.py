@@ -69,7 +69,7 @@ from tools.cost import parameters
 from tools.plan import PRESET
 from tools.systems import resized, seen_by_layers, system_flops
 from tools.tables import (
-    TEXT, TILES, last_world, lines_of, listing, markdown, minutes, opened, put, scores)
+    TEXT, TILES, check_results, last_world, lines_of, listing, markdown, minutes, opened, put, scores)
 from tools.timing import timed
 
 DRAWN = Path("data/tiny")
@@ -289,8 +289,7 @@ def train_and_ask(args, programs, job):
             return None
         to_train = any(any(lacks(args, job, ask, line)[:2]) for ask, line in wanting.items())
         if to_train and not is_trained(args, job):
-            made = {"commit": commit(), "machine": machine()}
-            write(folder_of(args, job) / "made.json", json.dumps(made))
+            add_maker(folder_of(args, job) / "made.json")
             for words in trainings(args, job):
                 programs.call([*words, "--resume"], log)
             if not is_trained(args, job):
@@ -304,6 +303,15 @@ def train_and_ask(args, programs, job):
         named = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         tell(f"{job.name}: failed: {named}{error}")
         return f"{job.name}: {named}{error}"
+
+
+def add_maker(path):
+    """Note in a model's made.json which commit on which machine trains it now, behind those that
+    trained it before it was stopped."""
+    now = {"commit": [commit()], "machine": [machine()]}
+    known = json.loads(path.read_text()) if path.exists() else now
+    makers = {name: list(dict.fromkeys(known[name] + now[name])) for name in now}
+    write(path, json.dumps(makers))
 
 
 def measure(args, programs, job, ask, line):
@@ -460,8 +468,8 @@ def make_line(args, job, ask, entries):
         "seconds": {"training": round(sum(seconds), 1), "step": step,
                     "evaluation": round(sum(entry["seconds"] for entry in entries.values()), 1)},
         **sizes_of(folder / "phase2", ask),
-        "commit": ", ".join(dict.fromkeys([made["commit"], commit()])),
-        "machine": made["machine"]}
+        "commit": ", ".join(dict.fromkeys([*made["commit"], commit()])),
+        "machine": "; ".join(made["machine"])}
 
 
 def steps_of(args, job):
@@ -530,6 +538,7 @@ def tell(text):
 def work(args, jobs):
     """All jobs, so many side by side. Raises ValueError at the end if some failed, and Stopped."""
     begun = time.time()
+    check_results(args.out)
     with alone_in(args.runs), Programs() as programs:
         prepare(args, programs)
         if args.equal_time:

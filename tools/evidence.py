@@ -97,12 +97,18 @@ def table(kind, what, lines):
 
 def cell(what, lines):
     """"4b | SELA | fine half" -> what stands there in the table, or would with one seed alone."""
-    name, label, column = (what.split(" | ") + ["", ""])[:3]
+    parts = what.split(" | ")
+    if len(parts) != 3:
+        raise ValueError(f"<!-- cell {what} -->: write cell TABLE | ROW | COLUMN")
+    name, label, column = parts
     if name == "paired":
         return difference(what, label, column, lines[False])
     rows, mine = named(name, lines)
     column, _, seed = column.partition(", seed ")
     if seed:
+        seeds = sorted({line["seed"] for line in mine.values()})
+        if mine and seed not in map(str, seeds):
+            raise ValueError(f"<!-- cell {what} -->: there are lines of the seeds {seeds}")
         mine = {key: line for key, line in mine.items() if str(line["seed"]) == seed}
     labels = [row.label for row in rows]
     if label not in labels:
@@ -177,6 +183,18 @@ def blind(lines):
     return "\n".join(tables.as_table(heads, rows)) if rows else ""
 
 
+def rows_of(page):
+    """{(what a comment asks for, label of a row or ""): whether results stand there} of a page."""
+    found = {}
+    for match in BLOCK.finditer(page):
+        kind, what, inside = match.groups()
+        for row in inside.strip().splitlines():
+            label, *cells = cells_of(row) if row.startswith("|") else ("", row)
+            results = [cell for cell in cells if re.match(r"-?\d", cell) and cell != "0"]
+            found[f"{kind} {what}".strip(), label] = bool(results)
+    return found
+
+
 def main(argv=None):
     """The command line: see the top."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -190,6 +208,12 @@ def main(argv=None):
     if lost > 0:
         raise ValueError(f"{args.page} is left as it was: for {lost} blocks that it fills now, "
                          f"{args.results} has no line like its last one (limit, questions, world)")
+    were_filled = rows_of(text)
+    emptied = [row for row, is_filled in rows_of(new).items()
+               if were_filled.get(row) and not is_filled]
+    if emptied:
+        raise ValueError(f"{args.page} is left as it was: {args.results} has no lines any more for "
+                         f"{len(emptied)} rows and cells, {' | '.join(emptied[0])} the first")
     write(args.page, new)
     print(f"{args.page}: {'as it was' if new == text else 'written'}")
 

@@ -279,10 +279,12 @@ def check(flags):
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             args, plain = train.arguments([*ours, *shlex.split(flags)]), train.arguments(ours)
-        changed = [name for name in SET_HERE if getattr(args, name) != getattr(plain, name)]
-        if changed:
-            raise ValueError(f"--{changed[0]} is set by tools.ablate: leave it out")
         names = [word.partition("=")[0] for word in shlex.split(flags) if word.startswith("--")]
+        changed = [f"--{name.replace('_', '-')}" for name in SET_HERE
+                   if getattr(args, name) != getattr(plain, name)]
+        typed = [name for name in names if name[2:].replace("-", "_") in SET_HERE]
+        if changed or typed:
+            raise ValueError(f"{(changed + typed)[0]} is set by tools.ablate: leave it out")
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise ValueError(f"{twice[0]} stands there twice")

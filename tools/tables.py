@@ -32,6 +32,8 @@ from tools import plan
 from tools.cost import row_of, three_digits
 
 KEY = ("flags", "ask", "seed", "limit", "questions", "world")
+NEEDED = ("scores", "seconds", "steps", "ttft")         # what else no line is without
+LATER = ("blind", "curve", "ttft")                      # what a line may get after it was written
 FINE = "OCR&Chart"
 COLUMNS = ["Avg", *groups()]
 RESULT = ["row", "seeds", "fine half", "coarse half", "recovered", "tokens a tile", "M parameters",
@@ -50,38 +52,62 @@ def read_lines(path):
     """The lines of a file of results as dicts; [] where there is none.
 
     A last line that was cut short, before its end of line, is left out, and so `put` mends it.
-    Raises ValueError for another line that is no result.
+    Raises ValueError for another line that is no result, and for two lines with the same key.
     """
     whole = path.read_text(encoding="utf-8") if path.exists() else ""
     texts = whole.removesuffix("\n").split("\n") if whole else []
-    lines = []
+    lines, numbers = [], {}
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-            key_of(line)
+            line = json.loads(text, parse_constant=refuse_number)
+            first = numbers.setdefault(key_of(line), number)
         except BROKEN as error:
             if number == len(texts) and not whole.endswith("\n"):
                 break
             raise ValueError(f"{path}, line {number} is no result ({type(error).__name__}: "
                              f"{error}): mend or remove it") from None
+        if first != number:
+            raise ValueError(f"{path}, line {number} is of the same model and questions as line "
+                             f"{first}: remove one of them")
         lines.append(line)
     return lines
 
 
+def refuse_number(text):
+    """ValueError for NaN and infinity, which JSON does not have and Python reads."""
+    raise ValueError(f"{text} is no score")
+
+
 def key_of(line):
-    """What tells a line from others: KEY, and whether its model trained for equally long."""
+    """What tells a line from others: KEY, and whether its model trained for equally long. Raises
+    one of BROKEN for a line that lacks something."""
+    if not isinstance(line["seed"], int) or not all(name in line for name in NEEDED):
+        raise ValueError(f"a line has a whole number as its seed, and {', '.join(NEEDED)}")
     return (*(line[name] for name in KEY), line.get("time") is not None)
 
 
 def put(path, line):
-    """Add a line to a file of results, in place of one with the same key. The file is replaced as a
-    whole, so a reader never sees half a line. Other threads and other processes wait."""
+    """Add a line to a file of results, in place of one with the same key. What that one got LATER
+    stays where the new one has none and the same scores. The file is replaced as a whole, so a
+    reader never sees half a line. Other threads and other processes wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing, opened(path.parent) as folder:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        others = [other for other in read_lines(path) if key_of(other) != key_of(line)]
-        text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in [*others, line])
+        others = {key_of(other): other for other in read_lines(path)}
+        old = others.pop(key_of(line), {})
+        if old.get("scores") == line["scores"]:
+            line = line | {name: old[name] for name in LATER if old.get(name) and not line.get(name)}
+        text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in [*others.values(), line])
         write(path, text)
+
+
+def check_results(path):
+    """Raises, before hours of work, where `put` could not: OSError, or ValueError as read_lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    read_lines(path)
+    probe = path.with_name(f"{path.name}.{os.getpid()}.probe")
+    probe.touch()
+    probe.unlink()
 
 
 @contextlib.contextmanager
