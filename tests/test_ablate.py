@@ -391,7 +391,7 @@ def test_two_at_a_time_in_one_folder_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("words, complaint", [(["--seeds", "0"], "--seeds 0: must be at least 1"), (["--curve", "0"], "--curve 0"),
-                                              (["--limit", "-1"], "--limit"),
+                                              (["--limit", "-1"], "--limit"), (["--list", "--time"], "--list counts models and lines alone"),
                                               (["--table", "6"], "--table 6: there are"), (["--set", "--window 3"], "3x3")])
 def test_bad_values_are_one_line_before_anything_runs(words, complaint, stub):
     """Nothing is drawn, nothing is written."""

@@ -636,6 +636,9 @@ def arguments(argv=None):
     args.out = args.out or results / "ablation.jsonl"
     if args.equal_time:
         args.runs = args.runs / "equal-time"
+    if args.list and (args.time or args.blind or args.curve):
+        raise ValueError("--list counts models and lines alone, not what --time, --blind and "
+                         "--curve would add to them: leave these out")
     for name in ("seeds", "limit", "questions", "curve", "jobs"):
         value = getattr(args, name)
         if value is not None and value < 1:
