@@ -293,6 +293,13 @@ def test_the_plan_tells_what_is_done_and_how_long_the_rest_takes(args):
                          "took")
 
 
+def test_one_model_that_is_left_has_no_other_beside_it(args):
+    """It takes as long as it takes, not half of it."""
+    tables.put(args.out, line(plan.MLP))
+    shown = tables.listing(args, plan.jobs_of(plan.chosen([], ["--window 1"]), [1]), tables.lines_of(args), set())
+    assert "1 models to train, 1 lines to write; about 6 min 0 s with 1 side by side" in shown[-1]
+
+
 def test_times_are_told_as_people_tell_them():
     """To the second below an hour, to the minute above."""
     assert [tables.minutes(seconds) for seconds in (0.4, 250, 3599.6, 12_000)] == \

@@ -192,8 +192,9 @@ def prepare(args, programs):
     args.world = world_now()
     now, kept = f"world {args.world}, {args.limit or 'all'} records", args.runs / "world"
     if kept.exists() and kept.read_text() != now:
-        raise ValueError(f"{args.runs} holds models of {kept.read_text()}, and now it is {now}: "
-                         "give --runs another folder, or remove it")
+        raise ValueError(f"{args.runs} holds models of {kept.read_text()}, and now it is {now} "
+                         f"(--quick takes {QUICK['limit']}): give --runs another folder, or remove "
+                         "it")
     write(kept, now)
     folder = exam_folder(args)
     if not folder.exists():
@@ -289,6 +290,7 @@ def train_and_ask(args, programs, job):
             return None
         to_train = any(any(lacks(args, job, ask, line)[:2]) for ask, line in wanting.items())
         if to_train and not is_trained(args, job):
+            tell(f"{job.name}: trains; what it says: {log}")
             add_maker(folder_of(args, job) / "made.json")
             for words in trainings(args, job):
                 programs.call([*words, "--resume"], log)

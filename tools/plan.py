@@ -192,6 +192,8 @@ PAIRS = {
     "PixelShuffle - A.A.P": Pair(SHUFFLE, AAP),
     "LDPv2 - A.A.P": Pair(LDPV2, AAP),
     "heads start evenly - A.A.P": Pair(EVEN, AAP),
+    "1,4 of six layers, no queries and keys - A.A.P": Pair(
+        f"{OURS} --remember 1,4 --interaction gather", AAP),
     "ours - one module": Pair(OURS, ONE),
     "ours - PixelShuffle": Pair(OURS, SHUFFLE),
     "PixelShuffle with - without Vision Remember": Pair(SHUFFLE_VR, SHUFFLE),

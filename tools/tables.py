@@ -185,8 +185,9 @@ def listing(args, jobs, lines, trained):
         states.setdefault(job.flags, []).append(f"{done}/{len(job.asks)}")
         if missing:
             left.append((missing, job.name in trained))
-    width = max(6 * args.seeds, len("done, by seed")) + 2
-    found = [f"{'done, by seed':<{width}}{'tables':<40}flags"]
+    head = "lines, by seed"
+    width = max(6 * args.seeds, len(head)) + 2
+    found = [f"{head:<{width}}{'tables':<40}flags"]
     for job in jobs[:len(states)]:                                  # of the first seed
         names = dict.fromkeys(name for ask in job.asks for name in plan.labels_of(job.flags, ask))
         done = "".join(f"{state:<6}" for state in states[job.flags])
@@ -203,6 +204,7 @@ def estimate(together, lines, left):
         return said
     training = statistics.mean(trainings.values())
     asking = statistics.mean(line["seconds"]["evaluation"] for line in lines)
+    together = max(1, min(together, len(left)))                 # one model runs alone
     total = minutes((untrained * training + ways * asking) / together)
     return (f"{said}; about {total} with {together} side by side, going by what "
             f"{len(trainings)} took")
