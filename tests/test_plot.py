@@ -233,8 +233,8 @@ def result(row, seed, fine, coarse=80.0, ttft=None, **changes):
     tokens = 64 if "mlp" in flags else 4 if "--side 2" in flags else 1 if "--side 1" in flags else 16
     scores = {group: {"score": fine if group == tables.FINE else coarse, "stderr": 1.0, "n": 9} for group in groups()}
     return {"flags": flags, "ask": ask, "seed": seed, "limit": None, "questions": 9, "world": "w", "scores": scores,
-            "vision_tokens": tokens, "vision_tokens_seen": tokens, "gflop": tokens / 100, "time": None,
-            "ttft": ttft and TIMED | {"relative": ttft}, **changes}
+            "vision_tokens": tokens, "vision_tokens_seen": tokens, "gflop": tokens / 100, "time": None, "steps": [2, 3],
+            "seconds": {}, "ttft": ttft and TIMED | {"relative": ttft}, **changes}
 
 
 def put(path, lines):
