@@ -69,7 +69,8 @@ from tools.cost import parameters
 from tools.plan import PRESET
 from tools.systems import resized, seen_by_layers, system_flops
 from tools.tables import (
-    TEXT, TILES, check_results, last_world, lines_of, listing, markdown, minutes, opened, put, scores)
+    TEXT, TILES, check_results, last_world, lines_of, listing, markdown, minutes, opened, put,
+    scores)
 from tools.timing import timed
 
 DRAWN = Path("data/tiny")

@@ -96,8 +96,10 @@ def put(path, line):
         others = {key_of(other): other for other in read_lines(path)}
         old = others.pop(key_of(line), {})
         if old.get("scores") == line["scores"]:
-            line = line | {name: old[name] for name in LATER if old.get(name) and not line.get(name)}
-        text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in [*others.values(), line])
+            kept = {name: old[name] for name in LATER if old.get(name) and not line.get(name)}
+            line = line | kept
+        lines = [*others.values(), line]
+        text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines)
         write(path, text)
 
 
