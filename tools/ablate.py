@@ -311,10 +311,10 @@ def train_and_ask(args, programs, job):
 def add_maker(path):
     """Note in a model's made.json which commit on which machine trains it now, behind those that
     trained it before it was stopped."""
-    now = {"commit": [commit()], "machine": [machine()]}
+    now = {"commit": commit(), "machine": machine()}
     known = json.loads(path.read_text()) if path.exists() else now
-    makers = {name: list(dict.fromkeys(known[name] + now[name])) for name in now}
-    write(path, json.dumps(makers))
+    makers = {name: dict.fromkeys([*known[name].split("; "), now[name]]) for name in now}
+    write(path, json.dumps({name: "; ".join(each) for name, each in makers.items()}))
 
 
 def measure(args, programs, job, ask, line):
@@ -471,8 +471,8 @@ def make_line(args, job, ask, entries):
         "seconds": {"training": round(sum(seconds), 1), "step": step,
                     "evaluation": round(sum(entry["seconds"] for entry in entries.values()), 1)},
         **sizes_of(folder / "phase2", ask),
-        "commit": ", ".join(dict.fromkeys([*made["commit"], commit()])),
-        "machine": "; ".join(made["machine"])}
+        "commit": ", ".join(dict.fromkeys([*made["commit"].split("; "), commit()])),
+        "machine": made["machine"]}
 
 
 def steps_of(args, job):
