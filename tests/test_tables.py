@@ -226,7 +226,7 @@ def test_tables_show_mean_and_spread_over_seeds_beside_the_papers_numbers(args):
     assert groups["FastV"][0] == "50.0 [51.0]" and rows["FastV"][4] == "64 (42.7 in the mean)"
     assert rows["DeCo: A.A.P"] == ["0", *["-"] * 6, "- [0.58]"] and groups["DeCo: A.A.P"] == ["- [50.4]", *["-"] * 4]
     assert text[-1] == ("Seeds 1; 2; 3; 1300 questions, the same for every model; 225 + 275 steps of the two phases. Machine: a "
-                        f"CPU. TTFT on: the same. Commits: abc, def. World: w. Each line of {args.out} has the commands that make it again.")
+                        f"CPU. TTFT on: the same. World: w. Each line of {args.out} has its commit, and the commands that make it again.")
 
 
 def test_the_share_stands_in_the_table(args):

@@ -420,7 +420,6 @@ def note(args, lines):
         return f"No line of {args.out} belongs to these rows."
     said = {name: "; ".join(sorted({str(line[name]) for line in lines}))
             for name in ("seed", "machine", "world")}
-    commits = sorted({name for line in lines for name in line["commit"].split(", ") if name})
     counts = sorted({line["scores"]["Avg"]["n"] for line in lines})
     steps = sorted({" + ".join(map(str, line["steps"])) for line in lines})
     limit = f" on {args.limit} records each" if args.limit else ""
@@ -428,5 +427,5 @@ def note(args, lines):
     times = f" TTFT on: {'; '.join(timed)}." if timed else ""
     return (f"Seeds {said['seed']}; {' or '.join(map(str, counts))} questions, the same for every "
             f"model; {' or '.join(steps)} steps of the two phases{limit}. Machine: "
-            f"{said['machine']}.{times} Commits: {', '.join(commits)}. World: {said['world']}. "
-            f"Each line of {args.out} has the commands that make it again.")
+            f"{said['machine']}.{times} World: {said['world']}. Each line of {args.out} has its "
+            "commit, and the commands that make it again.")
