@@ -231,10 +231,11 @@ def result(row, seed, fine, coarse=80.0, ttft=None, **changes):
     """A line of a row of the plan, as tools.ablate writes it."""
     flags, ask = plan.normal(row.flags), plan.normal(row.ask)
     tokens = 64 if "mlp" in flags else 4 if "--side 2" in flags else 1 if "--side 1" in flags else 16
-    scores = {group: {"score": fine if group == tables.FINE else coarse, "stderr": 1.0, "n": 9} for group in groups()}
+    scores = {group: {"score": fine if group == tables.FINE else coarse, "stderr": 1.0, "n": 9} for group in tables.COLUMNS}
     return {"flags": flags, "ask": ask, "seed": seed, "limit": None, "questions": 9, "world": "w", "scores": scores,
             "vision_tokens": tokens, "vision_tokens_seen": tokens, "gflop": tokens / 100, "time": None, "steps": [2, 3],
-            "seconds": {}, "ttft": ttft and TIMED | {"relative": ttft}, **changes}
+            "seconds": {"training": 1.0, "evaluation": 1.0}, "parameters": {}, "benchmarks": {}, "blind": None, "commit": "abc",
+            "machine": "a CPU", "ttft": ttft and TIMED | {"relative": ttft}, **changes}
 
 
 def put(path, lines):

@@ -32,7 +32,8 @@ from tools import plan
 from tools.cost import row_of, three_digits
 
 KEY = ("flags", "ask", "seed", "limit", "questions", "world")
-NEEDED = ("scores", "seconds", "steps", "ttft")         # what else no line is without
+NUMBERS = ("vision_tokens", "vision_tokens_seen", "gflop")
+NEEDED = ("benchmarks", "blind", "steps", "ttft", "commit", "machine")
 LATER = ("blind", "curve", "ttft")                      # what a line may get after it was written
 FINE = "OCR&Chart"
 COLUMNS = ["Avg", *groups()]
@@ -60,6 +61,7 @@ def read_lines(path):
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text, parse_constant=refuse_number)
+            refuse_broken(line)
             first = numbers.setdefault(key_of(line), number)
         except BROKEN as error:
             if number == len(texts) and not whole.endswith("\n"):
@@ -78,11 +80,32 @@ def refuse_number(text):
     raise ValueError(f"{text} is no score")
 
 
+def refuse_broken(line):
+    """Raises one of BROKEN for a line that lacks something, or has no number where one belongs.
+
+    A table of it would be wrong without a word: a seed too few, or a system that is not there.
+    """
+    missing = [name for name in NEEDED if name not in line]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    if not isinstance(line["seed"], int):
+        raise ValueError(f"its seed is {line['seed']!r}, where a whole number belongs")
+    if plan.normal(line["flags"]) != line["flags"]:
+        raise ValueError(f"its flags are in the order of their names: {plan.normal(line['flags'])}")
+    numbers = {f"scores of {group}": line["scores"][group]["score"] for group in COLUMNS}
+    numbers |= {f"seconds of {part}": line["seconds"][part] for part in ("training", "evaluation")}
+    numbers |= {name: line[name] for name in NUMBERS}
+    numbers |= {f"steps of phase {n}": steps for n, steps in enumerate(line["steps"], 1)}
+    numbers |= {f"parameters of {part}": count for part, count in line["parameters"].items()}
+    if line["ttft"]:
+        numbers["ttft"] = line["ttft"]["relative"]
+    for name, number in numbers.items():
+        if not isinstance(number, (int, float)):
+            raise ValueError(f"{name} is {number!r}, where a number belongs")
+
+
 def key_of(line):
-    """What tells a line from others: KEY, and whether its model trained for equally long. Raises
-    one of BROKEN for a line that lacks something."""
-    if not isinstance(line["seed"], int) or not all(name in line for name in NEEDED):
-        raise ValueError(f"a line has a whole number as its seed, and {', '.join(NEEDED)}")
+    """What tells a line from others: KEY, and whether its model trained for equally long."""
     return (*(line[name] for name in KEY), line.get("time") is not None)
 
 
