@@ -84,8 +84,9 @@ def test_results_that_cannot_be_written_are_said_before_the_work(args):
 
 
 @pytest.mark.parametrize("damaged", ["<<<<<<< HEAD", "[1]", '{"flags": ""}', json.dumps(line(seed="1")), json.dumps(line(score=float("nan"))),
-                                     json.dumps(line(score="50")), json.dumps(line(flags="--window 1 --start own")), json.dumps(line(gflop=None)), json.dumps(line(steps=9)),
-                                     json.dumps(line(scores={"OCR&Chart": {"score": 90.0}})), json.dumps(line(ttft={"ms": 1.0})),
+                                     json.dumps(line(score="50")), json.dumps(line(flags="--window 1 --start own")), json.dumps(line(gflop=None)),
+                                     json.dumps(line(steps=9)), json.dumps(line(ttft={"ms": 1.0})),
+                                     json.dumps(line(scores={"OCR&Chart": {"score": 90.0}})),
                                      json.dumps({name: value for name, value in line().items() if name != "seconds"})])
 @pytest.mark.parametrize("behind", ["", json.dumps(line(seed=2)) + "\n"])
 def test_a_damaged_line_is_named_and_never_lost(damaged, behind, args):
