@@ -84,7 +84,8 @@ def test_results_that_cannot_be_written_are_said_before_the_work(args):
 
 
 @pytest.mark.parametrize("damaged", ["<<<<<<< HEAD", "[1]", '{"flags": ""}', json.dumps(line(seed="1")), json.dumps(line(score=float("nan"))),
-                                     json.dumps(line(score="50")), json.dumps(line(flags="--window 1 --start own")), json.dumps(line(gflop=None)),
+                                     json.dumps(line(score="50")), json.dumps(line(score=5000.0)), json.dumps(line(score=-1.0)),
+                                     json.dumps(line(flags="--window 1 --start own")), json.dumps(line(gflop=None)),
                                      json.dumps(line(steps=9)), json.dumps(line(ttft={"ms": 1.0})),
                                      json.dumps(line(scores={"OCR&Chart": {"score": 90.0}})),
                                      json.dumps({name: value for name, value in line().items() if name != "seconds"})])
@@ -139,6 +140,7 @@ def test_the_last_line_of_equal_steps_says_what_a_page_is_of(args):
         tables.put(args.out, line(**change))
     found = tables.latest(args.out)
     assert (found.limit, found.questions, found.world, found.out) == (None, 7, "v", args.out)
+    assert tables.left_out(args.out) == 2
 
 
 # ---- what came back

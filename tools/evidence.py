@@ -184,14 +184,19 @@ def blind(lines):
 
 
 def rows_of(page):
-    """{(what a comment asks for, label of a row or ""): whether results stand there} of a page."""
+    """What stands on a page: {(what a comment asks for, label of a row or "", its cells): count}.
+
+    The count is that of the row's seeds, or of models, where its first cell is one; else whether
+    there is any result.
+    """
     found = {}
     for match in BLOCK.finditer(page):
         kind, what, inside = match.groups()
         for row in inside.strip().splitlines():
             label, *cells = cells_of(row) if row.startswith("|") else ("", row)
             results = [cell for cell in cells if re.match(r"-?\d", cell) and cell != "0"]
-            found[f"{kind} {what}".strip(), label] = bool(results)
+            count = int(cells[0]) if cells[0].isdecimal() else bool(results)
+            found[f"{kind} {what}".strip(), label, len(cells)] = count
     return found
 
 
@@ -207,13 +212,14 @@ def main(argv=None):
     lost = new.count(NO_RUN) - text.count(NO_RUN)
     if lost > 0:
         raise ValueError(f"{args.page} is left as it was: for {lost} blocks that it fills now, "
-                         f"{args.results} has no line like its last one (limit, questions, world)")
-    were_filled = rows_of(text)
-    emptied = [row for row, is_filled in rows_of(new).items()
-               if were_filled.get(row) and not is_filled]
-    if emptied:
-        raise ValueError(f"{args.page} is left as it was: {args.results} has no lines any more for "
-                         f"{len(emptied)} rows and cells, {' | '.join(emptied[0])} the first")
+                         f"{args.results} has no line like its last one (limit, questions, world), "
+                         "or tools.plot has drawn no figure")
+    before = rows_of(text)
+    fewer = [row[:2] for row, count in rows_of(new).items() if count < before.get(row, 0)]
+    if fewer:
+        raise ValueError(f"{args.page} is left as it was: {args.results} has fewer lines than it "
+                         f"shows, for {len(fewer)} rows and cells, {' | '.join(fewer[0])} the "
+                         "first. Where that is meant, empty them on the page before")
     write(args.page, new)
     print(f"{args.page}: {'as it was' if new == text else 'written'}")
 

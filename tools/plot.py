@@ -482,6 +482,10 @@ def is_current(results, name):
 def draw_results(args):
     """Draw the figures of a file of results. -> their paths."""
     paths = []
+    others = tables.left_out(args.file)
+    if others:
+        print(f"{args.file}: {others} lines are of other records, questions or another world than "
+              "the last, and not drawn", file=sys.stderr)
     for name, (text, drawing) in results_figures(args.file, args.table, args.over).items():
         path = figure_path(args.file, name)
         canvas("", "")                                          # says so if there is no matplotlib

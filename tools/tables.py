@@ -55,7 +55,10 @@ def read_lines(path):
     A last line that was cut short, before its end of line, is left out, and so `put` mends it.
     Raises ValueError for another line that is no result, and for two lines with the same key.
     """
-    whole = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        whole = path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from None
     texts = whole.removesuffix("\n").split("\n") if whole else []
     lines, numbers = [], {}
     for number, text in enumerate(texts, 1):
@@ -88,10 +91,16 @@ def refuse_broken(line):
     missing = [name for name in NEEDED if name not in line]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")
-    if not isinstance(line["seed"], int):
+    if type(line["seed"]) is not int:
         raise ValueError(f"its seed is {line['seed']!r}, where a whole number belongs")
-    if plan.normal(line["flags"]) != line["flags"]:
-        raise ValueError(f"its flags are in the order of their names: {plan.normal(line['flags'])}")
+    for name in ("flags", "ask"):
+        if plan.normal(line[name]) != line[name]:
+            raise ValueError(f"its {name} are in the order of their names: "
+                             f"{plan.normal(line[name])!r}")
+    for group in COLUMNS:
+        score = line["scores"][group]["score"]
+        if not 0 <= score <= 100:
+            raise ValueError(f"its score of {group} is {score}, and not within 0 and 100")
     numbers = {f"scores of {group}": line["scores"][group]["score"] for group in COLUMNS}
     numbers |= {f"seconds of {part}": line["seconds"][part] for part in ("training", "evaluation")}
     numbers |= {name: line[name] for name in NUMBERS}
@@ -100,7 +109,7 @@ def refuse_broken(line):
     if line["ttft"]:
         numbers["ttft"] = line["ttft"]["relative"]
     for name, number in numbers.items():
-        if not isinstance(number, (int, float)):
+        if type(number) not in (int, float) or not math.isfinite(number):
             raise ValueError(f"{name} is {number!r}, where a number belongs")
 
 
@@ -164,6 +173,14 @@ def latest(path):
         if line.get("time") is None:
             return Namespace(out=path, **{name: line[name] for name in KEY[3:]})
     return None
+
+
+def left_out(path):
+    """How many lines of a file of results are of other records, questions or another world than
+    its last line of equally many steps, and so in no table of a page and no figure."""
+    shown = latest(path)
+    wanted = [getattr(shown, name) for name in KEY[3:]] if shown else []
+    return sum([line[name] for name in KEY[3:]] != wanted for line in read_lines(path))
 
 
 def last_world(path):
