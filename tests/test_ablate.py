@@ -440,7 +440,7 @@ def test_a_signal_stops_all_programs_once_and_no_other_begins(number, tmp_path):
         threads = [threading.Thread(target=run, args=(log,)) for log in logs]
         for thread in threads:
             thread.start()
-        while not all(log.exists() and log.read_text() for log in logs):
+        while not all(log.exists() and log.read_text().endswith("\n") for log in logs):
             time.sleep(0.02)
         signal.raise_signal(number)
         for thread in threads:

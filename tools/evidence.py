@@ -3,7 +3,7 @@
     python -m tools.ablate --table all          # makes the results; hours
     python -m tools.plot results/ablation.jsonl # draws the figures
     python -m tools.evidence                    # writes the numbers into the page
-    python -m tools.evidence other.md --results runs/ablation-limit48/ablation.jsonl
+    python -m tools.evidence other.md --results runs/ablation-limit48/ablation.jsonl --fewer
 
 The page is written by hand but for what stands between two comments, which says what belongs there:
 
@@ -186,8 +186,8 @@ def blind(lines):
 def rows_of(page):
     """What stands on a page: {(what a comment asks for, label of a row or "", its cells): count}.
 
-    The count is that of the row's seeds, or of models, where its first cell is one; else whether
-    there is any result.
+    The count is that of seeds or of models, where a row of a table or the block "runs" begins with
+    one; else whether there is any result. So a page with "runs" on it notices each lost line.
     """
     found = {}
     for match in BLOCK.finditer(page):
@@ -195,8 +195,10 @@ def rows_of(page):
         for row in inside.strip().splitlines():
             label, *cells = cells_of(row) if row.startswith("|") else ("", row)
             results = [cell for cell in cells if re.match(r"-?\d", cell) and cell != "0"]
-            count = int(cells[0]) if cells[0].isdecimal() else bool(results)
-            found[f"{kind} {what}".strip(), label, len(cells)] = count
+            counted = re.match(r"(\d+)( models\b|$)", cells[0]) if kind != "cell" else None
+            count = int(counted[1]) if counted else bool(results)
+            place = f"{kind} {what}".strip(), label, len(cells)
+            found[place] = max(count, found.get(place, 0))
     return found
 
 
@@ -206,6 +208,8 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path, nargs="?", default=PAGE)
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default {RESULTS}")
+    parser.add_argument("--fewer", action="store_true",
+                        help="write the page even where it then shows fewer seeds or results")
     args = parser.parse_args(argv)
     text = args.page.read_text(encoding="utf-8")
     new = filled(text, args.results, args.page.parent)
@@ -216,10 +220,11 @@ def main(argv=None):
                          "or tools.plot has drawn no figure")
     before = rows_of(text)
     fewer = [row[:2] for row, count in rows_of(new).items() if count < before.get(row, 0)]
-    if fewer:
-        raise ValueError(f"{args.page} is left as it was: {args.results} has fewer lines than it "
-                         f"shows, for {len(fewer)} rows and cells, {' | '.join(fewer[0])} the "
-                         "first. Where that is meant, empty them on the page before")
+    if fewer and not args.fewer:
+        first = " | ".join(filter(None, fewer[0]))
+        raise ValueError(f"{args.page} is left as it was: with {args.results} it would show fewer "
+                         f"seeds or results in {len(fewer)} places, the first of them {first}. "
+                         "--fewer writes it nevertheless")
     write(args.page, new)
     print(f"{args.page}: {'as it was' if new == text else 'written'}")
 

@@ -484,8 +484,8 @@ def draw_results(args):
     paths = []
     others = tables.left_out(args.file)
     if others:
-        print(f"{args.file}: {others} lines are of other records, questions or another world than "
-              "the last, and not drawn", file=sys.stderr)
+        print(f"{args.file}: {others} lines are not drawn: their records, questions or world are "
+              "not those of the last line", file=sys.stderr)
     for name, (text, drawing) in results_figures(args.file, args.table, args.over).items():
         path = figure_path(args.file, name)
         canvas("", "")                                          # says so if there is no matplotlib

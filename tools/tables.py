@@ -32,7 +32,7 @@ from tools import plan
 from tools.cost import row_of, three_digits
 
 KEY = ("flags", "ask", "seed", "limit", "questions", "world")
-NUMBERS = ("vision_tokens", "vision_tokens_seen", "gflop")
+NUMBERS = ("vision_tokens_seen", "gflop")
 NEEDED = ("benchmarks", "blind", "steps", "ttft", "commit", "machine")
 LATER = ("blind", "curve", "ttft")                      # what a line may get after it was written
 FINE = "OCR&Chart"
@@ -91,17 +91,24 @@ def refuse_broken(line):
     missing = [name for name in NEEDED if name not in line]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")
-    if type(line["seed"]) is not int:
-        raise ValueError(f"its seed is {line['seed']!r}, where a whole number belongs")
+    for name in ("seed", "vision_tokens"):
+        if type(line[name]) is not int:
+            raise ValueError(f"its {name} is {line[name]!r}, where a whole number belongs")
     for name in ("flags", "ask"):
+        if not isinstance(line[name], str):
+            raise ValueError(f"its {name} are {line[name]!r}, where text belongs")
         if plan.normal(line[name]) != line[name]:
-            raise ValueError(f"its {name} are in the order of their names: "
+            raise ValueError(f"its {name} are not in the order of their names, which is "
                              f"{plan.normal(line[name])!r}")
-    for group in COLUMNS:
-        score = line["scores"][group]["score"]
-        if not 0 <= score <= 100:
-            raise ValueError(f"its score of {group} is {score}, and not within 0 and 100")
-    numbers = {f"scores of {group}": line["scores"][group]["score"] for group in COLUMNS}
+    if len(line["steps"]) != 2:
+        raise ValueError(f"its steps are {line['steps']!r}, where those of two phases belong")
+    numbers = {f"benchmark {task}": found["score"] for task, found in line["benchmarks"].items()}
+    for kind, shown in (("scores", COLUMNS), ("blind", line["blind"] or ())):
+        for group in shown:
+            score, count = line[kind][group]["score"], line[kind][group]["n"]
+            if not 0 <= score <= 100:
+                raise ValueError(f"its {kind} of {group} are {score}, and not within 0 and 100")
+            numbers |= {f"{kind} of {group}": score, f"questions of {group}": count}
     numbers |= {f"seconds of {part}": line["seconds"][part] for part in ("training", "evaluation")}
     numbers |= {name: line[name] for name in NUMBERS}
     numbers |= {f"steps of phase {n}": steps for n, steps in enumerate(line["steps"], 1)}
@@ -121,7 +128,9 @@ def key_of(line):
 def put(path, line):
     """Add a line to a file of results, in place of one with the same key. What that one got LATER
     stays where the new one has none and the same scores. The file is replaced as a whole, so a
-    reader never sees half a line. Other threads and other processes wait."""
+    reader never sees half a line. Other threads and other processes wait. Raises one of BROKEN
+    for a line that `read_lines` would refuse, and leaves the file as it was."""
+    refuse_broken(line)
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing, opened(path.parent) as folder:
         fcntl.flock(folder, fcntl.LOCK_EX)
