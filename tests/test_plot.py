@@ -373,7 +373,7 @@ def test_the_same_results_are_the_same_files_with_their_numbers_inside(results, 
     results.write_text(others + results.read_text())
     plot.main([str(results), "--table", "fig1a"])
     assert [path.read_bytes() for path in paths] == before
-    assert capsys.readouterr().err == f"{results}: {len(others.splitlines())} lines are not drawn: their records, questions or " \
+    assert capsys.readouterr().err == f"{results}: {len(others.splitlines())} lines are not shown: their records, questions or " \
         "world are not those of the last line\n"
     assert plot.is_current(results, "fine") and plot.is_current(results, "fig1a")
 

@@ -167,7 +167,7 @@ def runs(lines, args):
     took += sum(line["seconds"]["evaluation"] for line in asked)
     of_steps = tables.note(args, list(lines[False].values()))
     return (f"{len(trained)} models, asked {len(asked)} times; {tables.minutes(took)} of "
-            f"training and asking, of one thread each. {of_steps}\n\n{tables.LEGEND}")
+            f"training and asking, on one thread each. {of_steps}\n\n{tables.LEGEND}")
 
 
 def blind(lines):
@@ -212,9 +212,12 @@ def main(argv=None):
                         help="write the page even where it then shows fewer seeds or results")
     args = parser.parse_args(argv)
     text = args.page.read_text(encoding="utf-8")
+    tables.left_out(args.results)
     new = filled(text, args.results, args.page.parent)
     lost = new.count(NO_RUN) - text.count(NO_RUN)
     if lost > 0:
+        if not args.results.exists():
+            raise ValueError(f"{args.page} is left as it was: there is no file {args.results}")
         raise ValueError(f"{args.page} is left as it was: for {lost} blocks that it fills now, "
                          f"{args.results} has no line like its last one (limit, questions, world), "
                          "or tools.plot has drawn no figure")

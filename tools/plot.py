@@ -482,10 +482,7 @@ def is_current(results, name):
 def draw_results(args):
     """Draw the figures of a file of results. -> their paths."""
     paths = []
-    others = tables.left_out(args.file)
-    if others:
-        print(f"{args.file}: {others} lines are not drawn: their records, questions or world are "
-              "not those of the last line", file=sys.stderr)
+    tables.left_out(args.file)
     for name, (text, drawing) in results_figures(args.file, args.table, args.over).items():
         path = figure_path(args.file, name)
         canvas("", "")                                          # says so if there is no matplotlib

@@ -19,6 +19,7 @@ import math
 import os
 import re
 import statistics
+import sys
 import threading
 from argparse import Namespace
 from functools import partial
@@ -186,10 +187,14 @@ def latest(path):
 
 def left_out(path):
     """How many lines of a file of results are of other records, questions or another world than
-    its last line of equally many steps, and so in no table of a page and no figure."""
+    its last line of equally many steps, and so in no table of a page and no figure. Says so."""
     shown = latest(path)
     wanted = [getattr(shown, name) for name in KEY[3:]] if shown else []
-    return sum([line[name] for name in KEY[3:]] != wanted for line in read_lines(path))
+    others = sum([line[name] for name in KEY[3:]] != wanted for line in read_lines(path))
+    if others:
+        print(f"{path}: {others} lines are not shown: their records, questions or world are not "
+              "those of the last line", file=sys.stderr)
+    return others
 
 
 def last_world(path):
